@@ -1,0 +1,96 @@
+# Weft's commands. Each starts from a bare machine with Python 3.11 or 3.12 and sets up .venv by itself.
+#
+#   make train    the default recipe on this machine; RUN="key=value ..." changes it
+#   make test     lint and the test suite; TESTS="tests/data -k packing" runs a part
+#   make prove    the long proofs
+#   make lint     style, types, import layers and file lengths only
+#   make setup    everything that the commands above need, without running them
+#   make lock     write requirements.lock anew from .venv
+#   make clean    delete .venv and caches; runs and data stay
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+# Two targets that write one .venv at a time would break it.
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: train test prove lint setup lock clean
+.DEFAULT_GOAL := train
+
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?=
+TESTS ?=
+
+# Modules are compiled when first imported (below), which needs leave to write the result.
+unexport PYTHONDONTWRITEBYTECODE
+# Packages of the user's own Python must not shine through.
+unexport PYTHONPATH
+unexport PYTHONHOME
+export PYTHONNOUSERSITE := 1
+
+# --no-compile halves the time of the set-up: most modules of torch and transformers are never imported.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --no-compile \
+	--constraint requirements.lock
+
+train: $(VENV)/train.ready
+	$(BIN)/python -m data.prepare
+	$(BIN)/python -m train $(RUN)
+
+test: lint
+	$(BIN)/python -m pytest -m "not prove" $(TESTS)
+
+# pytest exits with 5 when nothing is marked; then there was nothing to prove, which is no failure.
+prove: $(VENV)/test.ready
+	@code=0; $(BIN)/python -m pytest -m prove $(TESTS) || code=$$?; \
+	if [ $$code = 5 ]; then echo "prove: no test is marked prove"; \
+	elif [ $$code = 0 ]; then echo "prove: every test marked prove passed"; \
+	else echo "prove: failed (pytest exit $$code)" >&2; exit $$code; fi
+
+lint: $(VENV)/test.ready
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	@awk 'FNR == 1 { count++ } \
+	  FNR == (FILENAME ~ /^\.\/kernels\/.*\/triton\.py$$/ ? 901 : 601) \
+	    { print "lint: " FILENAME ": longer than " FNR - 1 " lines; split it by idea"; long = 1 } \
+	  END { if (!long) print "lint: " count " Python files are within their length"; exit long }' \
+	  $$(find . -name .venv -prune -o -name runs -prune -o -name '*.py' -print)
+
+setup: $(VENV)/test.ready $(VENV)/train.ready
+
+# Python with venv: the first of the usual names that starts, has a version that fits and brings pip along.
+$(BIN)/python:
+	@for name in $(PYTHON) python3 python3.12 python3.11 python; do \
+	  if "$$name" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
+	    2>/dev/null; then \
+	    echo "setup: $(VENV) with $$("$$name" -V) ($$name)"; "$$name" -m venv --clear $(VENV); exit 0; fi; \
+	done; \
+	echo "setup: needs Python 3.11 or 3.12 with venv (Debian: apt-get install python3-venv), found none" \
+	  "as python3, python3.12 or python3.11; name one by make PYTHON=/path/to/python" >&2; exit 1
+
+# torch comes first and alone: no other package can then pull in another build of it.
+$(VENV)/torch.ready: requirements.lock | $(BIN)/python
+	@echo "setup: torch (minutes where it brings CUDA)"
+	@$(PIP) "$$(grep '^torch==' requirements.lock)"
+	@touch $@
+
+$(VENV)/train.ready: pyproject.toml requirements.lock $(VENV)/torch.ready
+	@echo "setup: what training needs"
+	@$(PIP) --editable .
+	@touch $@
+
+# What the tests need includes what training needs.
+$(VENV)/test.ready: pyproject.toml requirements.lock $(VENV)/torch.ready
+	@echo "setup: what training and tests need"
+	@$(PIP) --editable ".[test]"
+	@touch $@ $(VENV)/train.ready
+
+# CUDA packages are left out: torch pins its own. A build suffix (+cpu) would name one machine's build.
+lock: $(VENV)/test.ready
+	@{ grep '^#' requirements.lock; $(BIN)/python -m pip freeze --exclude-editable \
+	  | grep -viE '^(nvidia-|cuda-|triton)' | sed 's/+[a-z0-9.]*$$//' | LC_ALL=C sort -f; } > requirements.lock.new
+	@mv requirements.lock.new requirements.lock
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,218 @@
+"""Hydra composes the groups of conf/; one typed, frozen tree comes out, or every violation at once."""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from conf.errors import ConfigError, Violation
+
+CONF_DIR = Path(__file__).parent
+
+
+class Config(BaseModel):
+    """A frozen node of the config tree: every key known, no type coerced, every number finite."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True
+    )
+
+
+T = TypeVar("T", bound=Config)
+
+
+def compose(overrides: Sequence[str], root: type[T]) -> T:
+    """The tree that `overrides` ask for, checked against `root`.
+
+    Overrides are `group=option` and `key=value` as typed on a command line. Fields of `root` may be
+    fewer than the groups in conf/: what `root` does not name is not read.
+
+    Raises ConfigError with all violations.
+    """
+    tree = compose_tree(overrides)
+    known = {name: value for name, value in tree.items() if name in root.model_fields}
+    typed = {override.lstrip("+~").split("=", 1)[0].split(".")[0] for override in overrides}
+    unread = {name: tree[name] for name in typed if name in tree and not (CONF_DIR / name).is_dir()}
+    return validate(root, known | unread)
+
+
+def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
+    """The composed config as plain containers, interpolations resolved, types unchecked.
+
+    Raises ConfigError when a group, an option or the syntax of an override is unknown.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    lines = hydra_overrides(overrides)
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            composed = hydra_compose("config", overrides=lines)
+        tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "config"
+        raise ConfigError([Violation(str(key), _first_line(error))]) from error
+    except HydraException as error:
+        raise ConfigError([Violation("config", _first_line(error))]) from error
+    assert isinstance(tree, dict), f"{type(tree)=}"
+    return {str(name): value for name, value in tree.items()}
+
+
+def hydra_overrides(overrides: Sequence[str]) -> list[str]:
+    """Overrides in the form in which Hydra never rejects a value key: validation names the typos.
+
+    Every mixer of conf/mixer/ is composed, so that any layout can name it. Raises ConfigError for
+    bad syntax and for an option that its group does not have.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser, lines, violations = OverridesParser.create(), [], []
+    for override in overrides:
+        try:
+            parsed = parser.parse_override(override)
+        except HydraException as error:
+            violations.append(Violation(override, f"not a key=value override: {_first_line(error)}"))
+            continue
+        key = parsed.key_or_group
+        if key.startswith("hydra") or parsed.is_delete():
+            lines.append(override)
+        elif "." not in key and (CONF_DIR / key).is_dir():
+            violations += _unknown_options(key, parsed.value())
+            lines.append(override.lstrip("+"))
+        else:
+            lines.append("++" + override.lstrip("+"))
+    if violations:
+        raise ConfigError(violations)
+    mixers = ",".join(group_options("mixer"))
+    return [f"mixer=[{mixers}]", *lines]
+
+
+def group_options(group: str) -> list[str]:
+    """Names of the options of a config group, sorted."""
+    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+
+
+def _unknown_options(group: str, value: Any) -> list[Violation]:
+    options = group_options(group)
+    chosen = value if isinstance(value, list) else [value]
+    unknown = [str(option) for option in chosen if option is not None and str(option) not in options]
+    return [
+        Violation(group, f"{option!r} is not one of {', '.join(options)}{did_you_mean(option, options)}")
+        for option in unknown
+    ]
+
+
+def validate(root: type[T], tree: Mapping[str, Any]) -> T:
+    """`tree` as a `root`. Raises ConfigError that lists every field that does not fit."""
+    try:
+        return root.model_validate(tree)
+    except ValidationError as error:
+        known = list(dotted_keys(root))
+        found = [_violation(detail, known, tree) for detail in error.errors(include_url=False)]
+        raise ConfigError(list(dict.fromkeys(found))) from error
+
+
+def parse_command(arguments: Sequence[str], root: type[T]) -> T:
+    """`key=value` arguments of a small command as a `root`. Raises ConfigError."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser, tree = OverridesParser.create(), {}
+    for argument in arguments:
+        try:
+            parsed = parser.parse_override(argument)
+        except HydraException as error:
+            message = f"not a key=value argument: {_first_line(error)}"
+            raise ConfigError([Violation(argument, message)]) from error
+        tree[parsed.key_or_group] = parsed.value()
+    return validate(root, tree)
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """A trailing question with the closest candidate, or nothing when none is close."""
+    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def dotted_keys(root: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key that a tree of `root` can hold; the names inside a mapping appear as `*`."""
+    for name, field in root.model_fields.items():
+        key = f"{prefix}{name}"
+        yield key
+        yield from _keys_of_annotation(field.annotation, key)
+
+
+def _keys_of_annotation(annotation: Any, key: str) -> Iterator[str]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield from dotted_keys(annotation, f"{key}.")
+        return
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is dict:
+        yield from _keys_of_annotation(arguments[1], f"{key}.*")
+    elif origin is typing.Annotated:
+        yield from _keys_of_annotation(arguments[0], key)
+    elif origin in (typing.Union, types.UnionType):
+        for argument in arguments:
+            yield from _keys_of_annotation(argument, key)
+
+
+def _violation(detail: ErrorDetails, known: Sequence[str], tree: Mapping[str, Any]) -> Violation:
+    parts = _without_tags([str(part) for part in detail["loc"]], tree)
+    key = ".".join(parts)
+    if detail["type"] == "extra_forbidden":
+        return Violation(key, f"unknown key{_closest_key(parts, known)}")
+    if detail["type"] == "missing":
+        return Violation(key, "missing; give it a value")
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        # A check across the fields of a node says all itself; at the root it names the key as well.
+        if not key:
+            key, _, message = message.partition(": ")
+        return Violation(key, message)
+    return Violation(key, f"{message[0].lower()}{message[1:]}; found {_shown(detail['input'])}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _without_tags(parts: Sequence[str], tree: Mapping[str, Any]) -> list[str]:
+    # A tagged union puts its tag into the path, where the user typed no key.
+    kept, node = [], tree
+    for index, part in enumerate(parts):
+        if isinstance(node, Mapping) and part not in node and index < len(parts) - 1:
+            continue
+        kept.append(part)
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return kept
+
+
+def _closest_key(parts: Sequence[str], known: Sequence[str]) -> str:
+    siblings = {
+        key.rsplit(".", 1)[-1]: key.rsplit(".", 1)[-1]
+        for key in known
+        if _matches(key.split(".")[:-1], parts[:-1])
+    }
+    close = difflib.get_close_matches(parts[-1], list(siblings), n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {'.'.join([*parts[:-1], close[0]])}?"
+    return did_you_mean(".".join(parts), [key for key in known if "*" not in key])
+
+
+def _matches(pattern: Sequence[str], parts: Sequence[str]) -> bool:
+    return len(pattern) == len(parts) and all(a in ("*", b) for a, b in zip(pattern, parts, strict=True))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,99 @@
+"""Errors that a user can act on, each with the exit code that tells a launcher what to do next."""
+
+import errno
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, NoReturn
+
+
+class WeftError(Exception):
+    """A failure with a one-line cause and fix. Subclasses set the process exit code."""
+
+    exit_code = 70
+
+
+class Violation(NamedTuple):
+    """One thing wrong with a config: the key as typed, and what to change."""
+
+    key: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.message}"
+
+
+class ConfigError(WeftError):
+    """A config that cannot run. Carries every violation found. Never requeue."""
+
+    exit_code = 64
+
+    def __init__(self, violations: Sequence[Violation]) -> None:
+        self.violations = tuple(violations)
+        super().__init__("\n".join(str(violation) for violation in self.violations))
+
+
+class DataError(WeftError):
+    """Token files, tokenizers or documents that cannot be used as they are. Never requeue."""
+
+    exit_code = 65
+
+
+class CheckpointError(WeftError):
+    """No checkpoint of the run can be used. Never requeue."""
+
+    exit_code = 66
+
+
+class NumericsError(WeftError):
+    """Training gave non-finite values and was stopped before they reached the weights."""
+
+    exit_code = 70
+
+
+class StorageError(WeftError):
+    """A file could not be written: full, read-only or vanished storage. Requeue with backoff."""
+
+    exit_code = 74
+
+
+_STORAGE_CAUSES = {
+    errno.ENOSPC: "the disk is full; free space or choose another directory",
+    errno.EDQUOT: "the quota is used up; free space or choose another directory",
+    errno.EROFS: "the file system is read-only; choose another directory",
+    errno.EACCES: "permission denied; choose a directory that this user may write",
+    errno.EPERM: "permission denied; choose a directory that this user may write",
+}
+
+
+def as_storage_error(error: OSError, path: str | os.PathLike[str]) -> StorageError:
+    """The StorageError that names `path`, what the system said, and the fix."""
+    cause = _STORAGE_CAUSES.get(error.errno or 0, error.strerror or str(error))
+    return StorageError(f"{os.fspath(path)}: cannot write: {cause}")
+
+
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """Turn a WeftError, or a full or read-only disk, into lines on stderr and its exit code.
+
+    Raises SystemExit in their place; every other exception passes through with its traceback.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        _exit([str(violation) for violation in error.violations], error.exit_code)
+    except WeftError as error:
+        _exit([str(error)], error.exit_code)
+    except OSError as error:
+        if error.errno not in _STORAGE_CAUSES:
+            raise
+        storage = as_storage_error(error, error.filename or "(unnamed file)")
+        _exit([str(storage)], storage.exit_code)
+
+
+def _exit(lines: Sequence[str], code: int) -> NoReturn:
+    for line in lines:
+        print(f"error: {line}", file=sys.stderr)
+    sys.stderr.flush()
+    sys.exit(code)

@@ -1,0 +1,147 @@
+"""The card of a prepared dataset: what is in it, by count and by digest, and the settings that made it."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from conf.errors import DataError
+from data.config import HELD_OUT, DataConfig
+from data.durable import write_whole
+
+CARD = "card.json"
+TOKENIZER = "tokenizer.model"
+HELD_OUT_TEXT = "held_out.txt"
+
+_MAX_CARD_BYTES = 16 << 20
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class TokenFileCard(_Record):
+    """One `.bin/.idx` pair. Digests are xxh3_128 of the files; `bytes` is of the text, not the tokens."""
+
+    documents: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    bytes: int = Field(ge=0)
+    bin_digest: str
+    idx_digest: str
+
+
+class CorpusCard(TokenFileCard):
+    """The training part of one corpus, and what its source held."""
+
+    bad: int = Field(ge=0)
+    empty: int = Field(ge=0)
+    bad_examples: list[str]
+    source_documents: int = Field(ge=0)
+    source_bytes: int = Field(ge=0)
+    # sha256 over the sorted sha256 of every usable document: independent of names and of order.
+    source_digest: str
+
+
+class HeldOutCard(TokenFileCard):
+    """The held-out part of all corpora, and how far two general compressors get on its text."""
+
+    text_digest: str
+    gzip_bytes: int = Field(ge=0)
+    xz_bytes: int = Field(ge=0)
+
+
+class TokenizerCard(_Record):
+    """The tokenizer that wrote the tokens; `digest` is the sha256 of its model file."""
+
+    digest: str
+    vocab_size: int = Field(gt=0)
+    bos: int = Field(ge=0)
+    eos: int = Field(ge=0)
+
+
+class Card(_Record):
+    """All that a prepared dataset says about itself."""
+
+    format: Literal[1] = 1
+    tokenizer: TokenizerCard
+    corpora: dict[str, CorpusCard] = Field(min_length=1)
+    held_out: HeldOutCard
+    settings: dict[str, Any]
+    versions: dict[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over the digests of the tokens and the tokenizer: the same for the same training data."""
+        content = {
+            "tokenizer": self.tokenizer.digest,
+            "held_out": [self.held_out.bin_digest, self.held_out.idx_digest],
+            # A list: the order of the corpora is part of the order of the data.
+            "corpora": [[name, card.bin_digest, card.idx_digest] for name, card in self.corpora.items()],
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def token_files(self) -> Iterator[tuple[str, TokenFileCard]]:
+        """File prefix and card of every token file, the held-out one last."""
+        yield from self.corpora.items()
+        yield HELD_OUT, self.held_out
+
+
+def write_card(card: Card, path: Path) -> None:
+    """The card as JSON with a fixed key order: the same card gives the same bytes. Raises OSError."""
+    write_whole(path, (json.dumps(card.model_dump(), indent=1) + "\n").encode())
+
+
+def read_card(directory: Path) -> Card:
+    """The card of a prepared dataset. Raises DataError when there is none, or it is damaged."""
+    path = directory / CARD
+    try:
+        size = path.stat().st_size
+        if size > _MAX_CARD_BYTES:
+            raise DataError(f"{path}: {size} bytes, a card has at most {_MAX_CARD_BYTES}; prepare it again")
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot read: {error.strerror}; run python -m data.prepare data.directory={directory}"
+        ) from error
+    try:
+        return Card.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"])) or "the file"
+        raise DataError(f"{path}: damaged card: {key}: {first['msg']}; prepare the dataset again") from error
+
+
+def content_settings(config: DataConfig) -> dict[str, Any]:
+    """The keys of `config` that decide what is in the token files, dotted as the user types them.
+
+    Raises DataError when data.tokenizer.model cannot be read.
+    """
+    settings: dict[str, Any] = {"data.held_out": config.held_out}
+    for name, corpus in sorted(config.corpora.items()):
+        # The weight only says how often training visits a corpus.
+        for key, value in corpus.model_dump(exclude={"weight"}).items():
+            settings[f"data.corpora.{name}.{key}"] = list(value) if isinstance(value, tuple) else value
+    settings["data.tokenizer.vocab_size"] = config.tokenizer.vocab_size
+    if config.tokenizer.model is None:
+        settings["data.tokenizer.model"] = None
+        settings["data.tokenizer.train_bytes"] = config.tokenizer.train_bytes
+    else:
+        # The content and not the path: a copy of the same model elsewhere changes nothing.
+        try:
+            digest = hashlib.sha256(Path(config.tokenizer.model).read_bytes()).hexdigest()
+        except OSError as error:
+            raise DataError(
+                f"data.tokenizer.model={config.tokenizer.model}: cannot read: {error.strerror}; correct it"
+            ) from error
+        settings["data.tokenizer.model"] = f"sha256:{digest}"
+    return settings
+
+
+def difference(asked: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """The first settings that differ, as `key=asked, prepared with found`; empty when none does."""
+    keys = [key for key in (*asked, *found) if asked.get(key) != found.get(key)]
+    shown = [f"{key}={asked.get(key)}, prepared with {found.get(key)}" for key in dict.fromkeys(keys)]
+    return "; ".join(shown[:3])

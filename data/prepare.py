@@ -1,0 +1,246 @@
+"""Documents to tokens on disk: `python -m data.prepare data=stdlib data.directory=DIR`.
+
+The work is done in `DIR.partial`, which a killed run leaves and the next one continues; the finished
+dataset appears as `DIR` in one rename.
+"""
+
+import fcntl
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from conf.compose import Config, compose
+from conf.errors import DataError, as_storage_error, exit_on_error
+from data.card import CARD, TOKENIZER, Card, content_settings, difference, read_card
+from data.config import DataConfig
+from data.durable import named, sync, write_whole
+from data.merge import merge
+from data.scan import DocumentReader, Scan, read_scan, scan
+from data.shards import Job, ShardStore, Workers, input_digest
+from data.tokenizer import Tokenizer, load_tokenizer
+
+_SHARD_BYTES = 2 << 20
+
+Advance = Callable[[int], None]
+
+
+class Prepared(NamedTuple):
+    """A finished dataset; `is_new` says whether this call made it or found it."""
+
+    directory: Path
+    card: Card
+    is_new: bool
+
+
+class PrepareConfig(Config):
+    """The part of the config tree that this command reads."""
+
+    data: DataConfig
+
+
+def prepare(config: DataConfig, *, progress: bool = True, shard_bytes: int = _SHARD_BYTES) -> Prepared:
+    """The dataset that `config` asks for, on disk and complete; at once if it is already there.
+
+    The files depend on the documents and the content settings alone: not on `shard_bytes` (text per unit
+    of work), on the number of workers, or on how often the work was interrupted.
+
+    Raises DataError for documents, a tokenizer or an existing directory that cannot be used, and
+    StorageError when the disk refuses.
+    """
+    directory = Path(config.directory).expanduser()
+    if directory.name in ("", ".."):
+        raise DataError(f"data.directory={config.directory}: not the name of a new directory; give it one")
+    settings = content_settings(config)
+    try:
+        if found := _find_finished(directory, settings):
+            return found
+        partial = directory.with_name(directory.name + ".partial")
+        with _hold(partial):
+            # Another process may have finished it while this one waited for the file system.
+            if found := _find_finished(directory, settings):
+                shutil.rmtree(partial)
+                return found
+            with _bar(progress) as bar:
+                card = _Preparation(config, settings, partial, bar).run(shard_bytes)
+            _publish(partial / "out", directory)
+            shutil.rmtree(partial)
+    except OSError as error:
+        raise as_storage_error(error, error.filename or directory) from error
+    return Prepared(directory, card, True)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prepare what the overrides ask for and print what the dataset holds."""
+    with exit_on_error():
+        config = compose(arguments, PrepareConfig).data
+        prepared = prepare(config)
+        for line in summary(prepared):
+            print(line)
+
+
+def summary(prepared: Prepared) -> list[str]:
+    """The dataset in a few lines for people."""
+    card = prepared.card
+    state = "prepared" if prepared.is_new else "was already prepared with these settings"
+    pieces, fingerprint = card.tokenizer.vocab_size, card.fingerprint[:16]
+    lines = [f"{prepared.directory} {state}: {pieces} pieces, fingerprint {fingerprint}"]
+    for name, part in card.token_files():
+        ratio = f" ({part.bytes / part.tokens:.2f} a token)" if part.tokens else ""
+        counts = f"{part.documents:,} documents, {part.tokens:,} tokens, {part.bytes:,} bytes{ratio}"
+        lines.append(f"  {name}: {counts}")
+    for name, part in card.corpora.items():
+        if part.bad or part.empty:
+            example = f", such as {part.bad_examples[0]}" if part.bad else ""
+            lines.append(f"  {name}: left out {part.empty} empty and {part.bad} bad documents{example}")
+    if held_out := card.held_out.bytes:
+        gzip_bits = 8 * card.held_out.gzip_bytes / held_out
+        xz_bits = 8 * card.held_out.xz_bytes / held_out
+        lines.append(f"  held-out text: gzip -9 {gzip_bits:.3f}, xz -9 {xz_bits:.3f} bits per byte")
+    return lines
+
+
+class _Preparation:
+    """One run of the work inside the partial directory, which this process holds."""
+
+    def __init__(self, config: DataConfig, settings: dict[str, Any], partial: Path, bar: Progress) -> None:
+        self._config = config
+        self._settings = settings
+        self._partial = partial
+        self._bar = bar
+        self._store = ShardStore(partial / "shards")
+
+    def run(self, shard_bytes: int) -> Card:
+        """Scan, tokenise, merge; the card of the files in `out`."""
+        scanned, tokenizer = self._scan()
+        self._store.directory.mkdir(exist_ok=True)
+        total = sum(found.bytes for found in scanned.corpora.values())
+        shards = self._tokenise(scanned, shard_bytes, self._track("tokenising", total))
+        out = self._partial / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        return merge(self._store, shards, scanned, tokenizer, out, self._track("merging", total))
+
+    def _track(self, what: str, total: int | None) -> Advance:
+        task = self._bar.add_task(what, total=total)
+        return lambda amount: self._bar.advance(task, amount)
+
+    def _scan(self) -> tuple[Scan, Tokenizer]:
+        path, model_path = self._partial / "scan.json", self._partial / TOKENIZER
+        kept = read_scan(path)
+        if kept and kept.settings == self._settings and model_path.exists():
+            tokenizer = load_tokenizer(model_path)
+            if tokenizer.digest == kept.tokenizer_digest:
+                return kept, tokenizer
+        # Shards of other settings are of no use, and must not be taken for finished ones of these.
+        shutil.rmtree(self._store.directory, ignore_errors=True)
+        path.unlink(missing_ok=True)
+        scanned, tokenizer = scan(self._config, self._settings, self._track("reading", None))
+        write_whole(model_path, tokenizer.model)
+        write_whole(path, scanned.model_dump_json().encode())
+        return scanned, tokenizer
+
+    def _tokenise(self, scanned: Scan, shard_bytes: int, advance: Advance) -> dict[str, list[str]]:
+        reader = DocumentReader(self._config)
+        shards: dict[str, list[str]] = {}
+        job = Job(self._partial / TOKENIZER, self._store.directory, self._config.held_out)
+        with Workers(self._config.workers, job) as workers:
+            for name in reader.names:
+                shards[name] = []
+                for contents, hashes in _groups(reader.usable(name), shard_bytes):
+                    shard = f"{name}-{len(shards[name]):06d}"
+                    shards[name].append(shard)
+                    if not self._store.has(shard, input_digest(hashes)):
+                        workers.submit(shard, contents)
+                    advance(sum(map(len, contents)))
+                if reader.scans[name] != scanned.corpora[name]:
+                    raise DataError(
+                        f"data.corpora.{name}.source={self._config.corpora[name].source}: the documents "
+                        f"changed while they were prepared; delete {self._partial} and run again"
+                    )
+            workers.finish()
+        return shards
+
+
+def _groups(
+    documents: Iterator[tuple[bytes, bytes]], group_bytes: int
+) -> Iterator[tuple[list[bytes], list[bytes]]]:
+    contents: list[bytes] = []
+    hashes: list[bytes] = []
+    size = 0
+    for content, digest in documents:
+        contents.append(content)
+        hashes.append(digest)
+        size += len(content)
+        if size >= group_bytes:
+            yield contents, hashes
+            contents, hashes, size = [], [], 0
+    if contents:
+        yield contents, hashes
+
+
+def _find_finished(directory: Path, settings: dict[str, Any]) -> Prepared | None:
+    if not directory.exists():
+        return None
+    if not (directory / CARD).exists():
+        if directory.is_dir() and not any(directory.iterdir()):
+            return None
+        raise DataError(
+            f"data.directory={directory}: exists and is not a prepared dataset; choose another directory"
+        )
+    card = read_card(directory)
+    if differing := difference(settings, card.settings):
+        raise DataError(f"data.directory={directory}: {differing}; choose another data.directory")
+    return Prepared(directory, card, False)
+
+
+@contextmanager
+def _hold(partial: Path) -> Iterator[None]:
+    """Own the partial directory as long as this process lives."""
+    with _lock(partial) as stream:
+        with named(partial / "lock"):
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+
+
+def _lock(partial: Path) -> FileIO:
+    path = partial / "lock"
+    while True:
+        partial.mkdir(parents=True, exist_ok=True)
+        stream = path.open("a+b", buffering=0)  # else closing would write again what could not be written
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            stream.seek(0)
+            holder = stream.read().decode("utf-8", "replace") or "another process"
+            stream.close()
+            raise DataError(
+                f"{partial}: is being prepared by {holder}; wait for it, or choose another data.directory"
+            ) from error
+        # The holder before may have published, and deleted the very file that is locked now.
+        if path.exists() and os.fstat(stream.fileno()).st_ino == path.stat().st_ino:
+            return stream
+        stream.close()
+
+
+def _publish(out: Path, directory: Path) -> None:
+    out.rename(directory)
+    sync(directory.parent)
+
+
+def _bar(is_shown: bool) -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=Console(stderr=True), disable=not is_shown)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

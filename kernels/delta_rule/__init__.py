@@ -1,0 +1,67 @@
+"""Gated delta rule: a linear-time mixer core whose state forgets by a gate and overwrites by key."""
+
+from typing import NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kernels.arguments import require
+from kernels.delta_rule.reference import gated_delta_rule_chunked
+
+
+class Case(NamedTuple):
+    """One shape that tests and benchmarks share."""
+
+    rows: int
+    tokens: int
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+
+
+CASES = (
+    Case(1, 1, 1, 1, 4, 4),
+    Case(2, 63, 2, 2, 8, 8),
+    Case(1, 64, 1, 2, 8, 16),
+    Case(2, 65, 2, 4, 16, 8),
+    Case(1, 200, 2, 6, 16, 24),
+)
+
+
+def gated_delta_rule(
+    q: Float[Tensor, "B T G K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T H V"],
+    log_decay: Float[Tensor, "B T H"],
+    beta: Float[Tensor, "B T H"],
+    *,
+    document: Int[Tensor, "B T"] | None = None,
+    state: Float[Tensor, "B H K V"] | None = None,
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
+    """Decay the state, erase along k, write v, read with q, for every token.
+
+    Value head h reads key head h // (H / G). log_decay is a natural logarithm, at most 0; -inf forgets all.
+    beta is in [0, 2]. q is used as given: scale it before. document numbers the documents of a row in
+    order; the state is zero at the start of each. Work is O(T K V) per head.
+
+    Raises ValueError for an argument of the wrong shape, dtype or device.
+    Gated DeltaNet, arXiv 2412.06464, equation 10.
+    """
+    rows, tokens, key_heads, key_dim = q.shape
+    value_heads, value_dim = v.shape[2:]
+    require(tokens > 0, "q", "at least one token", tuple(q.shape))
+    require(value_heads % key_heads == 0, "v", f"a multiple of {key_heads} heads", value_heads)
+    require(k.shape == q.shape, "k", tuple(q.shape), tuple(k.shape))
+    require(v.shape[:2] == (rows, tokens), "v", (rows, tokens, "H", "V"), tuple(v.shape))
+    gates = (rows, tokens, value_heads)
+    require(log_decay.shape == gates, "log_decay", gates, tuple(log_decay.shape))
+    require(beta.shape == gates, "beta", gates, tuple(beta.shape))
+    for name, x in (("k", k), ("v", v)):
+        require(x.dtype == q.dtype, name, f"dtype {q.dtype}, as q", x.dtype)
+    if document is not None:
+        require(document.shape == (rows, tokens), "document", (rows, tokens), tuple(document.shape))
+    if state is not None:
+        expected = (rows, value_heads, key_dim, value_dim)
+        require(state.shape == expected, "state", expected, tuple(state.shape))
+    return gated_delta_rule_chunked(q, k, v, log_decay, beta, document=document, state=state)

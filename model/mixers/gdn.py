@@ -1,0 +1,155 @@
+"""Gated DeltaNet: linear attention that forgets by a gate and overwrites by key (Qwen3-Next's form)."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.functional import silu, softplus
+
+from kernels.convolution import short_convolution
+from kernels.delta_rule import gated_delta_rule
+from model.linear import Initial, Linear, RMSNorm
+from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
+
+
+class GdnConfig(MixerConfig):
+    """Fields of Gated DeltaNet."""
+
+    kind: Literal["gdn"] = "gdn"
+    num_key_heads: int = Field(ge=1)
+    num_value_heads: int = Field(ge=1)
+    key_dim: int = Field(ge=1)
+    value_dim: int = Field(ge=1)
+    conv_width: int = Field(ge=1)
+    norm_eps: float = Field(gt=0, lt=1)
+    dt_min: float = Field(gt=0)
+    dt_max: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "GdnConfig":
+        heads, key_heads = self.num_value_heads, self.num_key_heads
+        if heads % key_heads:
+            raise ValueError(f"num_value_heads {heads} must be a multiple of num_key_heads {key_heads}")
+        if self.dt_min >= self.dt_max:
+            raise ValueError(f"dt_min {self.dt_min} must be below dt_max {self.dt_max}")
+        return self
+
+    def build(self, width: int, layer: int, depth: int, init_std: float) -> "Gdn":
+        """The module; all layers are alike."""
+        return Gdn(self, width, init_std, init_std / (2 * depth) ** 0.5)
+
+    def _parts(self) -> tuple[int, ...]:
+        keys, values = self.num_key_heads * self.key_dim, self.num_value_heads * self.value_dim
+        return keys, keys, values, values, self.num_value_heads, self.num_value_heads
+
+    def _mixed(self) -> int:
+        return sum(self._parts()[:3])
+
+    def count_params(self, width: int) -> int:
+        """Projections, convolution taps, decay rates and biases, output norm."""
+        values, heads = self._parts()[2], self.num_value_heads
+        small = self._mixed() * self.conv_width + 2 * heads + self.value_dim
+        return width * (sum(self._parts()) + values) + small
+
+    def flops(self, width: int, context: int) -> Flops:
+        """The recurrence: decay, read by key, write, read by query; independent of the context."""
+        core = 7 * self.num_value_heads * self.key_dim * self.value_dim
+        conv = 2 * self.conv_width * self._mixed()
+        return Flops(2 * width * (sum(self._parts()) + self._parts()[2]), core + conv)
+
+    def cache_bytes(self, context: int, *, element_bytes: int = 2) -> int:
+        """The state in float32, and the tail of the convolution."""
+        state = 4 * self.num_value_heads * self.key_dim * self.value_dim
+        return state + (self.conv_width - 1) * self._mixed() * element_bytes
+
+    def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
+        """Convolution in and out, output, gate, normed output, and the triangular solve of each chunk."""
+        values = self._parts()[2]
+        return element_bytes * (2 * self._mixed() + 3 * values) + self.num_value_heads * (8 + 2 * 64)
+
+    def roles(self, width: int) -> Mapping[str, Split]:
+        """Key heads are the unit; the value heads of a group go with their key head."""
+        return {
+            "in_proj.weight": Split(0, "key_heads", self._parts()),
+            "conv.weight": Split(0, "key_heads", self._parts()[:3]),
+            "decay.log_rate": Split(0, "key_heads"),
+            "decay.bias": Split(0, "key_heads"),
+            "out_norm.weight": Split(None),
+            "out_proj.weight": Split(1, "key_heads"),
+        }
+
+    @property
+    def context(self) -> Context:
+        """Chunk summaries of the state are passed on; the convolution reads a few tokens to the left."""
+        return Context("state", self.conv_width - 1)
+
+
+class Decay(nn.Module):
+    """Log decay per head, -exp(log_rate) softplus(x + bias), in float32 at least."""
+
+    # In bfloat16 a rate near 1 would round the memory length by percents.
+    needs_full_precision = True
+
+    def __init__(self, heads: int, dt_min: float, dt_max: float) -> None:
+        super().__init__()
+        self.log_rate = nn.Parameter(torch.empty(heads))
+        self.bias = nn.Parameter(torch.empty(heads))
+        # Rates of 1 to 16 and steps of dt_min to dt_max spread the memory over 1 to 1000 tokens.
+        self.initial = {
+            "log_rate": Initial("log_of_uniform", 1.0, 16.0),
+            "bias": Initial("inverse_softplus_of_log_uniform", dt_min, dt_max),
+        }
+
+    def forward(self, x: Float[Tensor, "B T H"]) -> Float[Tensor, "B T H"]:
+        """At most zero."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        rate = self.log_rate.to(dtype).exp()
+        return -rate * softplus(x.to(dtype) + self.bias.to(dtype))
+
+
+class ConvWeight(nn.Module):
+    """Taps of a depthwise convolution over channels."""
+
+    def __init__(self, channels: int, taps: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, taps))
+        self.initial = {"weight": Initial("uniform", -(taps**-0.5), taps**-0.5)}
+
+    def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"]:
+        """SiLU of the convolution, document by document."""
+        return short_convolution(x, self.weight.to(x.dtype), document=sequence.document)
+
+
+class Gdn(Mixer):
+    """Gated DeltaNet; one projection makes queries, keys, values, output gates, betas and decay inputs."""
+
+    def __init__(self, config: GdnConfig, width: int, init_std: float, out_std: float) -> None:
+        super().__init__()
+        self.config, self.parts = config, config._parts()
+        self.in_proj = Linear(width, sum(self.parts), init_std)
+        self.conv = ConvWeight(config._mixed(), config.conv_width)
+        self.decay = Decay(config.num_value_heads, config.dt_min, config.dt_max)
+        self.out_norm = RMSNorm(config.value_dim, config.norm_eps, is_zero_centered=False)
+        self.out_proj = Linear(self.parts[2], width, out_std)
+
+    def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"]:
+        """The state starts at zero in every document."""
+        config = self.config
+        mixed, gate, beta, rate = self.in_proj(x).split([config._mixed(), *self.parts[3:]], dim=-1)
+        q, k, v = self.conv(mixed, sequence).split(self.parts[:3], dim=-1)
+        q, k = (unit(part.unflatten(-1, (-1, config.key_dim))) for part in (q, k))
+        v, gate = (part.unflatten(-1, (-1, config.value_dim)) for part in (v, gate))
+        q, k = (q * config.key_dim**-0.5).to(x.dtype), k.to(x.dtype)
+        log_decay, write = self.decay(rate), beta.sigmoid()
+        out, _ = gated_delta_rule(q, k, v, log_decay, write, document=sequence.document)
+        out = self.out_norm(out) * silu(gate)
+        return self.out_proj(out.flatten(-2))
+
+
+def unit(x: Float[Tensor, "*N K"]) -> Float[Tensor, "*N K"]:
+    """x over its length, in float32 at least; a zero vector stays zero."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()

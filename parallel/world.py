@@ -1,0 +1,65 @@
+"""The processes of a run: who this one is, what device it has, and sums over all of them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from parallel.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all. mesh is None when there is only one process."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None
+
+    def sum(self, x: Tensor) -> Tensor:
+        """x summed over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The x of all processes, in rank order along a new first dim."""
+        if self.size == 1:
+            return x[None]
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.stack(parts)
+
+    def barrier(self) -> None:
+        """Returns when every process has come here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def open_world(config: ParallelConfig, rank: int, size: int, local_rank: int) -> Iterator[World]:
+    """The World of this process; its process group lives as long as the block.
+
+    The rendezvous is that of the environment (MASTER_ADDR, MASTER_PORT). NCCL on GPUs, gloo elsewhere.
+    """
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield World(rank, size, device, None)
+        return
+    timeout = timedelta(seconds=config.timeout_seconds)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+    try:
+        names = ("dp_replicate", "dp_shard")
+        mesh = init_device_mesh(device.type, config.degrees(size), mesh_dim_names=names)
+        yield World(rank, size, device, mesh)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,49 @@
+"""Every test starts from its own seed, on one thread, with the shapes in signatures checked."""
+
+import hashlib
+import random
+from collections.abc import Iterator
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+from tests import shapes
+
+# Small shapes on few cores: more threads would only take turns.
+torch.set_num_threads(1)
+
+hypothesis.settings.register_profile(
+    "weft",
+    deadline=None,  # the machine is shared; a slow example is not a wrong one
+    derandomize=True,
+    database=None,
+    max_examples=25,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("weft")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--no-shapes", action="store_true", help="run without shape checks (torch.compile)")
+    parser.addoption("--seed", type=int, default=0, help="shift the seed of every test")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--no-shapes"):
+        shapes.check_imports()
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request: pytest.FixtureRequest) -> Iterator[None]:
+    # From the test's name and not from the order of tests: one test alone behaves as in the full suite.
+    name = f"{request.node.nodeid}:{request.config.getoption('--seed')}"
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True)
+    dtype = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(dtype)

@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from kernels.cross_entropy import CASES, IGNORED, Case, linear_cross_entropy
+from kernels.cross_entropy.reference import linear_cross_entropy_direct
+from tests.closeness import assert_close, outputs_and_grads
+
+
+def inputs_of(case: Case, ignored: float, scale: float) -> list[torch.Tensor]:
+    x = torch.randn(case.tokens, case.width, dtype=torch.float64) * scale
+    weight = torch.randn(case.vocabulary, case.width, dtype=torch.float64)
+    targets = torch.randint(case.vocabulary, (case.tokens,))
+    targets[torch.rand(case.tokens) < ignored] = IGNORED
+    return [x, weight, targets]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("ignored", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_fused_equals_direct(case: Case, ignored: float, scale: float) -> None:
+    inputs = inputs_of(case, ignored, scale)
+    ours = outputs_and_grads(linear_cross_entropy, inputs)
+    assert_close(ours, outputs_and_grads(linear_cross_entropy_direct, inputs), 1e-12)
+
+
+def test_only_what_needs_a_gradient_gets_one() -> None:
+    x, weight, targets = inputs_of(CASES[1], 0.2, 1.0)
+    loss = linear_cross_entropy(x.requires_grad_(), weight, targets)
+    (grad,) = torch.autograd.grad(loss, x)
+    (direct,) = torch.autograd.grad(linear_cross_entropy_direct(x, weight, targets), x)
+    assert_close([grad], [direct], 1e-12)
+    with torch.no_grad():
+        assert_close([linear_cross_entropy(x, weight, targets)], [loss.detach()], 1e-12)

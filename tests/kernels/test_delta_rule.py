@@ -1,0 +1,123 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from kernels.delta_rule import CASES, Case, gated_delta_rule
+from kernels.delta_rule.reference import gated_delta_rule_chunked, gated_delta_rule_recurrent
+from tests.closeness import assert_close, outputs_and_grads
+
+# The largest entry may differ by this much: 1e-10 is what float64 leaves after hundreds of products.
+LIMIT = 1e-10
+
+
+def inputs_of(case: Case, keys: str, decay: str, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    rows, tokens, key_heads, heads, key_dim, value_dim = case
+    shape = (rows, tokens, key_heads, key_dim)
+    q = normalize(torch.randn(shape, dtype=torch.float64), dim=-1)
+    k = torch.randn(shape, dtype=torch.float64)
+    if keys == "positive":
+        k = torch.rand(shape, dtype=torch.float64)
+    elif keys == "identical":
+        k = torch.ones(shape, dtype=torch.float64)
+    elif keys == "duplicated":
+        k = torch.randn(4, *shape[2:], dtype=torch.float64)[torch.randint(4, shape[:2])]
+    elif keys == "zero":
+        k = torch.zeros(shape, dtype=torch.float64)
+    v = torch.randn(rows, tokens, heads, value_dim, dtype=torch.float64)
+    log_decay = -torch.rand(rows, tokens, heads, dtype=torch.float64)
+    if decay == "one":
+        log_decay = torch.zeros_like(log_decay)
+    elif decay == "zero":
+        log_decay = torch.full_like(log_decay, -1e4)
+    elif decay == "mixed":
+        log_decay[:, ::3] = 0.0
+        log_decay[:, 1::7] = float("-inf")
+    beta = torch.rand(rows, tokens, heads, dtype=torch.float64)
+    state = torch.randn(rows, heads, key_dim, value_dim, dtype=torch.float64)
+    return [x.to(dtype) for x in (q, normalize(k, dim=-1, eps=1e-6), v, log_decay, beta, state)]
+
+
+def documents_of(rows: int, tokens: int, starts: float) -> Tensor:
+    return (torch.rand(rows, tokens) < starts).long().cumsum(1)
+
+
+def compare(inputs: list[Tensor], document: Tensor | None, limit: float) -> None:
+    def call(rule):
+        return lambda q, k, v, g, b, s: rule(q, k, v, g, b, document=document, state=s)
+
+    chunked = outputs_and_grads(call(gated_delta_rule_chunked), inputs)
+    recurrent = outputs_and_grads(call(gated_delta_rule_recurrent), inputs)
+    # -inf has no finite neighbour: the gate's own gradient there is of no use and is not compared.
+    is_finite = torch.isfinite(inputs[3])
+    for grads in (chunked, recurrent):
+        grads[5] = grads[5].where(is_finite, 0.0)
+    for ours, reference in zip(chunked, recurrent, strict=True):
+        assert torch.isfinite(ours).all()
+        scale = max(1.0, reference.abs().max().item())
+        assert (ours - reference).abs().max().item() <= limit * scale
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("keys", ["random", "positive", "duplicated", "identical", "zero"])
+@pytest.mark.parametrize("decay", ["random", "one", "zero", "mixed"])
+def test_chunked_equals_recurrent_in_float64(case: Case, keys: str, decay: str) -> None:
+    document = documents_of(case.rows, case.tokens, 0.05)
+    compare(inputs_of(case, keys, decay), document, LIMIT)
+
+
+@given(
+    tokens=st.integers(1, 150),
+    key_heads=st.integers(1, 3),
+    repeat=st.integers(1, 3),
+    starts=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+    keys=st.sampled_from(["random", "positive", "identical"]),
+    seed=st.integers(0, 2**20),
+)
+def test_chunked_equals_recurrent_for_any_shape_and_documents(
+    tokens: int, key_heads: int, repeat: int, starts: float, keys: str, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    case = Case(2, tokens, key_heads, key_heads * repeat, 5, 3)
+    compare(inputs_of(case, keys, "mixed"), documents_of(2, tokens, starts), LIMIT)
+
+
+def test_float32_stays_exact_after_a_strong_decay() -> None:
+    # A float32 running sum of log decays loses the small gates that follow a large one.
+    case = Case(1, 128, 1, 1, 8, 8)
+    inputs = inputs_of(case, "random", "random", torch.float32)
+    inputs[3] = torch.full_like(inputs[3], -1e-3)
+    inputs[3][:, 5] = -900.0
+    single = outputs_and_grads(lambda *x: gated_delta_rule(*x[:5], state=x[5]), inputs)
+    double = outputs_and_grads(
+        lambda *x: gated_delta_rule_recurrent(*x[:5], state=x[5]), [x.double() for x in inputs]
+    )
+    assert_close(single, double, 1e-5)
+
+
+def test_states_carry_over_between_calls() -> None:
+    inputs = inputs_of(Case(2, 100, 2, 4, 6, 5), "random", "random")
+    whole, last = gated_delta_rule(*inputs[:5], state=inputs[5])
+    head, middle = gated_delta_rule(*(x[:, :37] for x in inputs[:5]), state=inputs[5])
+    tail, end = gated_delta_rule(*(x[:, 37:] for x in inputs[:5]), state=middle)
+    assert_close([torch.cat([head, tail], 1), end], [whole, last], LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("k", lambda x: (x[0], x[1][:, :-1], *x[2:])),
+        ("v", lambda x: (x[0], x[1], x[2][:, :, :3], *x[3:])),
+        ("log_decay", lambda x: (*x[:3], x[3][:, :, :1], x[4])),
+        ("beta", lambda x: (*x[:4], x[4][:, :1])),
+        ("k", lambda x: (x[0], x[1].float(), *x[2:])),
+        ("q", lambda x: tuple(part[:, :0] for part in x)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_wrong_arguments_are_named(name: str, change) -> None:
+    inputs = inputs_of(Case(1, 8, 2, 4, 4, 4), "random", "random")[:5]
+    with pytest.raises(Exception, match=name):
+        gated_delta_rule(*change(tuple(inputs)))

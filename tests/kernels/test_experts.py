@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from kernels.experts import CASES, Case, routed_experts
+from kernels.experts.reference import experts_direct
+from tests.closeness import assert_close, outputs_and_grads
+
+
+def inputs_of(case: Case, routing: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    tokens, width, experts, top_k, hidden = case
+    scores = torch.rand(tokens, experts)
+    if routing == "one expert":
+        scores[:, 0] += 10
+    elif routing == "first and last idle" and experts - 2 >= top_k:
+        scores[:, [0, -1]] -= 10
+    chosen = scores.topk(top_k, dim=-1).indices
+    weights = torch.rand(tokens, top_k, dtype=dtype)
+    x = torch.randn(tokens, width, dtype=dtype)
+    gate_up = torch.randn(experts, 2 * hidden, width, dtype=dtype) / width**0.5
+    down = torch.randn(experts, width, hidden, dtype=dtype) / hidden**0.5
+    return [x, gate_up, down, chosen, weights]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("routing", ["random", "one expert", "first and last idle"])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_grouped_equals_one_token_at_a_time(
+    case: Case, routing: str, dtype: torch.dtype, limit: float
+) -> None:
+    inputs = inputs_of(case, routing, dtype)
+    ours = outputs_and_grads(routed_experts, inputs)
+    direct = outputs_and_grads(experts_direct, [x.double() if x.is_floating_point() else x for x in inputs])
+    assert_close(ours, direct, limit)
+
+
+def test_an_idle_expert_gets_a_zero_gradient() -> None:
+    inputs = inputs_of(Case(16, 16, 4, 1, 16), "one expert", torch.float32)
+    _, _, gate_up, down, _ = outputs_and_grads(routed_experts, inputs)
+    assert torch.equal(gate_up[1:], torch.zeros_like(gate_up[1:]))
+    assert torch.equal(down[1:], torch.zeros_like(down[1:]))
+    assert gate_up[0].abs().sum() > 0

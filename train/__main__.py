@@ -1,0 +1,47 @@
+"""`python -m train [group=option] [key=value]`: one run; with -m or another Hydra flag, Hydra's own ways."""
+
+import sys
+from typing import TYPE_CHECKING
+
+from conf.errors import exit_on_error
+
+if TYPE_CHECKING:
+    from train.config import RunConfig
+    from train.environment import Environment
+
+
+def main() -> None:
+    """Checks the config before anything slow, then trains."""
+    arguments = sys.argv[1:]
+    if any(argument.startswith("-") for argument in arguments):
+        from train.sweep import hydra_main
+
+        hydra_main(arguments)
+        return
+    with exit_on_error():
+        start(arguments)
+
+
+def start(arguments: list[str]) -> None:
+    """One run from its overrides. Raises the errors of conf.errors."""
+    from train.config import load_config
+    from train.environment import read_environment
+
+    environment = read_environment()
+    config = load_config(arguments, environment.world_size)
+    run_checked(config, environment)
+
+
+def run_checked(config: "RunConfig", environment: "Environment") -> None:
+    """Shows a checked config and trains."""
+    if environment.rank == 0:
+        from train.show import show_config
+
+        show_config(config, environment.world_size)
+    from train.run import run
+
+    run(config, environment)
+
+
+if __name__ == "__main__":
+    main()

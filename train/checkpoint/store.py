@@ -1,0 +1,376 @@
+"""Checkpoints that are either committed and verified or not there, with fallback to the newest good one."""
+
+import re
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from conf.errors import CheckpointError, StorageError
+from train.checkpoint.atomic import sync_directory, write_durably
+from train.checkpoint.manifest import (
+    MANIFEST,
+    encode_manifest,
+    inspect_entries,
+    inspect_files,
+    inspect_manifest,
+    read_manifest,
+    step_name,
+    verify,
+)
+from train.checkpoint.ranks import Ranks
+from train.checkpoint.storage import (
+    DigestingFileSystem,
+    KeyPath,
+    flatten,
+    read_metadata,
+    read_state,
+    unflatten_into,
+    write_state,
+)
+
+__all__ = ["CheckpointStore", "Loaded", "read_manifest", "verify"]
+
+_COMMITTED = re.compile(r"step_(\d{8,})")
+_LEFTOVER = re.compile(r"step_\d{8,}\.(tmp|deleting|replaced)")
+_SET_ASIDE = re.compile(r"step_\d{8,}\.corrupt(\.\d+)?")
+# Enough of a list to see what went wrong; the rest is counted.
+_SHOWN_KEYS = 10
+
+
+class Loaded(NamedTuple):
+    """What `load_latest` found.
+
+    `extra` is what `save` was given. `set_aside` has a line for each newer checkpoint that was bad,
+    `skipped` the optional keys of this rank's state that the checkpoint does not have.
+    """
+
+    step: int
+    extra: dict[str, Any]
+    path: Path
+    set_aside: list[str]
+    skipped: list[str]
+
+
+class CheckpointStore:
+    """The checkpoints of one run, under `directory`, shared by all ranks.
+
+    `directory` must be on storage that every rank sees. `keep` is how many of the newest verified
+    checkpoints stay, at least 2. With `size` above 1 every method but `candidates` is collective over
+    the default torch.distributed group; with 1 no group is needed.
+    """
+
+    def __init__(self, directory: Path, *, keep: int, rank: int = 0, size: int = 1) -> None:
+        assert keep >= 2, f"{keep=}"
+        assert 0 <= rank < size, f"{rank=} {size=}"
+        self.directory = directory
+        self.keep = keep
+        self._ranks = Ranks(rank, size)
+        self._verified: set[int] = set()
+
+    def save(self, step: int, state: Mapping[str, Any], extra: Mapping[str, Any]) -> Path:
+        """Write and commit the checkpoint of `step`; returns its directory.
+
+        `state` is nested mappings of tensors, DTensors and plain values; keys may differ between ranks.
+        `extra` is strict JSON, and rank 0's counts. A checkpoint of the same step is replaced once the
+        new one is complete. Then all but the newest `keep` verified ones are deleted.
+
+        Raises StorageError on every rank when one could not write; earlier checkpoints are then as they
+        were. Raises RuntimeError for a state or an extra that cannot be stored.
+        """
+        final = self.directory / step_name(step)
+        temporary = final.with_name(final.name + ".tmp")
+        action = f"checkpoint of step {step} not saved"
+        try:
+            flat: dict[str, Any] = {}
+            # Before the collective write: a rank that refuses its state there would leave the others waiting.
+            self._ranks.together(action, lambda: flat.update(flatten(state)[0]))
+            self._ranks.on_first(action, lambda: self._prepare(temporary, step, extra))
+            written = self._ranks.together(action, lambda: self._write(temporary, flat))
+            files = {name: entry for entries in written for name, entry in entries.items()}
+            self._ranks.on_first(action, lambda: self._commit(temporary, final, step, files, extra))
+        except Exception:
+            if self._ranks.rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        self._verified.discard(step)
+        self._retain(step)
+        return final
+
+    def candidates(self) -> list[int]:
+        """Steps of the committed checkpoints, newest first; none of them is verified."""
+        matches = (_COMMITTED.fullmatch(path.name) for path in self._directories())
+        return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+    def load_latest(
+        self,
+        state: Mapping[str, Any],
+        *,
+        partial: tuple[str, ...] = (),
+        optional: tuple[str, ...] = (),
+        read_only: bool = False,
+    ) -> Loaded | None:
+        """Load the newest intact checkpoint into `state`, in place; None when the run has none.
+
+        Nothing is unpickled before the digests of the whole checkpoint agree. A bad checkpoint is
+        renamed to `step_X.corrupt`, with a printed line, and the next older one is tried. Leftovers of
+        interrupted saves are removed. With `read_only` nothing is renamed or removed, so that another
+        process may own the run.
+
+        Every key of `state` must be stored with the same shape and dtype, and the reverse. `partial`
+        waives the reverse for stored keys outside these dotted prefixes. `optional` waives both ways for
+        keys under its prefixes, such as the random state of a rank that another world size lacks; what is
+        not stored keeps its value and is listed in `skipped`.
+
+        Raises CheckpointError when there are checkpoints and all are bad, and when the keys differ.
+        """
+        if not read_only:
+            self._ranks.on_first("checkpoints not swept", self._sweep)
+        steps = self._ranks.on_first("checkpoints not listed", self.candidates)
+        set_aside: list[str] = []
+        for step in steps:
+            path = self.directory / step_name(step)
+            problems = self._problems(path)
+            if not problems:
+                self._verified.add(step)
+                return self._read(path, state, partial, optional, set_aside)
+            set_aside.append(self._reject(path, problems, read_only))
+        bad = set_aside or self._ranks.on_first("checkpoints not listed", self._set_aside_earlier)
+        if bad:
+            raise CheckpointError(
+                f"{self.directory}: every checkpoint is bad; restore one, or delete these to start anew: "
+                + " | ".join(bad)
+            )
+        return None
+
+    def _open_file_system(self) -> DigestingFileSystem:
+        return DigestingFileSystem()
+
+    def _directories(self) -> list[Path]:
+        if not self.directory.is_dir():
+            return []
+        return [path for path in self.directory.iterdir() if path.is_dir() and not path.is_symlink()]
+
+    def _prepare(self, temporary: Path, step: int, extra: Mapping[str, Any]) -> None:
+        # An extra that JSON refuses must fail before the expensive part.
+        encode_manifest({"step": step, "extra": dict(extra)})
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        temporary.mkdir()
+
+    def _write(self, temporary: Path, flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        fs = self._open_file_system()
+        write_state(flat, temporary, fs, rank=self._ranks.rank, alone=self._ranks.size == 1)
+        return fs.entries
+
+    def _commit(
+        self,
+        temporary: Path,
+        final: Path,
+        step: int,
+        files: Mapping[str, Mapping[str, Any]],
+        extra: Mapping[str, Any],
+    ) -> None:
+        manifest = encode_manifest(
+            {
+                "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "extra": dict(extra),
+                "files": dict(files),
+                "step": step,
+                "torch": str(torch.__version__),
+                "world_size": self._ranks.size,
+            }
+        )
+        write_durably(temporary / MANIFEST, manifest)
+        sync_directory(temporary)
+        replaced = final.with_name(final.name + ".replaced")
+        if final.exists():
+            # A kill between the two renames leaves the old one as .replaced; the sweep puts it back.
+            final.rename(replaced)
+        try:
+            temporary.rename(final)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(final)
+            raise
+        sync_directory(self.directory)
+        if replaced.exists():
+            shutil.rmtree(replaced)
+
+    def _sweep(self) -> None:
+        """Remove what interrupted saves and deletions left; restore what an interrupted replacement hid."""
+        for path in self._directories():
+            match = _LEFTOVER.fullmatch(path.name)
+            if match is None:
+                continue
+            committed = path.with_suffix("")
+            if match[1] == "replaced" and not committed.exists():
+                path.rename(committed)
+            else:
+                shutil.rmtree(path)
+
+    def _problems(self, path: Path) -> list[str]:
+        """What any rank finds wrong with `path`, the files shared out over the ranks. Collective."""
+
+        def inspect() -> list[str]:
+            manifest, problems = inspect_manifest(path)
+            if problems:
+                return problems
+            rank, size = self._ranks
+            # By size, so that equal shards go to different ranks.
+            names = sorted(manifest["files"], key=lambda name: (manifest["files"][name]["size"], name))
+            return inspect_entries(path, manifest) + inspect_files(path, manifest, names[rank::size])
+
+        reports = self._ranks.together(f"{path} not verified", inspect)
+        return list(dict.fromkeys(problem for report in reports for problem in report))
+
+    def _reject(self, path: Path, problems: list[str], read_only: bool) -> str:
+        """Set a bad checkpoint aside; returns the line that says so. Collective."""
+
+        def rename() -> str:
+            target = path.with_name(path.name + ".corrupt")
+            count = 1
+            while target.exists():
+                count += 1
+                target = path.with_name(f"{path.name}.corrupt.{count}")
+            path.rename(target)
+            sync_directory(self.directory)
+            return target.name
+
+        reason = _shortened(problems, 3)
+        if read_only:
+            line = f"{path.name} skipped: {reason}"
+        else:
+            name = self._ranks.on_first(f"{path} not set aside", rename)
+            line = f"{path.name} set aside as {name}: {reason}"
+        if self._ranks.rank == 0:
+            print(f"checkpoint {line}", flush=True)
+        return line
+
+    def _set_aside_earlier(self) -> list[str]:
+        # A requeued run must not start from nothing because the run before it set everything aside.
+        names = sorted(path.name for path in self._directories() if _SET_ASIDE.fullmatch(path.name))
+        return [f"{name}: set aside by an earlier start" for name in names]
+
+    def _read(
+        self,
+        path: Path,
+        state: Mapping[str, Any],
+        partial: tuple[str, ...],
+        optional: tuple[str, ...],
+        set_aside: list[str],
+    ) -> Loaded:
+        flat: dict[str, Any] = {}
+        paths: dict[str, KeyPath] = {}
+        found: list[tuple[dict[str, Any], Metadata]] = []
+
+        def compare() -> dict[str, Any]:
+            leaves, leaf_paths = flatten(state)
+            flat.update(leaves)
+            paths.update(leaf_paths)
+            manifest = read_manifest(path)
+            metadata = read_metadata(path, manifest["files"])
+            found.append((manifest, metadata))
+            stored = metadata.state_dict_metadata
+            return {
+                "wanted": sorted(flat),
+                "missing": [key for key in flat if key not in stored and not _is_under(key, optional)],
+                "misshaped": _misshaped(flat, stored),
+            }
+
+        reports = self._ranks.together(f"{path} not loaded", compare)
+        manifest, metadata = found[0]
+        wanted = {key for report in reports for key in report["wanted"]}
+        stored = metadata.state_dict_metadata
+        unexpected = {
+            key
+            for key in stored
+            if key not in wanted and not _is_under(key, optional) and (not partial or _is_under(key, partial))
+        }
+        differences = {
+            "missing": {key for report in reports for key in report["missing"]},
+            "unexpected": unexpected,
+            "misshaped": {key for report in reports for key in report["misshaped"]},
+        }
+        _refuse_differences(path, differences)
+        held = {key: value for key, value in flat.items() if key in stored}
+
+        def read() -> None:
+            read_state(held, path, metadata, rank=self._ranks.rank, alone=self._ranks.size == 1)
+
+        self._ranks.together(f"{path} not loaded", read)
+        unflatten_into(state, held, paths)
+        return Loaded(manifest["step"], manifest["extra"], path, set_aside, sorted(set(flat) - set(held)))
+
+    def _retain(self, saved: int) -> None:
+        """Delete all but the newest `keep` checkpoints that read back as they were written. Collective."""
+        steps = self._ranks.on_first("checkpoints not listed", self.candidates)
+        if len(steps) <= self.keep:
+            return
+        kept = 0
+        for step in steps:
+            path = self.directory / step_name(step)
+            if kept == self.keep:
+                self._ranks.on_first("old checkpoint not deleted", lambda path=path: self._delete(path))
+                self._verified.discard(step)
+                continue
+            problems = [] if step in self._verified else self._problems(path)
+            if not problems:
+                self._verified.add(step)
+                kept += 1
+                continue
+            line = self._reject(path, problems, read_only=False)
+            if step == saved:
+                raise StorageError(f"{path}: does not read back as it was written; check the storage: {line}")
+
+    def _delete(self, path: Path) -> None:
+        # Renamed first: a deletion that a kill cuts in half leaves no directory that looks committed.
+        doomed = path.with_name(path.name + ".deleting")
+        try:
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            # The new checkpoint is safe: a full trash bin is no reason to stop a run.
+            print(f"checkpoint {path.name} not deleted, tried again after the next save: {error}", flush=True)
+
+
+def _is_under(key: str, prefixes: Iterable[str]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _misshaped(flat: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for key, value in flat.items():
+        if key in stored and (asked := _form_of(value)) != (found := _form_of(stored[key])):
+            lines.append(f"{key} (found {found}, expected {asked})")
+    return lines
+
+
+def _form_of(value: Any) -> str:
+    if isinstance(value, TensorStorageMetadata):
+        return f"{value.properties.dtype} {list(value.size)}"
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    return "plain value"
+
+
+def _refuse_differences(path: Path, differences: Mapping[str, set[str]]) -> None:
+    parts = [
+        f"{len(keys)} {name}: {_shortened(sorted(keys), _SHOWN_KEYS, ', ')}"
+        for name, keys in differences.items()
+        if keys
+    ]
+    if parts:
+        raise CheckpointError(
+            f"{path}: its state is not that of this run; {'; '.join(parts)}; "
+            "resume with the model and optimizer settings it was saved with"
+        )
+
+
+def _shortened(items: list[str], limit: int, separator: str = "; ") -> str:
+    more = f"{separator}and {len(items) - limit} more" if len(items) > limit else ""
+    return separator.join(items[:limit]) + more

@@ -1,0 +1,49 @@
+"""`python -m train.evaluate run=DIR`: held-out loss and bits per byte of the newest checkpoint of a run."""
+
+import sys
+
+import torch
+from pydantic import Field
+
+from conf.compose import Config, parse_command
+from conf.errors import exit_on_error
+
+
+class EvaluateCommand(Config):
+    """Arguments of the command."""
+
+    run: str
+    rows: int | None = Field(default=None, ge=1)
+
+
+def main(arguments: list[str]) -> None:
+    """Prints the scores as a table. Raises the errors of conf.errors."""
+    from parallel.world import World
+    from train.evaluation import evaluate
+    from train.finished import load_model, open_run
+    from train.run import open_data
+    from train.track.report import print_table
+
+    command = parse_command(arguments, EvaluateCommand)
+    config = open_run(command.run)
+    loader = open_data(config)
+    model, step = load_model(command.run, config)
+    rows = command.rows or loader.held_out_rows
+    world = World(0, 1, torch.device("cpu"), None)
+    held_out = evaluate(model, loader, world, rows=rows, micro_batch=config.rank_rows(1)[1])
+    print_table(
+        "Held-out documents",
+        {
+            "run": command.run,
+            "step": f"{step:,}",
+            "windows": f"{min(rows, loader.held_out_rows):,} of {loader.held_out_rows:,}",
+            "targets": f"{held_out.targets:,}",
+            "loss (nats per token)": f"{held_out.loss:.4f}",
+            "bits per byte": f"{held_out.bits_per_byte:.4f}",
+        },
+    )
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main(sys.argv[1:])

@@ -1,0 +1,52 @@
+"""Held-out loss in nats per token and bits per byte."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from data.loader import Loader
+from kernels.cross_entropy import IGNORED
+from model.language_model import LanguageModel
+from model.mixer import Sequence
+from parallel.world import World
+from train.step import to_device
+
+
+class Evaluation(NamedTuple):
+    """Loss on held-out documents. bits_per_byte is exact only over all of them, else an estimate."""
+
+    loss: float
+    bits_per_byte: float
+    targets: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: LanguageModel, loader: Loader, world: World, *, rows: int, micro_batch: int
+) -> Evaluation:
+    """The loss over the first `rows` held-out windows, shared out over the ranks.
+
+    The dataset must hold out at least one document.
+    """
+    was_training = model.training
+    model.eval()
+    rows = min(rows, loader.held_out_rows)
+    totals = torch.zeros(2, dtype=torch.float64, device=world.device)
+    stride = world.size * micro_batch
+    for start in range(0, rows, stride):
+        # Every rank runs every round, also with nothing to count: sharded weights are gathered together.
+        first = start + world.rank * micro_batch
+        batch = to_device(loader.held_out(first, micro_batch), world.device)
+        targets = batch.targets.clone()
+        targets[max(0, rows - first) :] = IGNORED
+        losses = model.loss(batch.tokens, targets, Sequence(batch.position, batch.document))
+        totals[0] += losses.cross_entropy.double()
+        totals[1] += (targets != IGNORED).sum()
+    world.sum(totals)
+    model.train(was_training)
+    nats, count = totals.tolist()
+    # The first token of a document is given, all others are predicted: exact over all documents.
+    card = loader.card.held_out
+    bytes_per_target = card.bytes / (card.tokens - card.documents)
+    return Evaluation(nats / count, nats / math.log(2) / (count * bytes_per_target), int(count))

@@ -1,0 +1,243 @@
+"""A run from its config to its last report: build, resume, train, evaluate, save, show."""
+
+import json
+import uuid
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from conf.errors import ConfigError, NumericsError, Violation, as_storage_error
+from data.loader import Batch, Loader
+from model.language_model import LanguageModel
+from parallel.apply import build_parallel
+from parallel.world import World, open_world
+from train.checkpoint.atomic import write_atomically
+from train.checkpoint.lock import RunLock
+from train.checkpoint.store import CheckpointStore
+from train.config import RunConfig, differences
+from train.environment import Environment
+from train.evaluation import evaluate
+from train.finish import finish
+from train.interrupt import PREEMPT, REQUEUE, Interrupt
+from train.measure import Meter
+from train.optimizer import build_optimizer
+from train.state import TrainState
+from train.step import StepResult, train_step
+from train.track.tracker import Tracker
+
+CONFIG_FILE, RUN_FILE, CHECKPOINTS = "config.json", "run.json", "checkpoints"
+
+
+def run(config: RunConfig, environment: Environment) -> None:
+    """Trains from the newest checkpoint of the run directory, or from step 0, to the last step.
+
+    A request to stop saves, leaves the file REQUEUE in the run directory and returns.
+
+    Raises the errors of conf.errors, each with the exit code for the launcher.
+    """
+    directory = Path(config.run.dir)
+    is_first = environment.rank == 0
+    lock = RunLock(directory, slurm_job_id=environment.slurm_job) if is_first else nullcontext()
+    ranks = (environment.rank, environment.world_size, environment.local_rank)
+    with lock:
+        if is_first:
+            claim(directory, config)
+        with open_world(config.parallel, *ranks) as world:
+            run_in_world(config, world)
+
+
+def run_in_world(config: RunConfig, world: World) -> None:
+    """The run on its processes, its directory claimed."""
+    directory = Path(config.run.dir)
+    loader = open_data(config)
+    state = build_state(config, world)
+    store = CheckpointStore(
+        directory / CHECKPOINTS, keep=config.checkpoint.keep, rank=world.rank, size=world.size
+    )
+    resume(state, store, loader, world)
+    run_id = read_run_id(directory) if world.rank == 0 else ""
+    tracker = Tracker(
+        config.track, directory, run_id, config.model_dump(), world.rank, config.train.steps
+    )
+    try:
+        tracker.resume(state.step)
+        is_done = train(state, loader, store, tracker, config, world)
+        if is_done:
+            finish(state, loader, tracker, config, world)
+    finally:
+        tracker.close()
+
+
+def train(
+    state: TrainState,
+    loader: Loader,
+    store: CheckpointStore,
+    tracker: Tracker,
+    config: RunConfig,
+    world: World,
+) -> bool:
+    """The loop. True when the last step is done, False when a request to stop came first."""
+    directory = Path(config.run.dir)
+    interrupt = Interrupt(directory, watches_file=world.rank == 0)
+    meter = Meter(config, world.device, world.size)
+    while state.step < config.train.steps:
+        meter.start_step()
+        batch = next_batch(state, loader, config, world)
+        meter.end_data()
+        samples = digest_samples(batch, world)
+        result = train_step(state, batch, config, world)
+        tracker.log(state.step, step_metrics(state, result, meter, samples))
+        check_numerics(state, result, config)
+
+        is_last = state.step == config.train.steps
+        has_held_out = loader.held_out_rows > 0
+        if has_held_out and state.step % config.train.evaluate_every == 0 and not is_last:
+            rows, micro = config.train.evaluate_rows, config.rank_rows(world.size)[1]
+            held_out = evaluate(state.model, loader, world, rows=rows, micro_batch=micro)
+            tracker.log_evaluation(state.step, held_out._asdict())
+        must_stop = is_requested(interrupt, world) and not is_last
+        if is_last or must_stop or state.step % config.checkpoint.every == 0:
+            save(state, store, loader, world)
+        if must_stop:
+            if world.rank == 0:
+                write_atomically(directory / REQUEUE, f"stopped at step {state.step}\n".encode())
+                print(f"asked to stop: saved step {state.step} of {config.train.steps}", flush=True)
+            return False
+    return True
+
+
+def claim(directory: Path, config: RunConfig) -> None:
+    """Makes the directory the run's: its config saved, its identity drawn, old stop requests removed.
+
+    Raises ConfigError with every key in which the config differs from the one that the run was started
+    with, StorageError when the directory cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        saved, wanted = directory / CONFIG_FILE, config.model_dump(mode="json")
+        if saved.exists():
+            found = differences(json.loads(saved.read_text()), wanted)
+            if found:
+                raise ConfigError([*found, _other_directory(directory)])
+        write_atomically(saved, (json.dumps(wanted, indent=2) + "\n").encode())
+        if not (directory / RUN_FILE).exists():
+            identity = {"id": uuid.uuid4().hex[:12]}
+            write_atomically(directory / RUN_FILE, (json.dumps(identity) + "\n").encode())
+        for name in (PREEMPT, REQUEUE):
+            (directory / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise as_storage_error(error, directory) from error
+
+
+def _other_directory(directory: Path) -> Violation:
+    return Violation("run.dir", f"{directory} holds that run; choose another directory, or set the keys back")
+
+
+def read_run_id(directory: Path) -> str:
+    """The identity of the run, kept over restarts."""
+    return str(json.loads((directory / RUN_FILE).read_text())["id"])
+
+
+def open_data(config: RunConfig) -> Loader:
+    """The loader of the prepared dataset. Raises DataError when it does not fit the model."""
+    return Loader(
+        Path(config.data.directory),
+        sequence_length=config.data.sequence_length,
+        seed=config.train.seed,
+        weights=config.data.weights,
+        vocab_size=config.model.vocab_size,
+    )
+
+
+def build_state(config: RunConfig, world: World) -> TrainState:
+    """The state before the first step: the same weights for every layout."""
+    with torch.device("meta"):
+        model = LanguageModel(config.architecture, getattr(torch, config.precision.compute))
+    model.to(getattr(torch, config.precision.parameters))
+    model = build_parallel(model, config.parallel, world, config.train.seed)
+    # Dropout differs between ranks, weights do not.
+    torch.manual_seed(config.train.seed * 100_003 + world.rank)
+    return TrainState(model, build_optimizer(model, config.optim))
+
+
+def save(state: TrainState, store: CheckpointStore, loader: Loader, world: World) -> None:
+    """Commits a checkpoint of the state. Raises StorageError."""
+    extra = {"counters": state.counters(), "data": loader.fingerprint}
+    store.save(state.step, state.tensors(world), extra)
+
+
+def resume(state: TrainState, store: CheckpointStore, loader: Loader, world: World) -> None:
+    """Takes over the newest good checkpoint, if there is one. Mutates the state.
+
+    Raises CheckpointError when none is usable, ConfigError when the data is other than the run's.
+    """
+    tensors = state.tensors(world)
+    loaded = store.load_latest(tensors, optional=("random",))
+    if loaded is None:
+        # Asking for the optimizer's tensors made it allocate them; the first step must find none.
+        state.optimizer.state.clear()
+        return
+    if loaded.extra["data"] != loader.fingerprint:
+        message = f"{loaded.path} was trained on {loaded.extra['data']}; found {loader.fingerprint}"
+        raise ConfigError([Violation("data.directory", message + "; point it back to that dataset")])
+    state.restore(tensors, loaded.extra["counters"], world)
+    if world.rank == 0:
+        print(f"resumed at step {state.step} from {loaded.path}", flush=True)
+
+
+def next_batch(state: TrainState, loader: Loader, config: RunConfig, world: World) -> Batch:
+    """This rank's rows of the next global batch."""
+    rows, _ = config.rank_rows(world.size)
+    return loader.batch(state.cursor + world.rank * rows, rows)
+
+
+def digest_samples(batch: Batch, world: World) -> str:
+    """A digest of the sample ids of the global batch, as every rank really drew them."""
+    ids = world.gather(batch.sample_ids.to(world.device)).cpu()
+    return xxhash.xxh3_64_hexdigest(ids.numpy().tobytes())
+
+
+def is_requested(interrupt: Interrupt, world: World) -> bool:
+    """Whether any rank was asked to stop; all ranks agree."""
+    flag = torch.tensor(float(interrupt.is_requested), device=world.device)
+    return bool(world.sum(flag) > 0)
+
+
+def check_numerics(state: TrainState, result: StepResult, config: RunConfig) -> None:
+    """Raises NumericsError after too many steps in a row without a finite loss and gradient norm."""
+    if state.skipped > config.train.max_skipped:
+        first = state.cursor - state.skipped * config.train.global_batch
+        raise NumericsError(
+            f"step {state.step}: loss {result.loss}, gradient norm {result.grad_norm}, for {state.skipped} "
+            f"steps in a row (sequences {first} to {state.cursor - 1}); weights are those before; lower "
+            f"optim.lr, or raise train.max_skipped above {config.train.max_skipped}"
+        )
+
+
+def step_metrics(state: TrainState, result: StepResult, meter: Meter, samples: str) -> dict[str, Any]:
+    """One line of metrics.jsonl, and the panels made from it."""
+    seconds = meter.end_step()
+    metrics: dict[str, Any] = {
+        "step": state.step,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "lr": result.lr,
+        "tokens": state.tokens,
+        "seconds": seconds,
+        "samples": samples,
+        "loss/cross_entropy": result.loss,
+        "loss/balance": result.balance,
+        "optimizer/grad_norm": result.grad_norm,
+        "optimizer/lr": result.lr,
+        "optimizer/skipped": int(result.is_skipped),
+        "data/tokens": state.tokens,
+        "data/sequences": state.cursor,
+    }
+    for layer, (load, entropy) in enumerate(zip(result.load, result.entropy, strict=True)):
+        metrics[f"router/max_violation_{layer}"] = float(load.max() / load.mean() - 1)
+        metrics[f"router/idle_experts_{layer}"] = int((load == 0).sum())
+        metrics[f"router/entropy_{layer}"] = float(entropy)
+    return metrics | meter.readings(result.targets, seconds)

@@ -1,0 +1,45 @@
+"""`python -m train.sample run=DIR prompt="def "`: text from the newest checkpoint of a run."""
+
+import sys
+from pathlib import Path
+
+import torch
+from pydantic import Field
+
+from conf.compose import Config, parse_command
+from conf.errors import exit_on_error
+
+
+class SampleCommand(Config):
+    """Arguments of the command."""
+
+    run: str
+    prompt: str = "def "
+    tokens: int = Field(default=200, ge=1)
+    temperature: float = Field(default=0.7, ge=0)
+    seed: int = Field(default=0, ge=0)
+
+
+def main(arguments: list[str]) -> None:
+    """Prints the prompt and its continuation. Raises the errors of conf.errors."""
+    from data.card import TOKENIZER
+    from data.tokenizer import load_tokenizer
+    from parallel.world import World
+    from train.config import SampleConfig
+    from train.finish import sample_text
+    from train.finished import load_model, open_run
+
+    command = parse_command(arguments, SampleCommand)
+    config = open_run(command.run)
+    model, step = load_model(command.run, config)
+    print(f"step {step} of {command.run}", file=sys.stderr)
+    sample = SampleConfig(prompt=command.prompt, tokens=command.tokens, temperature=command.temperature)
+    train = config.train.model_copy(update={"seed": command.seed})
+    world = World(0, 1, torch.device("cpu"), None)
+    tokenizer = load_tokenizer(Path(config.data.directory) / TOKENIZER)
+    print(sample_text(model, tokenizer, config.model_copy(update={"sample": sample, "train": train}), world))
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main(sys.argv[1:])
