@@ -166,7 +166,7 @@ def _keys_of_annotation(annotation: Any, key: str) -> Iterator[str]:
 
 
 def _violation(detail: ErrorDetails, known: Sequence[str], tree: Mapping[str, Any]) -> Violation:
-    parts = _without_tags([str(part) for part in detail["loc"]], tree)
+    parts = _without_tags([str(part) for part in detail["loc"]], tree, is_missing=detail["type"] == "missing")
     key = ".".join(parts)
     if detail["type"] == "extra_forbidden":
         return Violation(key, f"unknown key{_closest_key(parts, known)}")
@@ -186,11 +186,12 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _without_tags(parts: Sequence[str], tree: Mapping[str, Any]) -> list[str]:
+def _without_tags(parts: Sequence[str], tree: Mapping[str, Any], *, is_missing: bool) -> list[str]:
     # A tagged union puts its tag into the path, where the user typed no key.
     kept, node = [], tree
     for index, part in enumerate(parts):
-        if isinstance(node, Mapping) and part not in node and index < len(parts) - 1:
+        is_absent = isinstance(node, Mapping) and part not in node
+        if is_absent and not (is_missing and index == len(parts) - 1):
             continue
         kept.append(part)
         node = node.get(part) if isinstance(node, Mapping) else None

@@ -5,6 +5,7 @@ import glob
 import gzip
 import json
 import lzma
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -62,23 +63,28 @@ def find_files(name: str, corpus: CorpusConfig) -> list[Path]:
     if source.is_file():
         return [source]
     if source.is_dir():
-        found = [path for path in source.rglob("*") if _is_wanted(path.relative_to(source), suffixes)]
+        found = list(_walk(source))
     elif glob.has_magic(str(source)):
         matches = (Path(match) for match in glob.glob(str(source), recursive=True))
-        found = [path for path in matches if not suffixes or path.suffix in suffixes]
+        found = list(matches)
     else:
         raise DataError(f"{key}: no such file or directory; correct the path")
-    files = sorted(path for path in found if path.is_file())
+    files = sorted(path for path in found if (not suffixes or path.suffix in suffixes) and path.is_file())
     if not files:
         wanted = f" ending in {', '.join(suffixes)}" if suffixes else ""
         raise DataError(f"{key}: found no file{wanted}; correct the source")
     return files
 
 
-def _is_wanted(relative: Path, suffixes: tuple[str, ...]) -> bool:
-    hidden = any(part.startswith(".") for part in relative.parts)
-    skipped = not _SKIPPED_DIRECTORIES.isdisjoint(relative.parts)
-    return not hidden and not skipped and (not suffixes or relative.suffix in suffixes)
+def _walk(root: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        # In place: what is taken out is not walked, and site-packages may hold more than all the rest.
+        folders[:] = [name for name in folders if not _is_hidden(name) and name not in _SKIPPED_DIRECTORIES]
+        yield from (Path(folder, name) for name in names if not _is_hidden(name))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def _read_files(name: str, corpus: CorpusConfig) -> Iterator[Document]:

@@ -43,7 +43,7 @@ def shard_data(model: LanguageModel, config: ParallelConfig, mesh: DeviceMesh) -
             module.set_force_sum_reduction_for_comms(True)
 
 
-def sync_gradients(model: nn.Module, *, is_last: bool) -> None:
-    """Whether the next backward reduces gradients over ranks; only the last micro-batch needs to."""
+def reduce_over_copies(model: nn.Module, *, is_last: bool) -> None:
+    """Whether the next backward also sums gradients over dp_replicate; the last micro-batch must."""
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(is_last)
+        model.set_requires_all_reduce(is_last)

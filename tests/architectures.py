@@ -43,10 +43,10 @@ def random_model(config: Architecture, dtype: torch.dtype) -> LanguageModel:
 
 
 @torch.no_grad()
-def randomise(module: nn.Module) -> None:
+def randomise(module: nn.Module, *, with_buffers: bool = True) -> None:
     """Every parameter and buffer near a random value of a size that keeps activations of order one."""
     for parameter in module.parameters():
         fan_in = parameter.shape[-1] if parameter.ndim > 1 else 1
-        parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64) * (0.7 / fan_in**0.5))
-    for buffer in module.buffers():
+        parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64) * (0.5 / fan_in**0.5))
+    for buffer in module.buffers() if with_buffers else ():
         buffer.copy_(torch.randn(buffer.shape, dtype=torch.float64) * 0.05)

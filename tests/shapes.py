@@ -37,7 +37,12 @@ class UncheckedKernels:
 
 
 def check_imports() -> None:
-    """From here on, modules of CHECKED are imported with every annotated call checked."""
+    """From here on, modules of CHECKED are imported with every annotated call checked.
+
+    A second call in one process changes nothing.
+    """
+    if any(isinstance(finder, UncheckedKernels) for finder in sys.meta_path):
+        return
     early = sorted(name for name in sys.modules if name.split(".")[0] in CHECKED)
     assert not early, f"imported before their shapes could be checked: {early}"
     install_import_hook(CHECKED, "tests.shapes.check")

@@ -1,9 +1,12 @@
 """A world of processes gives results in order, the first error, and an end."""
 
+import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
@@ -11,7 +14,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests import worlds
 from tests.worlds import WorldError, run_world
+
+ROOT = Path(__file__).parents[1]
 
 
 def _sum(rank: int, size: int, scale: float) -> tuple[int, torch.Tensor]:
@@ -41,7 +47,8 @@ def _fail_unpicklably(rank: int, size: int) -> None:
 
 def _hang(rank: int, size: int, folder: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    (folder / f"pids-{rank}").write_text(f"{os.getpid()} {child.pid}")
+    for pid in (os.getpid(), child.pid):
+        (folder / f"pid-{pid}").touch()
     if rank == 0:
         dist.all_reduce(torch.zeros(1))
     time.sleep(600)
@@ -55,6 +62,17 @@ def _die(rank: int, size: int) -> None:
 
 def _without_group(rank: int, size: int) -> bool:
     return dist.is_initialized()
+
+
+def hanging(folder: Path) -> list[int]:
+    return [int(path.name.removeprefix("pid-")) for path in folder.glob("pid-*")]
+
+
+def survivors(folder: Path) -> list[psutil.Process]:
+    pids = hanging(folder)
+    assert len(pids) == 4
+    processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    return psutil.wait_procs(processes, timeout=5)[1]
 
 
 def test_results_come_in_rank_order() -> None:
@@ -97,7 +115,31 @@ def test_a_hang_is_cut_and_leaves_no_process(tmp_path: Path) -> None:
         run_world(2, _hang, tmp_path, timeout=6.0)
     assert time.monotonic() - start < 15
     assert "all_reduce" in str(caught.value)
-    pids = [int(pid) for path in tmp_path.glob("pids-*") for pid in path.read_text().split()]
-    assert len(pids) == 4
-    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=5)
-    assert alive == []
+    assert survivors(tmp_path) == []
+
+
+def test_ranks_end_with_a_session_that_is_killed(tmp_path: Path) -> None:
+    program = (
+        "import pathlib, sys\n"
+        "from tests import test_worlds, worlds\n"
+        "if __name__ == '__main__':\n"
+        "    worlds.run_world(2, test_worlds._hang, pathlib.Path(sys.argv[1]))\n"
+    )
+    session = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while len(hanging(tmp_path)) < 4 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    session.kill()
+    session.wait()
+    assert survivors(tmp_path) == []
+
+
+def test_of_two_errors_the_earlier_is_raised(tmp_path: Path) -> None:
+    readers = []
+    for moment, error in ((2.0, ValueError("effect")), (1.0, KeyError("cause"))):
+        reader, writer = multiprocessing.Pipe(duplex=False)
+        writer.send_bytes(pickle.dumps((moment, None, error)))
+        readers.append(reader)
+    processes: list[BaseProcess] = [multiprocessing.Process() for _ in readers]
+    with pytest.raises(KeyError, match="cause"):
+        worlds._collect(processes, readers, tmp_path, time.monotonic() + 5)

@@ -1,6 +1,5 @@
 """Worlds of gloo processes on this machine, cheap enough for a unit test."""
 
-import ctypes
 import faulthandler
 import functools
 import multiprocessing
@@ -9,6 +8,7 @@ import os
 import pickle
 import signal
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -27,6 +27,7 @@ PRELOADED = (
     "torch.distributed.pipelining",
     "torch.distributed.tensor",
     "tests.shapes",
+    "tests.preload",
 )
 
 
@@ -138,8 +139,7 @@ def _end(processes: list[BaseProcess]) -> None:
 def _run_rank(place: tuple[int, int, float | None], folder: Path, writer: Connection, job: bytes) -> None:
     rank, size, group_timeout = place
     os.setsid()
-    # Ends with the fork server, hence with the test session, even if that is killed outright.
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     stack = (folder / f"stack-{rank}").open("w")
     faulthandler.register(signal.SIGUSR2, stack, all_threads=False)
     result, error = None, None
@@ -159,6 +159,14 @@ def _run_rank(place: tuple[int, int, float | None], folder: Path, writer: Connec
     writer.close()
     # Threads of gloo and of data loaders must not hold the process up.
     os._exit(0)
+
+
+def _end_with_parent() -> None:
+    # The test session may be killed outright, with no chance to clean up.
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a rank is always started by run_world"
+    parent.join()
+    os.killpg(os.getpid(), signal.SIGKILL)
 
 
 def _call(rank: int, size: int, group_timeout: float | None, folder: Path, job: bytes) -> Any:

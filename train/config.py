@@ -135,10 +135,13 @@ CHANGEABLE = ("run", "checkpoint", "track", "cluster", "plan", "parallel", "samp
 CHANGEABLE_KEYS = ("train.micro_batch", "train.evaluate_every", "train.evaluate_rows", "train.max_skipped")
 
 
-def load_config(overrides: Sequence[str], world_size: int) -> RunConfig:
-    """The checked config of a run on `world_size` processes. Raises ConfigError with all violations."""
+def load_config(overrides: Sequence[str], world_size: int | None) -> RunConfig:
+    """The checked config of a run on `world_size` processes, None for those of its cluster.
+
+    Raises ConfigError with all violations.
+    """
     config = compose(overrides, RunConfig)
-    found = run_violations(config, world_size)
+    found = run_violations(config, world_size or config.cluster.nodes * config.cluster.gpus_per_node)
     if found:
         raise ConfigError(found)
     return config

@@ -9,7 +9,7 @@ from data.loader import Batch
 from kernels.cross_entropy import IGNORED
 from model.language_model import Losses
 from model.mixer import Sequence
-from parallel.data import sync_gradients
+from parallel.data import reduce_over_copies
 from parallel.world import World
 from train.config import RunConfig
 from train.optimizer import clip_gradients, gradient_norm
@@ -43,7 +43,7 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World)
     _, micro = config.rank_rows(world.size)
     total: Losses | None = None
     for start in range(0, batch.tokens.shape[0], micro):
-        sync_gradients(state.model, is_last=start + micro >= batch.tokens.shape[0])
+        reduce_over_copies(state.model, is_last=start + micro >= batch.tokens.shape[0])
         losses = micro_losses(state, Batch(*(part[start : start + micro] for part in batch)))
         (losses.cross_entropy / max(targets, 1) + losses.balance / rows).backward()
         losses = Losses(*(part.detach() for part in losses))

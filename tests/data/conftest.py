@@ -4,8 +4,10 @@ The data floor is imported inside the fixtures: this file loads before shape che
 """
 
 import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,6 +28,15 @@ def _source(number: int) -> str:
         lines.append(f"def {name}_{draw.randint(0, 99)}({other}):\n    if {other} > {draw.randint(0, 999)}:")
         lines.append(f"        return {other}  # {draw.choice(names)}\n\treturn self.{name}\n")
     return "\n".join(lines)
+
+
+@pytest.fixture(scope="session")
+def megatron() -> ModuleType:
+    """Megatron-Core's own indexed datasets."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of GPU packages, at import; nothing here computes
+        from megatron.core.datasets import indexed_dataset
+    return indexed_dataset
 
 
 @pytest.fixture(scope="session")

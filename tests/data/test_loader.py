@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import shutil
@@ -16,6 +17,7 @@ from conf.errors import ConfigError, DataError
 from data.loader import IGNORED, Batch, Loader
 from data.mixture import BLOCK
 from data.prepare import Prepared
+from data.token_file import TokenFile
 from data.tokenizer import train_tokenizer
 
 WEIGHTS = {"code": 1.0, "more": 0.25}
@@ -44,41 +46,44 @@ def copy(dataset: Prepared, tmp_path: Path) -> Path:
     return Path(shutil.copytree(dataset.directory, tmp_path / "copy"))
 
 
-def slow_row(documents: list[list[int]], start: int, length: int) -> dict[str, list[int]]:
+def slow_stream(file: TokenFile) -> list[tuple[int, int, int]]:
+    """Every token with its document and its place there."""
+    documents = [file.document(index).tolist() for index in range(file.num_documents)]
+    return [(token, number, place) for number, d in enumerate(documents) for place, token in enumerate(d)]
+
+
+def slow_row(stream: list[tuple[int, int, int]], start: int, length: int) -> dict[str, list[int]]:
     """One window, token by token."""
-    stream = [(token, number, place) for number, d in enumerate(documents) for place, token in enumerate(d)]
     row: dict[str, list[int]] = {"tokens": [], "targets": [], "document": [], "position": []}
-    first_document, first_place = stream[start][1:]
-    for (token, number, place), (next_token, next_number, _) in zip(
-        stream[start : start + length], stream[start + 1 : start + 1 + length], strict=True
-    ):
+    _, first_document, first_place = stream[start]
+    for here, after in itertools.pairwise(stream[start : start + length + 1]):
+        token, number, place = here
         row["tokens"].append(token)
-        row["targets"].append(next_token if next_number == number else IGNORED)
+        row["targets"].append(after[0] if after[1] == number else IGNORED)
         row["document"].append(number - first_document)
         row["position"].append(place - first_place if number == first_document else place)
     return row
 
 
-def test_batches_are_what_a_slow_reading_gives(dataset: Prepared, loader: Loader) -> None:
-    from data.token_file import TokenFile
-
-    batch = loader.batch(40, 24)
+@pytest.mark.parametrize(("sequence_length", "rows"), [(32, 300), (701, 30)])
+def test_batches_are_what_a_slow_reading_gives(dataset: Prepared, sequence_length: int, rows: int) -> None:
+    batch = open_loader(dataset.directory, sequence_length=sequence_length).batch(40, rows)
     assert all(part.dtype == torch.int64 for part in batch)
-    names = list(dataset.card.corpora)
+    streams = [slow_stream(TokenFile(dataset.directory / name)) for name in dataset.card.corpora]
     seen = set()
-    for row in range(24):
+    for row in range(rows):
         corpus, window = divmod(int(batch.sample_ids[row]), 1 << 48)
-        file = TokenFile(dataset.directory / names[corpus])
-        documents = [file.document(index).tolist() for index in range(file.num_documents)]
-        for key, expected in slow_row(documents, window * 32, 32).items():
+        for key, expected in slow_row(streams[corpus], window * sequence_length, sequence_length).items():
             assert getattr(batch, key)[row].tolist() == expected, key
         seen.add(corpus)
     assert seen == {0, 1}
+    assert int(batch.document.max()) >= (1 if sequence_length == 32 else 2), "no document begins in the batch"
 
 
 def test_targets_never_cross_a_document(loader: Loader) -> None:
     eos, bos = loader.tokenizer.eos, loader.tokenizer.bos
-    batch = loader.batch(0, 200)
+    batch = loader.batch(0, 2000)
+    assert int((batch.tokens == eos).sum()) > 20
     assert (batch.targets[batch.tokens == eos] == IGNORED).all()
     assert not (batch.targets == bos).any()
     assert (batch.position[batch.tokens == bos] == 0).all()

@@ -1,6 +1,7 @@
 import shutil
 import struct
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -11,9 +12,6 @@ from hypothesis import strategies as st
 from conf.errors import DataError
 from data.merge import TokenFileWriter
 from data.token_file import TokenFile, token_dtype
-
-# Megatron-Core warns of GPU packages at import; nothing here computes.
-pytestmark = pytest.mark.filterwarnings("ignore:Transformer Engine and Apex:UserWarning")
 
 DOCUMENTS = [[1, 5, 6, 2], [1, 2], [1, 400, 7, 8, 9, 2]]
 
@@ -35,12 +33,10 @@ def prefix(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("dtype", "top"), [("uint16", 65_499), ("int32", 2_000_000_000)])
-def test_megatron_reads_what_is_written_here(tmp_path: Path, dtype: str, top: int) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
+def test_megatron_reads_what_we_write(tmp_path: Path, megatron: ModuleType, dtype: str, top: int) -> None:
     documents = [*DOCUMENTS, [top]]
     write(tmp_path / "ours", documents, dtype)
-    theirs = IndexedDataset(str(tmp_path / "ours"))
+    theirs = megatron.IndexedDataset(str(tmp_path / "ours"))
     assert [np.asarray(theirs[index]).tolist() for index in range(len(theirs))] == documents
     assert theirs.document_indices.tolist() == [0, 1, 2, 3, 4]
     assert contents(TokenFile(tmp_path / "ours")) == documents
@@ -48,10 +44,12 @@ def test_megatron_reads_what_is_written_here(tmp_path: Path, dtype: str, top: in
 
 @pytest.mark.parametrize("dtype", ["uint16", "int32", "uint8", "int64"])
 @pytest.mark.parametrize("multimodal", [False, True])
-def test_what_megatron_writes_is_read_here(tmp_path: Path, dtype: str, multimodal: bool) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), np.dtype(dtype).type, multimodal=multimodal)
+def test_what_megatron_writes_is_read_here(
+    tmp_path: Path, megatron: ModuleType, dtype: str, multimodal: bool
+) -> None:
+    builder = megatron.IndexedDatasetBuilder(
+        str(tmp_path / "theirs.bin"), np.dtype(dtype).type, multimodal=multimodal
+    )
     # A document of two sequences, one without any, one of one sequence.
     for sequence in ([3, 1, 4], [1, 5]):
         builder.add_item(torch.tensor(sequence))
@@ -94,11 +92,9 @@ def test_nothing_outside_the_stream_is_given(prefix: Path) -> None:
         file.document(0)[0] = 1
 
 
-def test_the_dtype_is_megatrons() -> None:
-    from megatron.core.datasets.indexed_dataset import DType
-
+def test_the_dtype_is_megatrons(megatron: ModuleType) -> None:
     for vocab_size in (400, 65_499, 65_500, 65_536, 200_000):
-        assert token_dtype(vocab_size) == np.dtype(DType.optimal_dtype(vocab_size))
+        assert token_dtype(vocab_size) == np.dtype(megatron.DType.optimal_dtype(vocab_size))
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from model.hf.qwen3_next import import_gdn, import_weights
@@ -11,7 +11,7 @@ from model.mixer import Sequence
 from model.mixers.gdn import GdnConfig
 from tests.architectures import randomise, small_architecture
 from tests.closeness import assert_close, relative
-from tests.peers import build_qwen3_next
+from bench.peers import build_qwen3_next
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LIMIT = 2e-5
@@ -20,13 +20,13 @@ LIMIT = 2e-5
 def pair(overrides: list[str]):
     config = small_architecture(["residual.norm_eps=1e-6", *overrides])
     theirs = build_qwen3_next(config)
-    randomise(theirs)
+    randomise(theirs, with_buffers=False)  # theirs keep the rotary frequencies
     ours = LanguageModel(config)
     ours.load_state_dict(import_weights(theirs.state_dict(), config))
     return config, ours, theirs
 
 
-@settings(max_examples=5)
+@settings(max_examples=5, phases=[Phase.explicit, Phase.generate])
 @given(
     tokens=st.integers(1, 100),
     key_heads=st.sampled_from([1, 2, 3]),
@@ -60,12 +60,12 @@ def test_gdn_layer_equals_theirs(tokens: int, key_heads: int, repeat: int, dims,
         assert relative(parameter.grad, expected[name]) < LIMIT, name
 
 
-@settings(max_examples=5)
+@settings(max_examples=5, phases=[Phase.explicit, Phase.generate])
 @given(
     tokens=st.integers(2, 80),
     heads=st.sampled_from([(4, 2), (2, 1), (6, 3)]),
     rotary=st.sampled_from([2, 4, 8]),
-    top_k=st.integers(1, 4),
+    top_k=st.integers(2, 4),  # with one expert the normalised weight is 1 and the router has no gradient
     pattern=st.sampled_from(["3*gdn attn", "gdn attn", "attn", "2*gdn"]),
     seed=st.integers(0, 2**20),
 )
@@ -82,7 +82,7 @@ def test_model_equals_theirs(tokens, heads, rotary, top_k, pattern, seed) -> Non
     )
     ids = torch.randint(config.model.vocab_size, (2, tokens))
     logits, reference = ours(ids), theirs(ids).logits
-    assert ((logits - reference).abs().max() / reference.std()).item() < LIMIT
+    assert relative(logits, reference) < LIMIT
     weight = torch.randn_like(logits)
     (logits * weight).sum().backward()
     (reference * weight).sum().backward()

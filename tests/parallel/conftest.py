@@ -1,0 +1,5 @@
+"""The dataset of the training tests."""
+
+from tests.train.conftest import corpus
+
+__all__ = ["corpus"]

@@ -1,0 +1,102 @@
+"""Two and four ranks equal one process: losses, gradient norms, updated weights, sample ids."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.runs import metrics_of, run_to_end
+
+STEPS = 20
+# float64 leaves rounding of sums in another order; float32 loses more through 20 steps of AdamW.
+LIMITS = {"fp64": 1e-12, "fp32": 1e-5}
+
+
+@pytest.fixture(scope="module", params=["fp32", "fp64"])
+def alone(request, corpus, tmp_path_factory) -> tuple[str, Path]:
+    directory = tmp_path_factory.mktemp("alone") / "run"
+    assert run_to_end(overrides(corpus, directory, request.param)) == 0
+    return request.param, directory
+
+
+def overrides(corpus, directory: Path, precision: str, *more: str) -> list[str]:
+    # Dropout draws per rank, so it alone may differ between layouts.
+    fixed = (f"train.steps={STEPS}", "residual.dropout=0.0", f"precision={precision}")
+    return corpus.overrides(directory, *fixed, *more)
+
+
+def assert_same(directory: Path, reference: Path, limit: float) -> None:
+    ours, theirs = metrics_of(directory), metrics_of(reference)
+    assert [line["samples"] for line in ours] == [line["samples"] for line in theirs]
+    assert len(ours) == STEPS
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=limit), a["step"]
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=10 * limit), a["step"]
+        loads = [name for name in a if name.startswith("router/idle")]
+        assert [a[name] for name in loads] == [b[name] for name in loads], a["step"]
+    weights, reference_weights = (load_weights(path) for path in (directory, reference))
+    assert set(weights) == set(reference_weights)
+    for name, weight in weights.items():
+        reference_weight = reference_weights[name]
+        scale = reference_weight.abs().max().clamp(min=1.0)
+        assert ((weight - reference_weight).abs().max() / scale).item() <= 100 * limit, name
+
+
+def load_weights(directory: Path) -> dict[str, torch.Tensor]:
+    from train.finished import load_model, open_run
+
+    return load_model(str(directory), open_run(str(directory)))[0].state_dict()
+
+
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [
+        (2, ["parallel.dp_shard=2"]),
+        (2, ["parallel.dp_replicate=2", "parallel.dp_shard=1"]),
+        (4, ["parallel.dp_replicate=2", "train.micro_batch=1"]),
+        (2, ["train.micro_batch=1", "parallel.reshard_after_forward=false"]),
+        (1, ["train.micro_batch=1"]),
+    ],
+    ids=["shard2", "replicate2", "hybrid4", "shard2-accumulate", "accumulate"],
+)
+def test_any_layout_equals_one_process(alone, corpus, tmp_path: Path, size: int, layout: list[str]) -> None:
+    precision, reference = alone
+    directory = tmp_path / "run"
+    assert run_to_end(overrides(corpus, directory, precision, *layout), size) == 0
+    assert_same(directory, reference, LIMITS[precision])
+
+
+def test_bfloat16_follows_float32(corpus, tmp_path: Path) -> None:
+    losses = {}
+    for name, size, precision in (("fp32", 1, "fp32"), ("bf16", 1, "bf16"), ("bf16x2", 2, "bf16")):
+        assert run_to_end(overrides(corpus, tmp_path / name, precision), size) == 0
+        losses[name] = [line["loss"] for line in metrics_of(tmp_path / name)]
+    # bfloat16 keeps eight bits: each step stays within a few roundings of the float32 run.
+    for name in ("bf16", "bf16x2"):
+        assert losses[name] == pytest.approx(losses["fp32"], rel=2e-2)
+        assert losses[name] != losses["fp32"]
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_with_one(alone, corpus, tmp_path: Path) -> None:
+    precision, reference = alone
+    directory = tmp_path / "run"
+    # The file asks rank 0 to stop after a step; the run is then finished by another number of ranks.
+    arguments = overrides(corpus, directory, precision, "checkpoint.every=1000")
+    from tests.train.runs import spawn_ranks, wait_for_metrics
+
+    ranks = spawn_ranks(arguments, 2)
+    wait_for_metrics(directory, ranks)
+    (directory / "PREEMPT").touch()
+    for process in ranks:
+        process.join(60)
+        assert process.exitcode == 0
+    assert (directory / "REQUEUE").exists()
+    assert run_to_end(arguments) == 0
+    assert_same(directory, reference, LIMITS[precision])
+
+
+@pytest.mark.parametrize("key", ["parallel.dp_shard=3", "parallel.dp_replicate=3"])
+def test_an_impossible_layout_is_refused_by_every_rank(corpus, tmp_path: Path, key: str, capfd) -> None:
+    assert run_to_end(corpus.overrides(tmp_path / "run", key), 2) == 64
+    assert key.split("=")[0] in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()

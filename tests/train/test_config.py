@@ -1,0 +1,131 @@
+"""What a user mistypes comes back with its key, all of it at once, with exit code 64, in seconds."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conf.compose import CONF_DIR, group_options
+from conf.errors import ConfigError
+from train.config import RunConfig, differences, load_config
+
+
+def violations(*overrides: str, world_size: int = 1) -> dict[str, str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(overrides, world_size)
+    return {violation.key: violation.message for violation in caught.value.violations}
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "says"),
+    [
+        ("optim.lrr=1", "optim.lrr", "did you mean optim.lr?"),
+        ("+optim.lrr=1", "optim.lrr", "did you mean optim.lr?"),
+        ('layout.pattern="3*gdn atn"', "layout.pattern", "did you mean attn?"),
+        ("optim.lr=1e400", "optim.lr", "finite"),
+        ("optim.lr=nan", "optim.lr", "finite"),
+        ("optim.lr=abc", "optim.lr", "valid number; found 'abc'"),
+        ("train.steps=-1", "train.steps", "greater than or equal to 1; found -1"),
+        ("mixer.attn.num_heads=8.0", "mixer.attn.num_heads", "valid integer; found 8.0"),
+        ("mixer.gdn.key_dimm=8", "mixer.gdn.key_dimm", "did you mean mixer.gdn.key_dim?"),
+        ("modle.width=8", "modle", "did you mean model?"),
+        ("model=qwen3_next_smal", "model", "did you mean qwen3_next_small?"),
+        ("moe.top_k=99", "moe", "top_k 99 must be at most num_experts 16"),
+        ("mixer.attn.num_key_heads=3", "mixer.attn", "must be a multiple of num_key_heads 3"),
+        ("layout.first=\"attn attn attn attn attn attn attn attn attn\"", "layout", "depth is 8"),
+        ("model.vocab_size=100", "model.vocab_size", "raise it to at least that"),
+        ("train.micro_batch=3", "train.micro_batch", "legal values are 1, 2, 4, 8"),
+        ("precision.parameters=bfloat16", "precision", "lose small updates"),
+        ("optim.kind=os.system", "optim.kind", "adamw"),
+        ("optim._target_=os.system", "optim._target_", "unknown key"),
+        ("optim.lr", "optim.lr", "not a key=value override"),
+    ],
+)
+def test_each_mistake_is_named(override: str, key: str, says: str) -> None:
+    found = violations(override)
+    assert key in found, found
+    assert says in found[key], found
+
+
+def test_all_mistakes_come_at_once() -> None:
+    found = violations("optim.lr=1e400", "train.steps=-1", "mixer.gdn.key_dimm=3", "track.wandb=maybe")
+    assert set(found) == {"optim.lr", "train.steps", "mixer.gdn.key_dimm", "track.wandb"}
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_impossible_layouts_name_legal_values(size: int) -> None:
+    found = violations("parallel.dp_shard=5", "train.global_batch=7", world_size=size)
+    assert f"set it to {size} or -1" in found["parallel.dp_shard"]
+    assert "train.global_batch" in found
+
+
+@pytest.mark.parametrize("group", ["model", "layout", "moe", "schedule", "precision", "track", "cluster"])
+def test_every_option_of_every_group_composes(group: str) -> None:
+    for option in group_options(group):
+        size = 64 if option.startswith("h") and group == "cluster" else 1
+        load_config([f"{group}={option}", "train.global_batch=64"], size)
+
+
+@pytest.mark.parametrize("model", group_options("model"))
+@pytest.mark.parametrize("layout", group_options("layout"))
+def test_any_layout_goes_on_any_model(model: str, layout: str) -> None:
+    config = load_config([f"model={model}", f"layout={layout}"], 1)
+    assert len(config.layers) == config.model.depth
+
+
+def test_recipes_compose() -> None:
+    assert load_config(["recipe=smoke"], 1).train.steps == 20
+    assert load_config(["recipe=smoke", "train.steps=7"], 1).train.steps == 7
+
+
+def test_every_yaml_key_has_a_comment() -> None:
+    bare = []
+    for path in sorted(CONF_DIR.rglob("*.yaml")):
+        if path.parent.name in ("model", "recipe"):
+            continue  # they set keys that their groups document
+        lines = path.read_text().splitlines()
+        for before, line in zip(["", *lines], lines, strict=False):
+            key = line.split("#")[0].rstrip()
+            is_leaf = ":" in key and not key.endswith(":") and not key.strip().startswith("-")
+            if is_leaf and "#" not in line and not before.strip().startswith("#"):
+                bare.append(f"{path.relative_to(CONF_DIR)}: {line.strip()}")
+    assert not bare, bare
+
+
+def test_the_tree_is_frozen_and_round_trips_through_json() -> None:
+    import json
+
+    config = load_config([], 1)
+    with pytest.raises(ValueError, match="frozen"):
+        config.optim.lr = 1.0  # pyright: ignore[reportAttributeAccessIssue]
+    again = RunConfig.model_validate(json.loads(json.dumps(config.model_dump(mode="json"))))
+    assert again == config
+
+
+def test_differences_name_only_what_makes_another_run() -> None:
+    base = load_config([], 1).model_dump(mode="json")
+    other = load_config(["optim.lr=0.5", "checkpoint.every=7", "train.evaluate_every=3"], 1)
+    assert [violation.key for violation in differences(base, other.model_dump(mode="json"))] == ["optim.lr"]
+
+
+@pytest.mark.parametrize("command", ["train", "train.plan", "data.prepare"])
+def test_commands_exit_with_64_and_no_traceback(command: str) -> None:
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", command, "data.held_out=0.9"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 64, done.stderr
+    assert "data.held_out" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - start < 30  # seconds, also on a machine that is busy with other tests
+
+
+@pytest.mark.parametrize("command", ["train.sample", "train.evaluate"])
+def test_readers_of_runs_name_the_missing_run(command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", command, "run=/nowhere"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 64
+    assert "/nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
