@@ -3,8 +3,6 @@
 import sys
 from typing import Any
 
-import torch
-
 from model.config import Architecture
 from model.mixers.attn import AttnConfig
 from model.mixers.gdn import GdnConfig
@@ -28,7 +26,6 @@ def build_qwen3_next(config: Architecture) -> Any:
         num_attention_heads=attn.num_heads,
         num_key_value_heads=attn.num_key_heads,
         head_dim=attn.head_dim,
-        partial_rotary_factor=attn.rotary_dim / attn.head_dim,
         rope_parameters={
             "rope_type": "default",
             "rope_theta": attn.rotary_theta,
@@ -52,4 +49,4 @@ def build_qwen3_next(config: Architecture) -> Any:
         pad_token_id=None,
     )
     theirs._attn_implementation = "eager"
-    return Qwen3NextForCausalLM(theirs).to(torch.float32)
+    return Qwen3NextForCausalLM(theirs).float()

@@ -88,15 +88,17 @@ def report(config: RunConfig, seconds: dict[str, list[float]], losses: dict[str,
     median = {name: statistics.median(values) for name, values in seconds.items()}
     ratio = median["transformers"] / median["weft"]
     rows = {
-        f"{name} step": f"{1e3 * value:,.0f} ms  ({min(seconds[name]) * 1e3:,.0f} to "
-        f"{max(seconds[name]) * 1e3:,.0f}), {tokens / value:,.0f} tokens/s, {flops / value / peak:.1%} of peak"
+        f"{name} step": f"{1e3 * value:,.0f} ms ({min(seconds[name]) * 1e3:,.0f} to "
+        f"{max(seconds[name]) * 1e3:,.0f}), {tokens / value:,.0f} tokens/s, {flops / value / peak:.0%} of peak"
         for name, value in median.items()
     }
     rows["limit"] = f"{1e3 * flops / peak:,.0f} ms at the {peak / 1e9:,.0f} GFLOP/s of a 1024^3 product here"
     rows["first losses"] = ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items())
     rows["ratio"] = f"{ratio:.2f}x"
     print_table("Training step, small Qwen3-Next", rows)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     result = {
         "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,

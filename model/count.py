@@ -60,9 +60,7 @@ class ModelCount(NamedTuple):
             if layer.mixer != NONE:
                 flops = self.config.mixer[layer.mixer].flops(shape.width, context)
                 before = mixers.get(layer.mixer, Flops(0.0, 0.0))
-                mixers[layer.mixer] = Flops(
-                    before.projections + flops.projections, before.core + flops.core
-                )
+                mixers[layer.mixer] = Flops(before.projections + flops.projections, before.core + flops.core)
             ffn += 2 * (layer.ffn_params + layer.active)
         return ModelFlops(mixers, ffn, 2.0 * shape.width * shape.vocab_size)
 

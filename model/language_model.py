@@ -51,11 +51,11 @@ class LanguageModel(nn.Module):
         residual = config.residual
         is_zero_centered = residual.has_zero_centered_norm
         self.norm = RMSNorm(shape.width, residual.norm_eps, is_zero_centered=is_zero_centered)
-        self.head = None if shape.has_tied_embeddings else Table(shape.vocab_size, shape.width, shape.init_std)
+        self.head = (
+            None if shape.has_tied_embeddings else Table(shape.vocab_size, shape.width, shape.init_std)
+        )
 
-    def forward(
-        self, tokens: Int[Tensor, "B T"], sequence: Sequence | None = None
-    ) -> Float[Tensor, "B T V"]:
+    def forward(self, tokens: Int[Tensor, "B T"], sequence: Sequence | None = None) -> Float[Tensor, "B T V"]:
         """Logits of the next token at every position. Without `sequence` every row is one document."""
         x, _ = self._hidden(tokens, sequence)
         return x @ self._head_weight().T

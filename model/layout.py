@@ -42,7 +42,7 @@ def _parse_items(text: str, at: int, *, is_group: bool) -> tuple[list[str], int]
             repeat = int(count)
             match = _TOKEN.match(text, at)
             if repeat < 1 or match is None or match.group(1) or match.group(3) == ")":
-                raise ValueError(f"{count}* in {text!r} must be at least 1* and followed by a name or a group")
+                raise ValueError(f"{count}* in {text!r} needs a count of 1 or more, then a name or a group")
             name, bracket, at = match.group(2), match.group(3), match.end()
         if bracket == "(":
             group, at = _parse_items(text, at, is_group=True)

@@ -1,6 +1,6 @@
 """The contract of a token mixer: a config that builds, counts and describes it, and a module that runs it.
 
-A mixer is one file in model/mixers/: a MixerConfig with its own `kind`, and a Mixer.
+A mixer is one file in model/mixers/: a MixerConfig with its own literal `kind`, and a Mixer.
 """
 
 import importlib
@@ -84,9 +84,10 @@ class Mixer(nn.Module, ABC):
 
 
 class MixerConfig(Config, ABC):
-    """Fields of one mixer, and what follows from them without building it."""
+    """Fields of one mixer, and what follows from them without building it.
 
-    kind: str
+    A subclass has a field `kind`, a literal of the mixer's name and its own default.
+    """
 
     @abstractmethod
     def build(self, width: int, layer: int, depth: int, init_std: float) -> Mixer:

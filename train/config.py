@@ -80,7 +80,7 @@ class PrecisionConfig(Config):
     @model_validator(mode="after")
     def _fits(self) -> "PrecisionConfig":
         if self.parameters == "bfloat16":
-            raise ValueError("parameters must be float32 or float64; bfloat16 master weights lose small updates")
+            raise ValueError("parameters must be float32 or float64; bfloat16 ones lose small updates")
         if self.compute == "float64" and self.parameters != "float64":
             raise ValueError("compute float64 needs parameters float64")
         return self

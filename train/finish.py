@@ -73,8 +73,10 @@ def shown(value: float | str) -> str:
     """A number as people read it."""
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:,.4g}" if isinstance(value, float) and abs(value) >= 100 else (
-        f"{value:.4f}" if isinstance(value, float) else value
+    return (
+        f"{value:,.4g}"
+        if isinstance(value, float) and abs(value) >= 100
+        else (f"{value:.4f}" if isinstance(value, float) else value)
     )
 
 
@@ -88,6 +90,7 @@ def sample_text(model: LanguageModel, tokenizer: Tokenizer, config: RunConfig, w
         tokens=config.sample.tokens,
         temperature=config.sample.temperature,
         end=tokenizer.eos,
+        vocabulary=tokenizer.vocab_size,
         context=config.data.sequence_length,
         generator=generator,
     )

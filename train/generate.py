@@ -15,18 +15,20 @@ def generate(
     tokens: int,
     temperature: float,
     end: int,
+    vocabulary: int,
     context: int,
     generator: torch.Generator,
 ) -> Int[Tensor, "U"]:
     """Up to `tokens` ids that continue `prompt`, ended early by `end`.
 
-    temperature 0 takes the likeliest token. Each token sees the last `context` tokens, run anew.
+    temperature 0 takes the likeliest token. Only ids below `vocabulary` are taken: a model may have more
+    rows than the tokenizer has pieces. Each token sees the last `context` tokens, run anew.
     """
     was_training = model.training
     model.eval()
     ids = prompt[None]
     for _ in range(tokens):
-        logits = model(ids[:, -context:])[0, -1].float()
+        logits = model(ids[:, -context:])[0, -1, :vocabulary].float()
         if temperature:
             chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
         else:

@@ -38,7 +38,9 @@ def memory_per_rank(config: RunConfig, world_size: int) -> Memory:
     largest = max(layer.params for layer in counts.layers)
     tables = counts.embedding + counts.head + counts.norm
     # Alone, the weights are used where they are; a narrower copy of each stays until backward.
-    gathered = computed * (2 * largest + tables) if shards > 1 else computed * counts.total * (computed < kept)
+    gathered = (
+        computed * (2 * largest + tables) if shards > 1 else computed * counts.total * (computed < kept)
+    )
     tokens = config.rank_rows(world_size)[1] * config.data.sequence_length
     layers = range(architecture.model.depth)
     activations = sum(activation_bytes(architecture, layer, element_bytes=computed) for layer in layers)

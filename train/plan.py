@@ -57,7 +57,9 @@ def forward_flops(counts: ModelCount, context: int) -> dict[str, float]:
     """Forward operations per token: by mixer its projections and its core, feed-forward, head."""
     flops = counts.forward_flops(context)
     by_mixer = {
-        f"{name}_{part}": value for name, pair in flops.mixers.items() for part, value in pair._asdict().items()
+        f"{name}_{part}": value
+        for name, pair in flops.mixers.items()
+        for part, value in pair._asdict().items()
     }
     return by_mixer | {"feed_forward": flops.ffn, "head": flops.head}
 
@@ -121,7 +123,9 @@ def folded(rows: list[dict[str, Any]]) -> list[tuple[int, int, dict[str, Any]]]:
 def summary_rows(figures: dict[str, Any], config: RunConfig) -> list[tuple[str, str]]:
     """Names and readable values below the layer table."""
     counts, memory = figures["parameters"], figures["memory_bytes_per_rank"]
-    rows = [(f"parameters, {name.replace('_', ' ')}", f"{value / 1e6:,.2f} M") for name, value in counts.items()]
+    rows = [
+        (f"parameters, {name.replace('_', ' ')}", f"{value / 1e6:,.2f} M") for name, value in counts.items()
+    ]
     rows.append(
         (f"training FLOPs per token at {figures['context']:,}", f"{figures['flops_per_token'] / 1e9:,.4g} G")
     )
@@ -136,7 +140,8 @@ def summary_rows(figures: dict[str, Any], config: RunConfig) -> list[tuple[str, 
     available = config.cluster.memory_gib
     if available is not None:
         share = memory["total"] / (available * 2**30)
-        rows.append((f"share of {available:g} GiB", f"{share:.0%}" + ("" if share <= 0.95 else ": does not fit")))
+        verdict = "" if share <= 0.95 else ": does not fit"
+        rows.append((f"share of {available:g} GiB", f"{share:.0%}{verdict}"))
     return rows
 
 

@@ -59,9 +59,7 @@ def run_in_world(config: RunConfig, world: World) -> None:
     )
     resume(state, store, loader, world)
     run_id = read_run_id(directory) if world.rank == 0 else ""
-    tracker = Tracker(
-        config.track, directory, run_id, config.model_dump(), world.rank, config.train.steps
-    )
+    tracker = Tracker(config.track, directory, run_id, config.model_dump(), world.rank, config.train.steps)
     try:
         tracker.resume(state.step)
         is_done = train(state, loader, store, tracker, config, world)

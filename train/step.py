@@ -70,9 +70,7 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World)
     state.tokens += targets
     state.skipped = state.skipped + 1 if is_skipped else 0
     tokens = rows * batch.tokens.shape[1]
-    return StepResult(
-        loss_value, float(balance), norm_value, lr, targets, load, entropy / tokens, is_skipped
-    )
+    return StepResult(loss_value, float(balance), norm_value, lr, targets, load, entropy / tokens, is_skipped)
 
 
 def micro_losses(state: TrainState, batch: Batch) -> Losses:

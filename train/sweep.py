@@ -41,5 +41,3 @@ def one_job(composed: Any) -> None:
         if found:
             raise ConfigError(found)
         run_checked(config, environment)
-
-

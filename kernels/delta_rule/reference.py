@@ -6,7 +6,7 @@ Recurrence, arXiv 2412.06464 equation 10, with the state laid out as keys by val
     S_t = a_t S_{t-1} + k_t u_t^T      u_t = beta_t (v_t - a_t S_{t-1}^T k_t)      o_t = S_t^T q_t
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -68,13 +68,12 @@ def gated_delta_rule_chunked(
     document = torch.cat([document, document[:, -1:].expand(-1, pad)], dim=1).unflatten(1, (-1, CHUNK))
     q, k, v = (_chunks(x.to(dtype), pad) for x in (q, k, v))
     log_decay, beta = (_chunks(x[..., None], pad)[..., 0] for x in (log_decay, beta.to(dtype)))
-    if state is None:
-        state = v.new_zeros(rows, heads, k.shape[-1], v.shape[-1])
+    start = v.new_zeros(rows, heads, k.shape[-1], v.shape[-1]) if state is None else state.to(dtype)
     running = _running_decay(log_decay, document)
-    result = ChunkedDeltaRule.apply(q, k, v, running, beta, state.to(dtype), document)
-    assert isinstance(result, tuple), f"{type(result)=}"
-    outputs, state = result
-    return outputs.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :length].to(out_dtype), state
+    outputs, end = cast(
+        tuple[Tensor, Tensor], ChunkedDeltaRule.apply(q, k, v, running, beta, start, document)
+    )
+    return outputs.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :length].to(out_dtype), end
 
 
 def _chunks(x: Tensor, pad: int) -> Tensor:

@@ -53,7 +53,14 @@ class GroupedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, order: Tensor, back: Tensor, ends: Tensor
+        ctx,
+        x: Tensor,
+        gate_up: Tensor,
+        down: Tensor,
+        weights: Tensor,
+        order: Tensor,
+        back: Tensor,
+        ends: Tensor,
     ) -> Tensor:
         """Shapes as `experts_grouped`."""
         token = order // weights.shape[1]

@@ -8,7 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def rms_norm_direct(x: Float[Tensor, "*N D"], weight: Float[Tensor, "D"], eps: float) -> Float[Tensor, "*N D"]:
+def rms_norm_direct(
+    x: Float[Tensor, "*N D"], weight: Float[Tensor, "D"], eps: float
+) -> Float[Tensor, "*N D"]:
     """x over the root of its mean square, times weight."""
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
 

@@ -24,7 +24,11 @@ def import_weights(theirs: Mapping[str, Tensor], config: Architecture) -> dict[s
         source, target = f"model.layers.{index}.", f"blocks.{index}."
         view = {name.removeprefix(source): x for name, x in theirs.items() if name.startswith(source)}
         mixer = config.mixer[layer.mixer]
-        part = import_gdn(view, mixer) if isinstance(mixer, GdnConfig) else import_attn(view, mixer)
+        if isinstance(mixer, GdnConfig):
+            part = import_gdn(view, mixer)
+        else:
+            assert isinstance(mixer, AttnConfig), f"Qwen3-Next has no {type(mixer)}"
+            part = import_attn(view, mixer)
         part = {f"mixer.{name}": x for name, x in part.items()} | import_moe(view, config)
         part["mixer_norm.weight"] = view["input_layernorm.weight"]
         part["ffn_norm.weight"] = view["post_attention_layernorm.weight"]

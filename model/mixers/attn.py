@@ -30,10 +30,12 @@ class AttnConfig(MixerConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> "AttnConfig":
-        if self.num_heads % self.num_key_heads:
-            raise ValueError(f"num_heads {self.num_heads} must be a multiple of num_key_heads {self.num_key_heads}")
-        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
-            raise ValueError(f"rotary_dim {self.rotary_dim} must be even and at most head_dim {self.head_dim}")
+        heads, key_heads = self.num_heads, self.num_key_heads
+        if heads % key_heads:
+            raise ValueError(f"num_heads {heads} must be a multiple of num_key_heads {key_heads}")
+        rotary, head = self.rotary_dim, self.head_dim
+        if rotary % 2 or rotary > head:
+            raise ValueError(f"rotary_dim {rotary} must be even and at most head_dim {head}")
         return self
 
     def build(self, width: int, layer: int, depth: int, init_std: float) -> "Attn":

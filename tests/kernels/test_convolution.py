@@ -17,7 +17,9 @@ def test_equals_torch_conv1d(case: Case) -> None:
         out = torch.nn.functional.conv1d(padded, weight[:, None], groups=case.channels)
         return torch.nn.functional.silu(out).transpose(1, 2)
 
-    assert_close(outputs_and_grads(short_convolution, [x, weight]), outputs_and_grads(conv1d, [x, weight]), 1e-12)
+    assert_close(
+        outputs_and_grads(short_convolution, [x, weight]), outputs_and_grads(conv1d, [x, weight]), 1e-12
+    )
 
 
 @given(

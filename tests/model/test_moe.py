@@ -49,7 +49,8 @@ def test_router_equals_its_definition_token_by_token(score: str, normalized: boo
                 scores = [1 / (1 + math.exp(-z)) for z in logits]
             best = sorted(range(6), key=lambda e: -(scores[e] + router.bias[e].item()))[:2]
             weights = [scores[e] / (sum(scores[e] for e in best) if normalized else 1) * 1.5 for e in best]
-            found = dict(zip(choice.experts[row * 7 + t].tolist(), choice.weights[row * 7 + t].tolist(), strict=True))
+            token = row * 7 + t
+            found = dict(zip(choice.experts[token].tolist(), choice.weights[token].tolist(), strict=True))
             assert set(found) == set(best)
             for e, weight in zip(best, weights, strict=True):
                 assert math.isclose(found[e], weight, rel_tol=1e-12)

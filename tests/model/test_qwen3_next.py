@@ -5,13 +5,13 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from bench.peers import build_qwen3_next
 from model.hf.qwen3_next import import_gdn, import_weights
 from model.language_model import LanguageModel
 from model.mixer import Sequence
 from model.mixers.gdn import GdnConfig
 from tests.architectures import randomise, small_architecture
 from tests.closeness import assert_close, relative
-from bench.peers import build_qwen3_next
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 LIMIT = 2e-5

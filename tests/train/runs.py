@@ -42,9 +42,10 @@ TINY = (
 )
 
 WORDS = (
-    "apples apricots bananas blackberries cherries currants dates elderberries figs grapes lemons limes "
-    "mangoes melons nectarines oranges peaches pears plums quinces raspberries"
-).split()
+    *("apples", "apricots", "bananas", "blackberries", "cherries", "currants", "dates", "elderberries"),
+    *("figs", "grapes", "lemons", "limes", "mangoes", "melons", "nectarines", "oranges", "peaches", "pears"),
+    *("plums", "quinces", "raspberries"),
+)
 
 # Fields of a metrics line that follow from the clock or the machine.
 CLOCK = ("seconds", "speed/", "memory/", "data/wait_seconds")
@@ -95,7 +96,9 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def train_here(overrides: Sequence[str], rank: int = 0, size: int = 1, port: int = 0, forgets: str = "") -> None:
+def train_here(
+    overrides: Sequence[str], rank: int = 0, size: int = 1, port: int = 0, forgets: str = ""
+) -> None:
     """One run in this process. `forgets` names what its checkpoints leave out: a sabotage."""
     import torch
 

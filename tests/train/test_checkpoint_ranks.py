@@ -81,11 +81,12 @@ def full(value: Any) -> Any:
 
 
 def full_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    weights, moments = get_state_dict(model, optimizer)
+    weights, optimizer_state = get_state_dict(model, optimizer)
+    moments: dict[str, Any] = dict(optimizer_state)
     flat = {f"model.{name}": full(value) for name, value in weights.items()}
     for name, values in moments["state"].items():
-        flat |= {f"optim.{name}.{part}": full(value) for part, value in values.items()}  # type: ignore[union-attr]
-    return flat | {"lr": moments["param_groups"][0]["lr"]}  # type: ignore[index,call-overload]
+        flat |= {f"optim.{name}.{part}": full(value) for part, value in values.items()}
+    return flat | {"lr": moments["param_groups"][0]["lr"]}
 
 
 def save(rank: int, size: int, directory: Path) -> None:

@@ -35,7 +35,9 @@ def test_a_finished_run_has_its_files(uninterrupted: tuple[Path, float]) -> None
 
 
 @pytest.mark.slow
-def test_twenty_kills_leave_no_trace(uninterrupted: tuple[Path, float], corpus: Corpus, tmp_path: Path) -> None:
+def test_twenty_kills_leave_no_trace(
+    uninterrupted: tuple[Path, float], corpus: Corpus, tmp_path: Path
+) -> None:
     whole, seconds = uninterrupted
     draw = random.Random(0)
     kills = inside_saves = runs = 0
@@ -121,7 +123,9 @@ def test_a_signal_saves_and_asks_to_be_started_again(
     assert metrics_of(directory) == metrics_of(uninterrupted[0])
 
 
-def test_a_run_directory_in_use_is_refused(corpus: Corpus, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_a_run_directory_in_use_is_refused(
+    corpus: Corpus, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     directory = tmp_path / "run"
     overrides = corpus.overrides(directory, "train.steps=2000")
     (process,) = spawn_ranks(overrides, 1)

@@ -11,7 +11,11 @@ from train.checkpoint.atomic import write_atomically
 
 
 class MetricsFile:
-    """Appends to the file at `path`, which is made on the first line. Every line has a `step`."""
+    """Appends to the file at `path`, which is made on the first line. Every line has a `step`.
+
+    Where an earlier process wrote, `truncate_after` comes before the first `append`: it may have been
+    killed inside a line.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -36,7 +36,7 @@ def main() -> int:
                 break
             run.log(message["log"])
         run.finish(exit_code=exit_code)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         _say(f"off: {_first_line(error)}; metrics.jsonl goes on")
         return EXPLAINED
     return 0
@@ -61,7 +61,8 @@ def _forget() -> None:
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    with contextlib.suppress(Exception):
+    # It asks this process to exit with the status of the service that was just killed.
+    with contextlib.suppress(Exception, SystemExit):
         wandb.teardown()
 
 
@@ -111,7 +112,7 @@ def _say(text: str) -> None:
     print(f"wandb: {text}", flush=True)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     lines = str(error).splitlines()
     return lines[0] if lines and lines[0] else type(error).__name__
 

@@ -39,6 +39,7 @@ class WandbSink:
     ) -> None:
         self.dropped = 0
         self._timeout_seconds = config.timeout_seconds
+        self._offline_place = directory / "wandb" if config.wandb == "offline" else None
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue(_QUEUED_LINES)
         self._is_off = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -97,6 +98,8 @@ class WandbSink:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._process = None
+        if self._offline_place is not None and not self._is_off:
+            print(f"wandb: recorded in {self._offline_place}; send it with `wandb sync`", flush=True)
         if self.dropped:
             print(f"wandb: {self.dropped} lines dropped; metrics.jsonl has all of them", flush=True)
 
