@@ -351,3 +351,16 @@ def test_other_settings_start_the_partial_work_over(
     )
     prepare(make_config(tmp_path / "small"), progress=False, shard_bytes=2000)
     assert digests(tmp_path / "small") == digests(dataset.directory)
+
+
+def test_shards_of_other_documents_are_made_again(
+    dataset: Prepared, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(tmp_path / "small")
+    largest = max(path.stat().st_size for path in dataset.directory.iterdir())
+    with largest_file(largest - 1), pytest.raises(StorageError, match=r"code\.bin"):
+        prepare(config, progress=False, shard_bytes=2000)
+    # The same names, cut elsewhere.
+    assert (tmp_path / "small.partial" / "shards" / "code-000000.json").exists()
+    prepare(config, progress=False, shard_bytes=5000)
+    assert digests(tmp_path / "small") == digests(dataset.directory)

@@ -105,6 +105,9 @@ def train_here(
     from conf.errors import exit_on_error
     from train.__main__ import start
 
+    log = os.open(log_path(overrides), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -112,6 +115,12 @@ def train_here(
         forget(forgets)
     with exit_on_error():
         start(list(overrides))
+
+
+def log_path(overrides: Sequence[str]) -> Path:
+    """Where the processes of a run print: beside its directory."""
+    run_dir = next(text.split("=", 1)[1] for text in overrides if text.startswith("run.dir="))
+    return Path(f"{run_dir}.log")
 
 
 def forget(what: str) -> None:
@@ -168,7 +177,7 @@ def run_to_end(overrides: Sequence[str], size: int = 1, forgets: str = "", timeo
         for process in ranks:
             process.join(max(0.0, deadline - time.monotonic()))
             if process.exitcode is None:
-                raise TimeoutError(f"run still going after {timeout} s: {overrides[-3:]}")
+                raise TimeoutError(f"run still going after {timeout} s; {log_path(overrides).read_text()}")
     finally:
         for process in ranks:
             process.kill()

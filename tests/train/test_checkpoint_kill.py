@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from conf.errors import StorageError
@@ -61,6 +62,7 @@ def save_forever(directory: Path) -> None:
         store.save(step, state_at(step), {"step": step})
 
 
+@pytest.mark.slow
 def test_kill_at_random_moments(tmp_path: Path) -> None:
     # A fresh interpreter forks the victims: the test process has threads, which do not survive a fork.
     script = (

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.conftest import Corpus
-from tests.train.runs import metrics_of, run_to_end, spawn_ranks, wait_for_metrics
+from tests.train.runs import log_path, metrics_of, run_to_end, spawn_ranks, wait_for_metrics
 
 STEPS = "train.steps=24"
 KILLS = 20
@@ -91,7 +91,7 @@ def test_whatever_a_checkpoint_forgets_shows(
 
 
 def test_a_flipped_bit_falls_back_and_ends_the_same(
-    uninterrupted: tuple[Path, float], corpus: Corpus, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    uninterrupted: tuple[Path, float], corpus: Corpus, tmp_path: Path
 ) -> None:
     directory = tmp_path / "run"
     overrides = corpus.overrides(directory, STEPS)
@@ -102,7 +102,7 @@ def test_a_flipped_bit_falls_back_and_ends_the_same(
     content[len(content) // 2] ^= 0x10
     shard.write_bytes(content)
     assert run_to_end(overrides) == 0
-    assert "set aside" in capfd.readouterr().out
+    assert "set aside" in log_path(overrides).read_text()
     assert metrics_of(directory) == metrics_of(uninterrupted[0])
     assert list((directory / "checkpoints").glob("*.corrupt"))
 
@@ -123,26 +123,25 @@ def test_a_signal_saves_and_asks_to_be_started_again(
     assert metrics_of(directory) == metrics_of(uninterrupted[0])
 
 
-def test_a_run_directory_in_use_is_refused(
-    corpus: Corpus, tmp_path: Path, capfd: pytest.CaptureFixture
-) -> None:
+def test_a_run_directory_in_use_is_refused(corpus: Corpus, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     overrides = corpus.overrides(directory, "train.steps=2000")
     (process,) = spawn_ranks(overrides, 1)
     wait_for_metrics(directory, [process])
     assert run_to_end(overrides) == 64
-    assert "run.dir" in capfd.readouterr().err
+    assert "run.dir" in log_path(overrides).read_text()
     process.kill()
     process.join()
 
 
 def test_another_config_in_the_same_directory_is_refused_key_by_key(
-    uninterrupted: tuple[Path, float], corpus: Corpus, capfd: pytest.CaptureFixture
+    uninterrupted: tuple[Path, float], corpus: Corpus
 ) -> None:
     directory, _ = uninterrupted
     before = (directory / "metrics.jsonl").read_bytes()
-    assert run_to_end(corpus.overrides(directory, STEPS, "optim.lr=0.02", "model.depth=3")) == 64
-    errors = capfd.readouterr().err
+    overrides = corpus.overrides(directory, STEPS, "optim.lr=0.02", "model.depth=3")
+    assert run_to_end(overrides) == 64
+    errors = log_path(overrides).read_text()
     assert "optim.lr" in errors
     assert "model.depth" in errors
     assert (directory / "metrics.jsonl").read_bytes() == before
