@@ -97,17 +97,20 @@ def _end_with_parent() -> None:
 
 
 def train_here(
-    overrides: Sequence[str], rank: int = 0, size: int = 1, port: int = 0, forgets: str = ""
+    overrides: Sequence[str], rank: int = 0, size: int = 1, port: int = 0, forgets: str = "", log: str = ""
 ) -> None:
-    """One run in this process. `forgets` names what its checkpoints leave out: a sabotage."""
+    """One run in this process, its output in a file.
+
+    `forgets` names what restoring a checkpoint leaves out: a sabotage.
+    """
     import torch
 
     from conf.errors import exit_on_error
     from train.__main__ import start
 
-    log = os.open(log_path(overrides), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    file = os.open(log or log_path(overrides), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
-        os.dup2(log, stream)
+        os.dup2(file, stream)
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -533,26 +533,42 @@ def test_a_failed_rename_of_a_replacement_puts_the_old_one_back(
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
-        if self.name.endswith(".tmp"):
+        if self.name == "step_00000001.tmp":
             raise OSError(errno.EIO, "Input/output error", str(self))
         return rename(self, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", lambda self, target: rename(self, target))
-        patch.setattr(store_module.Path, "rename", failing)
-        # torch renames its own .metadata.tmp inside; only the commit is to fail.
-        patch.setattr(DigestingFileSystem, "rename", rename_quietly)
+        patch.setattr(Path, "rename", failing)
         with pytest.raises(StorageError):
             store.save(1, make_state(2), {})
+    assert names(tmp_path) == ["step_00000001"]
     target = make_state(3)
     assert store.load_latest(target) is not None
     assert as_bytes(target) == as_bytes(make_state(1))
-    assert names(tmp_path) == ["step_00000001"]
 
 
-def rename_quietly(self: DigestingFileSystem, path: Any, new_path: Any) -> None:
-    os.rename(path, new_path)
-    self.entries[Path(new_path).name] = self.entries.pop(Path(path).name)
+def test_everything_is_on_disk_before_the_rename_that_commits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def noted_fsync(descriptor: int) -> None:
+        events.append("sync " + Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def noted_rename(self: Path, target: Path) -> Path:
+        events.append(f"rename {self.name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "rename", noted_rename)
+    open_store(tmp_path).save(1, make_state(1), {})
+    commit = events.index("rename step_00000001.tmp")
+    before = set(events[:commit])
+    assert {"sync __0_0.distcp", "sync .metadata.tmp", f"sync {MANIFEST}"} <= before
+    assert events[commit - 1] == "sync step_00000001.tmp"
+    assert events[commit + 1 :] == ["sync checkpoints"]
 
 
 def test_a_failed_atomic_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -119,10 +120,11 @@ def test_a_short_run_is_over_in_time_without_a_server(
         sink = WandbSink(config_of("online", timeout_seconds=2.0), tmp_path, "id", {})
         sink.log({"step": 1})
         assert time.monotonic() - start < 1
+        group = group_of(sink)
         sink.close()
         assert time.monotonic() - start < 4
+        assert is_gone(group, within=0.5)
     assert capfd.readouterr().out.count("wandb: off: not finished after 2 s; metrics.jsonl goes on\n") == 1
-    assert not wandb_children()
 
 
 @pytest.mark.slow
@@ -142,18 +144,13 @@ def test_a_longer_run_records_itself_offline_without_a_server(
             assert time.monotonic() - slowest < 0.5
             time.sleep(0.05)
         time.sleep(2)
+        group = group_of(sink)
         sink.close()
+        assert is_gone(group, within=0.5)
     assert history(recorded(tmp_path))[0] == {"step": 1, "loss/cross_entropy": 2.0}
     printed = capfd.readouterr().out
     assert printed.count("wandb: not online: ") == 1
     assert "for a later `wandb sync`" in printed
-    assert not wandb_children()
-
-
-def wandb_children() -> list[psutil.Process]:
-    return [
-        child for child in psutil.Process().children(recursive=True) if "wandb" in " ".join(child.cmdline())
-    ]
 
 
 def test_no_account_is_not_a_question(
@@ -241,33 +238,68 @@ def test_a_process_that_cannot_start_turns_the_sink_off(
     assert line.startswith("wandb: off: cannot start its process")
 
 
-def test_after_a_killed_run_nothing_of_wandb_stays_and_its_lines_do(tmp_path: Path) -> None:
-    script = f"""
-import os, signal, sys, time
-from pathlib import Path
-from tests.train.test_track_wandb import config_of
-from train.track.wandb_sink import WandbSink
-sink = WandbSink(config_of("offline", 5.0), Path({str(tmp_path)!r}), "id", {{}})
-print(sink._process.pid, flush=True)
-for step in range(20):
-    sink.log({{"step": step}})
+def test_after_a_killed_run_its_lines_are_there_and_nothing_of_wandb_stays(tmp_path: Path) -> None:
+    group = kill_a_run(tmp_path, f"""
 while not list(Path({str(tmp_path)!r}).glob("wandb/offline-run-*/run-*.wandb")):
     time.sleep(0.05)
 time.sleep(1)
+""")  # fmt: skip
+    assert is_gone(group, within=15)
+    records = recorded(tmp_path)
+    assert history(records) == [{"step": step} for step in range(20)]
+    assert [record["exit"]["exit_code"] for record in records if record["type"] == "exit"] == [1]
+
+
+def test_a_hung_wandb_does_not_outlive_a_killed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wandb.py").write_text(
+        "import pathlib, time\n"
+        "class Settings:\n    model_fields = {}\n"
+        "def init(**settings):\n"
+        "    pathlib.Path(settings['dir'], 'hangs').touch()\n    time.sleep(600)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    group = kill_a_run(tmp_path, f"""
+while not Path({str(tmp_path)!r}, "hangs").exists():
+    time.sleep(0.05)
+""")  # fmt: skip
+    assert is_gone(group, within=10)
+
+
+def kill_a_run(run_dir: Path, wait: str) -> int:
+    """Start a run that sends twenty lines, does `wait` and is killed; the process group of its wandb."""
+    script = f"""
+import os, signal, time
+from pathlib import Path
+from tests.train.test_track_wandb import config_of
+from train.track.wandb_sink import WandbSink
+sink = WandbSink(config_of("offline", 3.0), Path({str(run_dir)!r}), "id", {{}})
+print(sink._process.pid, flush=True)
+for step in range(20):
+    sink.log({{"step": step}})
+{wait}
 os.kill(os.getpid(), signal.SIGKILL)
 """
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=60, check=False
     )
     assert done.returncode == -9
-    group = int(done.stdout.split()[0])
-    deadline = time.monotonic() + 15
-    while members := [process for process in psutil.process_iter() if in_group(process, group)]:
-        assert time.monotonic() < deadline, members
-        time.sleep(0.1)
-    records = recorded(tmp_path)
-    assert history(records) == [{"step": step} for step in range(20)]
-    assert [record["exit"]["exit_code"] for record in records if record["type"] == "exit"] == [1]
+    return int(done.stdout.split()[0])
+
+
+def group_of(sink: WandbSink) -> int:
+    assert sink._process is not None
+    return sink._process.pid
+
+
+def is_gone(group: int, within: float) -> bool:
+    """Whether the process group has no live member, `within` seconds from now."""
+    deadline = time.monotonic() + within
+    while any(in_group(process, group) for process in psutil.process_iter()):
+        if time.monotonic() > deadline:
+            os.killpg(group, signal.SIGKILL)
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def in_group(process: psutil.Process, group: int) -> bool:

@@ -76,7 +76,7 @@ def _described(error: Exception) -> tuple[str, str]:
     if isinstance(error, StorageError):
         return "storage", str(error)
     if isinstance(error, OSError):
-        return "storage", str(as_storage_error(error, error.filename or "(unnamed file)"))
+        return "storage", str(as_storage_error(error, error.filename or "a file in it"))
     if isinstance(error, CheckpointError):
         return "checkpoint", str(error)
     return "peer" if isinstance(error, PeerFailed) else "bug", f"{type(error).__name__}: {error}"

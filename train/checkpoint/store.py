@@ -84,7 +84,7 @@ class CheckpointStore:
         """
         final = self.directory / step_name(step)
         temporary = final.with_name(final.name + ".tmp")
-        action = f"checkpoint of step {step} not saved"
+        action = f"{final}: checkpoint not saved"
         try:
             flat: dict[str, Any] = {}
             # Before the collective write: a rank that refuses its state there would leave the others waiting.

@@ -1,0 +1,146 @@
+"""What goes wrong outside the program ends a run with one line, and nothing is lost."""
+
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.train.conftest import Corpus
+from tests.train.runs import log_path, metrics_of, run_to_end, spawn, train_here
+
+
+def errors_of(overrides: list[str]) -> str:
+    lines = [line for line in log_path(overrides).read_text().splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in log_path(overrides).read_text()
+    return "\n".join(lines)
+
+
+@pytest.fixture
+def damaged(corpus: Corpus, tmp_path: Path) -> Corpus:
+    copy = tmp_path / "dataset"
+    shutil.copytree(corpus.dataset, copy)
+    return Corpus(corpus.tree, copy)
+
+
+def test_a_dataset_that_was_not_prepared(corpus: Corpus, tmp_path: Path) -> None:
+    overrides = corpus.overrides(tmp_path / "run", f"data.directory={tmp_path}/missing")
+    assert run_to_end(overrides) == 65
+    assert "run python -m data.prepare" in errors_of(overrides)
+
+
+def test_a_token_file_cut_short(damaged: Corpus, tmp_path: Path) -> None:
+    path = damaged.dataset / "documents.bin"
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.truncate(size - 10)
+    overrides = damaged.overrides(tmp_path / "run")
+    assert run_to_end(overrides) == 65
+    said = errors_of(overrides)
+    assert str(path) in said
+    assert str(size) in said
+    assert str(size - 10) in said
+
+
+def test_a_token_beyond_the_vocabulary(damaged: Corpus, tmp_path: Path) -> None:
+    path = damaged.dataset / "documents.bin"
+    content = bytearray(path.read_bytes())
+    content[: len(content)] = b"\xff\x01" * (len(content) // 2)
+    path.write_bytes(content)
+    overrides = damaged.overrides(tmp_path / "run")
+    assert run_to_end(overrides) == 65
+    assert f"{path}: token " in errors_of(overrides)
+
+
+def test_a_tokenizer_other_than_the_datas(damaged: Corpus, tmp_path: Path) -> None:
+    path = damaged.dataset / "tokenizer.model"
+    path.write_bytes(path.read_bytes() + b"\x00")
+    overrides = damaged.overrides(tmp_path / "run")
+    assert run_to_end(overrides) == 65
+    said = errors_of(overrides)
+    assert str(path) in said
+    assert "sha256" in said
+
+
+def test_data_other_than_the_runs(corpus: Corpus, damaged: Corpus, tmp_path: Path) -> None:
+    overrides = corpus.overrides(tmp_path / "run", "train.steps=4")
+    assert run_to_end(overrides) == 0
+    card = json.loads((damaged.dataset / "card.json").read_text())
+    card["held_out"]["bin_digest"] = "0" * 32
+    (damaged.dataset / "card.json").write_text(json.dumps(card))
+    shutil.rmtree(tmp_path / "other", ignore_errors=True)
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path / "run", moved)
+    config = json.loads((moved / "config.json").read_text())
+    config["data"]["directory"] = str(damaged.dataset)
+    (moved / "config.json").write_text(json.dumps(config))
+    other = damaged.overrides(moved, "train.steps=4")
+    assert run_to_end(other) == 64
+    assert "data.directory" in errors_of(other)
+
+
+def test_a_run_directory_that_cannot_be_made(corpus: Corpus, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    overrides = corpus.overrides(tmp_path / "file" / "run")
+    log = tmp_path / "log"
+    process = spawn(train_logged, overrides, str(log))
+    process.join(60)
+    assert process.exitcode == 74
+    assert str(tmp_path / "file" / "run") in log.read_text()
+    assert "Traceback" not in log.read_text()
+
+
+def train_logged(overrides: list[str], log: str) -> None:
+    train_here(overrides, log=log)
+
+
+def train_on_a_full_disk(overrides: list[str], limit: int) -> None:
+    # A file that may not grow: the kernel refuses the write as it does on a full disk.
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    train_here(overrides)
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(corpus: Corpus, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    overrides = corpus.overrides(directory, "train.steps=8", "checkpoint.every=4")
+    process = spawn(train_on_a_full_disk, overrides, 60_000)
+    process.join(60)
+    assert process.exitcode == 74
+    said = errors_of(overrides)
+    assert str(directory) in said
+    assert not list((directory / "checkpoints").glob("*.tmp"))
+    assert [line["step"] for line in metrics_of(directory)] == [1, 2, 3, 4]
+    assert run_to_end(overrides) == 0
+
+
+def train_with_a_poisoned_weight(overrides: list[str]) -> None:
+    import torch
+
+    from train import run
+
+    build = run.build_state
+
+    def poisoned(*arguments):
+        state = build(*arguments)
+        with torch.no_grad():
+            state.model.head.weight[3, 0] = float("nan")
+        return state
+
+    run.build_state = poisoned
+    train_here(overrides)
+
+
+def test_non_finite_steps_touch_nothing_and_stop_the_run(corpus: Corpus, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    overrides = corpus.overrides(directory, "train.max_skipped=2")
+    process = spawn(train_with_a_poisoned_weight, overrides)
+    process.join(60)
+    assert process.exitcode == 70
+    assert "weights are those before" in errors_of(overrides)
+    lines = metrics_of(directory)
+    assert [line["optimizer/skipped"] for line in lines] == [1, 1, 1]
+    assert [line["loss"] for line in lines] == [None] * 3
