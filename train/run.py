@@ -45,11 +45,13 @@ def run(config: RunConfig, environment: Environment) -> None:
     with lock:
         if is_first:
             claim(directory, config)
+        # Before anything slow: from here on a request to stop is heard.
+        interrupt = Interrupt(directory, watches_file=is_first)
         with open_world(config.parallel, *ranks) as world:
-            run_in_world(config, world)
+            run_in_world(config, world, interrupt)
 
 
-def run_in_world(config: RunConfig, world: World) -> None:
+def run_in_world(config: RunConfig, world: World, interrupt: Interrupt) -> None:
     """The run on its processes, its directory claimed."""
     directory = Path(config.run.dir)
     loader = open_data(config)
@@ -60,13 +62,15 @@ def run_in_world(config: RunConfig, world: World) -> None:
     resume(state, store, loader, world)
     run_id = read_run_id(directory) if world.rank == 0 else ""
     tracker = Tracker(config.track, directory, run_id, config.model_dump(), world.rank, config.train.steps)
+    is_well = False
     try:
         tracker.resume(state.step)
-        is_done = train(state, loader, store, tracker, config, world)
+        is_done = train(state, loader, store, tracker, interrupt, config, world)
         if is_done:
             finish(state, loader, tracker, config, world)
+        is_well = True
     finally:
-        tracker.close()
+        tracker.close(is_failed=not is_well)
 
 
 def train(
@@ -74,12 +78,12 @@ def train(
     loader: Loader,
     store: CheckpointStore,
     tracker: Tracker,
+    interrupt: Interrupt,
     config: RunConfig,
     world: World,
 ) -> bool:
     """The loop. True when the last step is done, False when a request to stop came first."""
     directory = Path(config.run.dir)
-    interrupt = Interrupt(directory, watches_file=world.rank == 0)
     meter = Meter(config, world.device, world.size)
     while state.step < config.train.steps:
         meter.start_step()

@@ -1,5 +1,6 @@
 """One optimizer step: forward and backward over micro-batches, global sums, clip, update."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -36,28 +37,29 @@ class StepResult(NamedTuple):
 
 def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World) -> StepResult:
     """Runs the step on this rank's rows of the global batch. Mutates the state."""
-    batch = to_device(batch, world.device)
     # Denominators are global and known before backward, so that gradients are plain sums over ranks.
-    targets = int(world.sum((batch.targets != IGNORED).sum()))
+    targets = world.sum((batch.targets != IGNORED).sum().to(world.device))
+    batch = to_device(batch, world.device)
     rows = config.train.global_batch
     _, micro = config.rank_rows(world.size)
     total: Losses | None = None
     for start in range(0, batch.tokens.shape[0], micro):
         reduce_over_copies(state.model, is_last=start + micro >= batch.tokens.shape[0])
         losses = micro_losses(state, Batch(*(part[start : start + micro] for part in batch)))
-        (losses.cross_entropy / max(targets, 1) + losses.balance / rows).backward()
+        (losses.cross_entropy / targets.clamp(min=1) + losses.balance / rows).backward()
         losses = Losses(*(part.detach() for part in losses))
         total = losses if total is None else Losses(*(a + b for a, b in zip(total, losses, strict=True)))
     assert total is not None, f"{batch.tokens.shape=}"
     sums = world.sum(torch.cat([part.double().flatten() for part in total]))
-    cross_entropy, balance, rest = sums[0] / max(targets, 1), sums[1] / rows, sums[2:]
+    cross_entropy, balance, rest = sums[0] / targets.clamp(min=1), sums[1] / rows, sums[2:]
     load, entropy = rest[: total.load.numel()].view_as(total.load), rest[total.load.numel() :]
 
     lr = config.optim.lr * lr_factor(config.schedule, state.step, config.train.steps)
     parameters = list(state.model.parameters())
     norm = gradient_norm(parameters)
-    loss_value, norm_value = float(cross_entropy), float(norm)
-    is_skipped = not bool(torch.isfinite(cross_entropy) & torch.isfinite(norm))
+    # The one place where the step waits for the device: whether to update must be known here.
+    loss_value, norm_value, count = float(cross_entropy), float(norm), int(targets)
+    is_skipped = not (math.isfinite(loss_value) and math.isfinite(norm_value))
     if not is_skipped:
         for group in state.optimizer.param_groups:
             group["lr"] = lr
@@ -67,10 +69,12 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World)
     state.optimizer.zero_grad()
     state.step += 1
     state.cursor += rows
-    state.tokens += targets
+    state.tokens += count
     state.skipped = state.skipped + 1 if is_skipped else 0
     tokens = rows * batch.tokens.shape[1]
-    return StepResult(loss_value, float(balance), norm_value, lr, targets, load, entropy / tokens, is_skipped)
+    return StepResult(
+        loss_value, float(balance), norm_value, lr, count, load.cpu(), (entropy / tokens).cpu(), is_skipped
+    )
 
 
 def micro_losses(state: TrainState, batch: Batch) -> Losses:

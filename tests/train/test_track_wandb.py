@@ -191,6 +191,16 @@ def test_a_process_that_reads_nothing_costs_old_lines_and_no_time(
     assert f"{sink.dropped} lines dropped" in printed
 
 
+def test_what_the_process_started_ends_with_it(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, time; subprocess.Popen(['sleep', '60']); print('up', flush=True); time.sleep(60)"
+    )
+    sink = WandbSink(config_of("offline", timeout_seconds=2.0), tmp_path, "id", {}, command=fake(code))
+    group = group_of(sink)
+    sink.close()
+    assert is_gone(group, within=1)
+
+
 def test_the_oldest_lines_are_dropped(tmp_path: Path) -> None:
     out = tmp_path / "out"
     late = f"import sys, time; time.sleep(1.5); open({str(out)!r}, 'w').write(sys.stdin.read())"
