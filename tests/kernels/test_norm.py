@@ -19,7 +19,9 @@ def test_bfloat16_is_computed_in_float32() -> None:
     x, weight = torch.randn(64, 256, dtype=torch.bfloat16), torch.randn(256)
     ours = rms_norm(x, weight, 1e-6)
     assert ours.dtype == torch.bfloat16
-    assert torch.equal(ours, rms_norm_direct(x.float(), weight, 1e-6).bfloat16())
+    exact = rms_norm_direct(x.double(), weight.double(), 1e-6)
+    # bfloat16 keeps eight bits: one rounding of the exact result is all that it may be off.
+    assert ((ours.double() - exact).abs() <= exact.abs() * 2**-8).all()
 
 
 def test_a_zero_row_stays_zero_with_finite_gradients() -> None:

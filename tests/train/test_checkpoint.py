@@ -424,7 +424,7 @@ def test_optional_keys_are_loaded_when_stored_and_reported_when_not(tmp_path: Pa
 def test_extra_that_is_not_strict_json_is_refused_before_anything_is_written(
     tmp_path: Path, extra: dict[str, Any]
 ) -> None:
-    with pytest.raises(RuntimeError, match="step 1 not saved"):
+    with pytest.raises(RuntimeError, match="step_00000001: checkpoint not saved"):
         open_store(tmp_path).save(1, make_state(1), extra)
     assert not (tmp_path / "checkpoints").exists()
 
