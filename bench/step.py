@@ -23,7 +23,8 @@ from model.count import count
 from model.hf.qwen3_next import import_weights
 from model.initial import initialise
 from model.language_model import LanguageModel
-from train.config import RunConfig, load_config
+from train.config import RunConfig
+from train.load import load_config
 from train.measure import measured_peak
 from train.track.report import print_table
 

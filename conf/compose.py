@@ -34,11 +34,18 @@ def compose(overrides: Sequence[str], root: type[T]) -> T:
 
     Raises ConfigError with all violations.
     """
+    return validate(root, compose_known(overrides, root))
+
+
+def compose_known(overrides: Sequence[str], root: type[BaseModel]) -> dict[str, Any]:
+    """The composed tree cut to what `root` names and what was typed, unchecked. Raises ConfigError."""
     tree = compose_tree(overrides)
-    known = {name: value for name, value in tree.items() if name in root.model_fields}
     typed = {override.lstrip("+~").split("=", 1)[0].split(".")[0] for override in overrides}
-    unread = {name: tree[name] for name in typed if name in tree and not (CONF_DIR / name).is_dir()}
-    return validate(root, known | unread)
+    return {
+        name: value
+        for name, value in tree.items()
+        if name in root.model_fields or (name in typed and not (CONF_DIR / name).is_dir())
+    }
 
 
 def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:

@@ -4,13 +4,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
-from model.config import Architecture, ResidualConfig
+from model.config import Architecture
 from model.ffn import SwiGlu
 from model.layout import NONE
 from model.linear import RMSNorm
 from model.mixer import Mixer, Sequence
 from model.moe.layer import Moe
 from model.moe.router import Routing
+from model.shape import ResidualConfig
 
 
 class Block(nn.Module):

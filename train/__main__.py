@@ -24,8 +24,8 @@ def main() -> None:
 
 def start(arguments: list[str]) -> None:
     """One run from its overrides. Raises the errors of conf.errors."""
-    from train.config import load_config
     from train.environment import read_environment
+    from train.load import load_config
 
     environment = read_environment()
     config = load_config(arguments, environment.world_size)

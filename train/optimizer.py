@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
-from train.config import AdamwConfig
+from train.fields import AdamwConfig
 
 
 def build_optimizer(model: nn.Module, config: AdamwConfig) -> AdamW:

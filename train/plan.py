@@ -10,7 +10,8 @@ from typing import Any
 from conf.errors import exit_on_error
 from model.count import ModelCount, count
 from model.layout import NONE
-from train.config import RunConfig, load_config
+from train.config import RunConfig
+from train.load import load_config
 from train.memory import memory_per_rank
 
 CONTEXTS = (4096, 32768, 131072)

@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> None:
     from data.card import TOKENIZER
     from data.tokenizer import load_tokenizer
     from parallel.world import World
-    from train.config import SampleConfig
+    from train.fields import SampleConfig
     from train.finish import sample_text
     from train.finished import load_model, open_run
 

@@ -2,7 +2,7 @@
 
 import math
 
-from train.config import CosineConfig, WsdConfig
+from train.fields import CosineConfig, WsdConfig
 
 
 def lr_factor(schedule: WsdConfig | CosineConfig, step: int, steps: int) -> float:

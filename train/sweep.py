@@ -26,8 +26,9 @@ def one_job(composed: Any) -> None:
     from omegaconf import OmegaConf
 
     from train.__main__ import run_checked
-    from train.config import RunConfig, run_violations
+    from train.config import RunConfig
     from train.environment import read_environment
+    from train.fields import run_violations
 
     with exit_on_error():
         tree = OmegaConf.to_container(composed, resolve=True)

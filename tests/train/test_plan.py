@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from model.count import count
 from model.language_model import LanguageModel
 from tests.architectures import small_architecture
-from train.config import load_config
+from train.load import load_config
 from train.memory import memory_per_rank
 from train.plan import plan
 

@@ -3,7 +3,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.config import CosineConfig, WsdConfig
+from train.fields import CosineConfig, WsdConfig
 from train.schedule import lr_factor
 
 schedules = st.one_of(

@@ -1,0 +1,162 @@
+"""The fields of a run that need no torch to be checked, so that a mistyped key comes back at once."""
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, model_validator
+
+from conf.compose import Config
+from conf.errors import Violation
+from data.config import DataConfig
+from model.layout import LayoutConfig, expand_layers
+from model.moe.config import MoeConfig
+from model.shape import ModelConfig, ResidualConfig
+from parallel.config import ParallelConfig, layout_violations
+from train.checkpoint.config import CheckpointConfig
+from train.track.config import TrackConfig
+
+if TYPE_CHECKING:
+    from train.config import RunConfig
+
+Dtype = Literal["float64", "float32", "bfloat16"]
+
+
+class PlaceConfig(Config):
+    """Where a run writes."""
+
+    dir: str = Field(min_length=1)
+
+
+class TrainConfig(Config):
+    """How long and in what portions."""
+
+    steps: int = Field(ge=1)
+    seed: int = Field(ge=0)
+    global_batch: int = Field(ge=1)
+    micro_batch: int | None = Field(ge=1)
+    evaluate_every: int = Field(ge=1)
+    evaluate_rows: int = Field(ge=1)
+    max_skipped: int = Field(ge=0)
+
+
+class SampleConfig(Config):
+    """The text sample at the end of a run."""
+
+    prompt: str
+    tokens: int = Field(ge=0)
+    temperature: float = Field(ge=0)
+
+
+class AdamwConfig(Config):
+    """AdamW."""
+
+    kind: Literal["adamw"]
+    lr: float = Field(gt=0)
+    beta1: float = Field(ge=0, lt=1)
+    beta2: float = Field(ge=0, lt=1)
+    eps: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    clip_norm: float = Field(gt=0)
+
+
+class WsdConfig(Config):
+    """Warm-up, stable, decay."""
+
+    kind: Literal["wsd"]
+    warmup_steps: int = Field(ge=0)
+    decay_fraction: float = Field(gt=0, le=1)
+    floor: float = Field(ge=0, le=1)
+
+
+class CosineConfig(Config):
+    """Warm-up, then half a cosine."""
+
+    kind: Literal["cosine"]
+    warmup_steps: int = Field(ge=0)
+    floor: float = Field(ge=0, le=1)
+
+
+class PrecisionConfig(Config):
+    """Dtypes of computation and of what the optimizer keeps."""
+
+    compute: Dtype
+    parameters: Dtype
+
+    @model_validator(mode="after")
+    def _fits(self) -> "PrecisionConfig":
+        if self.parameters == "bfloat16":
+            raise ValueError("parameters must be float32 or float64; bfloat16 ones lose small updates")
+        if self.compute == "float64" and self.parameters != "float64":
+            raise ValueError("compute float64 needs parameters float64")
+        return self
+
+
+class ClusterConfig(Config):
+    """What the run runs on; plans and shares of peak are computed from it."""
+
+    nodes: int = Field(ge=1)
+    gpus_per_node: int = Field(ge=1)
+    device: Literal["auto", "cpu", "cuda"]
+    memory_gib: float | None = Field(gt=0)
+    peak_tflops: float | None = Field(gt=0)
+
+
+class PlanConfig(Config):
+    """What `python -m train.plan` prints."""
+
+    format: Literal["table", "json"]
+    context: int | None = Field(ge=1)
+
+
+class RunFields(Config):
+    """All of a run but its model."""
+
+    run: PlaceConfig
+    train: TrainConfig
+    sample: SampleConfig
+    data: DataConfig
+    optim: AdamwConfig
+    schedule: Annotated[WsdConfig | CosineConfig, Discriminator("kind")]
+    precision: PrecisionConfig
+    parallel: ParallelConfig
+    checkpoint: CheckpointConfig
+    track: TrackConfig
+    cluster: ClusterConfig
+    plan: PlanConfig
+
+
+class RunDraft(RunFields):
+    """A run whose mixers are not looked into yet."""
+
+    model: ModelConfig
+    layout: LayoutConfig
+    mixer: dict[str, dict[str, Any]]
+    moe: MoeConfig
+    residual: ResidualConfig
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RunDraft":
+        expand_layers(self.layout, self.model.depth, self.mixer)
+        return self
+
+
+def run_violations(config: "RunDraft | RunConfig", world_size: int) -> list[Violation]:
+    """Everything that types and ranges cannot see: what does not fit together."""
+    found = layout_violations(config.parallel, world_size)
+    rows, micro = config.train.global_batch, config.train.micro_batch
+    if rows % world_size:
+        below = rows - rows % world_size
+        legal = f"{below} or {below + world_size}" if below else str(world_size)
+        message = f"{rows} sequences cannot be shared evenly by {world_size} processes; use {legal}"
+        found.append(Violation("train.global_batch", message))
+    elif micro is not None and (rows // world_size) % micro:
+        share = rows // world_size
+        legal = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
+        message = f"{micro} does not divide the {share} sequences of a rank; legal values are {legal}"
+        found.append(Violation("train.micro_batch", message))
+    if config.data.tokenizer.vocab_size > config.model.vocab_size:
+        message = (
+            f"{config.model.vocab_size} rows cannot hold the {config.data.tokenizer.vocab_size} pieces of "
+            f"data.tokenizer.vocab_size; raise it to at least that"
+        )
+        found.append(Violation("model.vocab_size", message))
+    return found

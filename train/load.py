@@ -1,0 +1,41 @@
+"""From overrides to the checked config of a run, without torch until nothing cheap is wrong."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from conf.compose import compose_known, validate
+from conf.errors import ConfigError, Violation
+from train.fields import RunDraft, run_violations
+
+if TYPE_CHECKING:
+    from train.config import RunConfig
+
+
+def load_config(overrides: Sequence[str], world_size: int | None) -> "RunConfig":
+    """The checked config of a run on `world_size` processes, None for those of its cluster.
+
+    Raises ConfigError with all violations.
+    """
+    tree = compose_known(overrides, RunDraft)
+    found = list(draft_violations(tree, world_size))
+    if found and not any(override.lstrip("+").startswith("mixer.") for override in overrides):
+        # What the mixers hold then comes from conf/ alone; looking into it would import torch for seconds.
+        raise ConfigError(found)
+    from train.config import RunConfig
+
+    try:
+        config = validate(RunConfig, tree)
+    except ConfigError as error:
+        raise ConfigError(list(dict.fromkeys([*error.violations, *found]))) from error
+    if found:
+        raise ConfigError(found)
+    return config
+
+
+def draft_violations(tree: dict, world_size: int | None) -> Sequence[Violation]:
+    """Everything that is wrong with a composed tree, its mixers left out."""
+    try:
+        draft = validate(RunDraft, tree)
+    except ConfigError as error:
+        return error.violations
+    return run_violations(draft, world_size or draft.cluster.nodes * draft.cluster.gpus_per_node)
