@@ -71,13 +71,11 @@ def score_of(held_out: Evaluation, loader: Loader) -> dict[str, float | str]:
 
 def shown(value: float | str) -> str:
     """A number as people read it."""
+    if isinstance(value, str):
+        return value
     if isinstance(value, int):
         return f"{value:,}"
-    return (
-        f"{value:,.4g}"
-        if isinstance(value, float) and abs(value) >= 100
-        else (f"{value:.4f}" if isinstance(value, float) else value)
-    )
+    return f"{value:,.4g}" if abs(value) >= 100 else f"{value:.4f}"
 
 
 def sample_text(model: LanguageModel, tokenizer: Tokenizer, config: RunConfig, world: World) -> str:

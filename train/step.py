@@ -57,7 +57,7 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World)
     lr = config.optim.lr * lr_factor(config.schedule, state.step, config.train.steps)
     parameters = list(state.model.parameters())
     norm = gradient_norm(parameters)
-    # The one place where the step waits for the device: whether to update must be known here.
+    # The step waits for the device here: whether to update must be known.
     loss_value, norm_value, count = float(cross_entropy), float(norm), int(targets)
     is_skipped = not (math.isfinite(loss_value) and math.isfinite(norm_value))
     if not is_skipped:
