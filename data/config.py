@@ -69,6 +69,7 @@ class DataConfig(Config):
     held_out: float = Field(ge=0, lt=0.5)
     workers: int = Field(ge=0, le=1024)
     max_bad_documents: int = Field(ge=0)
+    verify: bool
 
     @field_validator("corpora")
     @classmethod

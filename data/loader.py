@@ -90,19 +90,10 @@ class Loader:
         """sha256 over the digests of the tokens and the tokenizer."""
         return self.card.fingerprint
 
-    @property
-    def held_out_bytes(self) -> int:
-        """Bytes of the text that the held-out rows cover, each once."""
-        return self.card.held_out.bytes
-
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that wrote the tokens."""
         return load_tokenizer(self.directory / TOKENIZER)
-
-    def windows_per_epoch(self) -> dict[str, int]:
-        """Windows of each corpus that is in use."""
-        return {self._names[corpus_id]: packing.num_windows for corpus_id, packing in self._packings.items()}
 
     def consumed(self, cursor: int) -> dict[str, int]:
         """Sequences of each corpus before `cursor`, to begin the next stage with."""

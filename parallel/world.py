@@ -46,11 +46,16 @@ class World:
 def open_world(config: ParallelConfig, rank: int, size: int, local_rank: int) -> Iterator[World]:
     """The World of this process; its process group lives as long as the block.
 
-    The rendezvous is that of the environment (MASTER_ADDR, MASTER_PORT). NCCL on GPUs, gloo elsewhere.
+    The rendezvous is that of the environment (MASTER_ADDR, MASTER_PORT). NCCL on GPUs, gloo elsewhere. On a
+    CPU, numbers too small for the normal form count as zero from here on, in the whole process.
     """
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        # Products of decays reach numbers below 1e-38, on which a CPU computes many times as slowly. Threads
+        # take the setting from the one that starts them: it comes before the first parallel operation.
+        torch.set_flush_denormal(True)
     if size == 1:
         yield World(rank, size, device, None)
         return

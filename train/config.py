@@ -21,7 +21,10 @@ class RunConfig(RunFields, Architecture):
 
 # What may change between two starts of one run without making it another run.
 CHANGEABLE = ("run", "checkpoint", "track", "cluster", "plan", "parallel", "sample")
-CHANGEABLE_KEYS = ("train.micro_batch", "train.evaluate_every", "train.evaluate_rows", "train.max_skipped")
+CHANGEABLE_KEYS = (
+    *("train.micro_batch", "train.evaluate_every", "train.evaluate_rows", "train.max_skipped"),
+    "data.verify",
+)
 
 
 def differences(saved: object, now: object, prefix: str = "") -> list[Violation]:

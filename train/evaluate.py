@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
 
     command = parse_command(arguments, EvaluateCommand)
     config = open_run(command.run)
-    loader = open_data(config)
+    loader = open_data(config, 0)
     model, step = load_model(command.run, config)
     rows = command.rows or loader.held_out_rows
     world = World(0, 1, torch.device("cpu"), None)

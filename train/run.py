@@ -54,7 +54,7 @@ def run(config: RunConfig, environment: Environment) -> None:
 def run_in_world(config: RunConfig, world: World, interrupt: Interrupt) -> None:
     """The run on its processes, its directory claimed."""
     directory = Path(config.run.dir)
-    loader = open_data(config)
+    loader = open_data(config, world.rank)
     state = build_state(config, world)
     store = CheckpointStore(
         directory / CHECKPOINTS, keep=config.checkpoint.keep, rank=world.rank, size=world.size
@@ -85,9 +85,13 @@ def train(
     """The loop. True when the last step is done, False when a request to stop came first."""
     directory = Path(config.run.dir)
     meter = Meter(config, world.device, world.size)
+    rows, micro = config.rank_rows(world.size)
+    upcoming = loader.prefetch(state.cursor + world.rank * rows, rows)
     while state.step < config.train.steps:
         meter.start_step()
-        batch = next_batch(state, loader, config, world)
+        batch = upcoming.result()
+        # Read while this step computes.
+        upcoming = loader.prefetch(state.cursor + config.train.global_batch + world.rank * rows, rows)
         meter.end_data()
         samples = digest_samples(batch, world)
         result = train_step(state, batch, config, world)
@@ -97,8 +101,8 @@ def train(
         is_last = state.step == config.train.steps
         has_held_out = loader.held_out_rows > 0
         if has_held_out and state.step % config.train.evaluate_every == 0 and not is_last:
-            rows, micro = config.train.evaluate_rows, config.rank_rows(world.size)[1]
-            held_out = evaluate(state.model, loader, world, rows=rows, micro_batch=micro)
+            windows = config.train.evaluate_rows
+            held_out = evaluate(state.model, loader, world, rows=windows, micro_batch=micro)
             tracker.log_evaluation(state.step, held_out._asdict())
         must_stop = is_requested(interrupt, world) and not is_last
         if is_last or must_stop or state.step % config.checkpoint.every == 0:
@@ -143,15 +147,22 @@ def read_run_id(directory: Path) -> str:
     return str(json.loads((directory / RUN_FILE).read_text())["id"])
 
 
-def open_data(config: RunConfig) -> Loader:
-    """The loader of the prepared dataset. Raises DataError when it does not fit the model."""
-    return Loader(
+def open_data(config: RunConfig, rank: int) -> Loader:
+    """The loader of the prepared dataset.
+
+    Raises DataError when it does not fit the model, or, where data.verify asks for it, is not what was
+    prepared.
+    """
+    loader = Loader(
         Path(config.data.directory),
         sequence_length=config.data.sequence_length,
         seed=config.train.seed,
         weights=config.data.weights,
         vocab_size=config.model.vocab_size,
     )
+    if config.data.verify and rank == 0:
+        loader.verify()
+    return loader
 
 
 def build_state(config: RunConfig, world: World) -> TrainState:
@@ -188,12 +199,6 @@ def resume(state: TrainState, store: CheckpointStore, loader: Loader, world: Wor
     state.restore(tensors, loaded.extra["counters"], world)
     if world.rank == 0:
         print(f"resumed at step {state.step} from {loaded.path}", flush=True)
-
-
-def next_batch(state: TrainState, loader: Loader, config: RunConfig, world: World) -> Batch:
-    """This rank's rows of the next global batch."""
-    rows, _ = config.rank_rows(world.size)
-    return loader.batch(state.cursor + world.rank * rows, rows)
 
 
 def digest_samples(batch: Batch, world: World) -> str:

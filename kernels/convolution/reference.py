@@ -45,34 +45,30 @@ class ShortConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, document: Tensor | None) -> Tensor:
         """Shapes as `convolution_direct`."""
-        masks = None if document is None else tap_masks(document, weight.shape[1])
-        total = _sum_of_taps(x, weight, masks)
-        ctx.save_for_backward(x, weight, total, *(masks or ()))
+        masks = () if document is None else tap_masks(document, weight.shape[1])
+        masks = tuple(mask.to(x.dtype) for mask in masks)
+        # Taps side by side in memory: products with every fourth number run at a third of the speed.
+        taps = weight.T.contiguous()
+        total = x * taps[-1]
+        for shift in range(1, min(len(taps), x.shape[1])):
+            earlier = x[:, :-shift]
+            earlier = earlier * masks[shift][:, shift:] if masks else earlier
+            total[:, shift:].addcmul_(earlier, taps[-1 - shift])
+        ctx.save_for_backward(x, taps, total, *masks)
         return silu(total)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         """Gradients of x and weight."""
-        x, weight, total, *masks = ctx.saved_tensors
+        x, taps, total, *masks = ctx.saved_tensors
         sigmoid = total.sigmoid()
-        grad_total = grads[0] * sigmoid * (1 + total * (1 - sigmoid))
-        length, taps = x.shape[1], weight.shape[1]
-        grad_x = torch.zeros_like(x)
-        grad_weight = torch.zeros_like(weight)
-        for shift in range(min(taps, length)):
-            grad = grad_total if not masks else grad_total * masks[shift]
-            tap, kept = taps - 1 - shift, length - shift
-            grad_x[:, :kept].addcmul_(grad[:, shift:], weight[:, tap].expand_as(grad[:, shift:]))
-            grad_weight[:, tap] = (grad[:, shift:] * x[:, :kept]).sum((0, 1))
-        return grad_x, grad_weight, None
-
-
-def _sum_of_taps(x: Tensor, weight: Tensor, masks: list[Tensor] | None) -> Tensor:
-    length, taps = x.shape[1], weight.shape[1]
-    total = x * weight[:, taps - 1]
-    for shift in range(1, min(taps, length)):
-        earlier = x[:, : length - shift]
-        if masks is not None:
-            earlier = earlier * masks[shift][:, shift:]
-        total[:, shift:].addcmul_(earlier, weight[:, taps - 1 - shift].expand_as(earlier))
-    return total
+        # d silu(s) / ds = sigmoid (1 + s (1 - sigmoid))
+        grad_total = (1 - sigmoid).mul_(total).add_(1).mul_(sigmoid).mul_(grads[0])
+        grad_x, grad_taps = grad_total * taps[-1], torch.zeros_like(taps)
+        grad_taps[-1] = (grad_total * x).sum((0, 1))
+        for shift in range(1, min(len(taps), x.shape[1])):
+            grad = grad_total[:, shift:]
+            grad = grad * masks[shift][:, shift:] if masks else grad
+            grad_x[:, :-shift].addcmul_(grad, taps[-1 - shift])
+            grad_taps[-1 - shift] = (grad * x[:, :-shift]).sum((0, 1))
+        return grad_x, grad_taps.T, None

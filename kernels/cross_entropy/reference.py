@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 IGNORED = -100
-CHUNK = 512
+CHUNK = 256
 
 
 def linear_cross_entropy_direct(
@@ -32,24 +32,27 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros(weight.shape, dtype=accumulate, device=x.device) if needs_weight else None
         for start in range(0, x.shape[0], CHUNK):
             rows, ids = x[start : start + CHUNK], targets[start : start + CHUNK]
-            is_counted = ids != IGNORED
+            is_counted = (ids != IGNORED)[:, None]
             safe = ids.clamp(min=0)[:, None]
             logits = (rows @ weight.T).to(accumulate)
-            picked = logits.gather(1, safe)[:, 0]
-            highest = logits.amax(1, keepdim=True)
-            exponentials = logits.sub_(highest).exp_()
-            denominator = exponentials.sum(1, keepdim=True)
-            total += ((denominator.log() + highest)[:, 0] - picked).masked_fill(~is_counted, 0.0).sum()
+            picked, highest = logits.gather(1, safe), logits.amax(1, keepdim=True)
+            softmax = torch.softmax(logits, 1, out=logits)
+            # The log-sum-exp from the largest share, which is at least 1 / M and so has a logarithm.
+            losses = highest - softmax.amax(1, keepdim=True).log() - picked
+            total += losses.masked_fill(~is_counted, 0.0).sum()
             if not (needs_x or needs_weight):
                 continue
-            # d loss / d logits = softmax - one-hot, zero for ignored rows.
-            grad = exponentials.mul_(is_counted[:, None] / denominator)
-            grad.scatter_add_(1, safe, -is_counted[:, None].to(accumulate))
-            grad = grad.to(x.dtype)
+            # d loss / d logits = softmax - one-hot; ignored rows are left out where there are fewer numbers.
+            softmax.scatter_add_(1, safe, softmax.new_full(safe.shape, -1.0))
+            grad = softmax.to(x.dtype)
             if grad_x is not None:
-                torch.mm(grad, weight, out=grad_x[start : start + CHUNK])
+                torch.mul(grad @ weight, is_counted, out=grad_x[start : start + CHUNK])
             if grad_weight is not None:
-                grad_weight += (grad.T @ rows).to(accumulate)
+                kept = rows * is_counted
+                if accumulate == x.dtype:
+                    grad_weight.addmm_(grad.T, kept)
+                else:
+                    grad_weight += (grad.T @ kept).to(accumulate)
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total

@@ -56,8 +56,8 @@ def gated_delta_rule_chunked(
     """Outputs and final state, in chunks of CHUNK tokens: the form that training on CPU uses.
 
     Computes in float32 at least; outputs take v's dtype, the state keeps the precision of the computation.
-    Inside a chunk the updates solve (I + A) U = beta V with A strictly lower triangular; the solve is
-    forward substitution, because a power series of A overflows when keys are alike.
+    Inside a chunk the updates solve (I + A) U = beta V with A strictly lower triangular; the inverse comes
+    from forward substitution, because a power series of A overflows when keys are alike.
     """
     rows, length, heads = v.shape[:3]
     dtype, out_dtype = torch.promote_types(v.dtype, torch.float32), v.dtype
@@ -65,7 +65,8 @@ def gated_delta_rule_chunked(
     if document is None:
         document = torch.zeros(rows, length, dtype=torch.long, device=v.device)
     # Padding leaves the state as it is: no decay, no write, and the document of the last token.
-    document = torch.cat([document, document[:, -1:].expand(-1, pad)], dim=1).unflatten(1, (-1, CHUNK))
+    document = torch.cat([document, document[:, -1:].expand(-1, pad)], dim=1)
+    document = document.unflatten(1, (-1, CHUNK)).transpose(0, 1).contiguous()
     q, k, v = (_chunks(x.to(dtype), pad) for x in (q, k, v))
     log_decay, beta = (_chunks(x[..., None], pad)[..., 0] for x in (log_decay, beta.to(dtype)))
     start = v.new_zeros(rows, heads, k.shape[-1], v.shape[-1]) if state is None else state.to(dtype)
@@ -73,29 +74,29 @@ def gated_delta_rule_chunked(
     outputs, end = cast(
         tuple[Tensor, Tensor], ChunkedDeltaRule.apply(q, k, v, running, beta, start, document)
     )
-    return outputs.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :length].to(out_dtype), end
+    return outputs.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length].to(out_dtype), end
 
 
 def _chunks(x: Tensor, pad: int) -> Tensor:
-    # [B, T, H, D] -> [B, H, N, C, D]
+    # [B, T, H, D] -> [N, B, H, C, D]: chunks first, so that one chunk, or a slab of them, is contiguous.
     x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, pad))
-    return x.unflatten(1, (-1, CHUNK)).permute(0, 3, 1, 2, 4).contiguous()
+    return x.unflatten(1, (-1, CHUNK)).permute(1, 0, 3, 2, 4).contiguous()
 
 
 def _running_decay(log_decay: Tensor, document: Tensor) -> Tensor:
-    """Sum of the log decays from the start of the chunk, or of the document in it; float64 [B H N C]."""
+    """Sum of the log decays from the start of the chunk, or of the document in it; float64 [N B H C]."""
     # Differences of a float32 running sum lose digits after a strong decay; float64 keeps them, and below
     # the floor exp is exactly zero in either dtype. The sum is a product with the mask of the documents: one
     # over the whole chunk would carry the rounding of one document into the next.
     same = document[..., :, None] == document[..., None, :]
-    gates = log_decay.double().clamp(min=-1000.0).permute(0, 2, 3, 1)
-    return (same.tril().double() @ gates).permute(0, 3, 1, 2)
+    gates = log_decay.double().clamp(min=-1000.0).mT
+    return (same.tril().double() @ gates).mT
 
 
 class _Decays(NamedTuple):
     """Decay factors of a chunk, zero across documents.
 
-    between [B H N C C]: from j to i, j at most i. from_start, to_end [B H N C]: of the state that enters the
+    between [N B H C C]: from j to i, j at most i. from_start, to_end [N B H C 1]: of the state that enters the
     chunk until i, and of the write of i until the chunk ends.
     """
 
@@ -105,107 +106,105 @@ class _Decays(NamedTuple):
 
 
 def _decays(running: Tensor, document: Tensor, dtype: torch.dtype) -> _Decays:
-    same = (document[..., :, None] == document[..., None, :]).tril()[:, None]
-    before = torch.cat([document[:, :1, :1], document[:, :-1, -1:]], dim=1)
-    carried, kept = (document == before)[:, None], (document == document[..., -1:])[:, None]
+    same = (document[..., :, None] == document[..., None, :]).tril()[:, :, None]
+    before = torch.cat([document[:1, :, :1], document[:-1, :, -1:]])
+    carried, kept = (document == before)[:, :, None], (document == document[..., -1:])[:, :, None]
     # Masked before exp: above the diagonal the difference is positive and would overflow.
     difference = (running[..., :, None] - running[..., None, :]).to(dtype)
     between = difference.masked_fill_(~same, float("-inf")).exp_()
     from_start = running.to(dtype).exp() * carried
     to_end = (running[..., -1:] - running).to(dtype).masked_fill(~kept, float("-inf")).exp()
-    return _Decays(between, from_start, to_end)
+    return _Decays(between, from_start[..., None], to_end[..., None])
 
 
 class ChunkedDeltaRule(torch.autograd.Function):
-    """The chunked form with its own backward, which keeps no square of a chunk in memory.
+    """The chunked form with its own backward.
 
-    q, k [B G N C K], v [B H N C V], running float64 and beta [B H N C], state [B H K V], document [B N C].
+    q, k [N B G C K], v [N B H C V], running float64 and beta [N B H C], state [B H K V], document [N B C].
+    No product has its second factor transposed in place: the library's batched product of small matrices
+    then takes three times as long as a copy and a plain product.
     """
 
     @staticmethod
     def forward(
         ctx, q: Tensor, k: Tensor, v: Tensor, running: Tensor, beta: Tensor, state: Tensor, document: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Outputs [B H N C V] and the final state."""
-        between, from_start, to_end = _decays(running, document, v.dtype)
-        heads = v.shape[1]
-        system = _per_head(k @ k.mT, heads).mul(between).mul_(beta[..., None])
-        scores = _per_head(q @ k.mT, heads).mul(between)
+        """Outputs [N B H C V] and the final state."""
+        decays = _decays(running, document, v.dtype)
+        between, from_start, to_end = decays
+        heads, scale = v.shape[2], beta[..., None]
+        k_turned = k.mT.contiguous()
+        system = _per_head(k @ k_turned, heads).mul(between).mul_(scale)
+        unit = torch.eye(v.shape[3], dtype=v.dtype, device=v.device).expand_as(system)
+        inverse = torch.linalg.solve_triangular(system, unit, upper=False, unitriangular=True)
+        scores = _per_head(q @ k_turned, heads).mul(between)
         k_heads = _per_head(k, heads)
-        right = torch.cat([beta[..., None] * v, (beta * from_start)[..., None] * k_heads], dim=-1)
-        solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-        written, erased = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
-        q_decayed = _per_head(q, heads) * from_start[..., None]
-        k_decayed = (k_heads * to_end[..., None]).mT
-        updates, states = torch.empty_like(v), state.new_empty(*v.shape[:3], *state.shape[2:])
-        for n in range(v.shape[2]):
-            states[:, :, n] = state
-            update = written[:, :, n] - erased[:, :, n] @ state
-            updates[:, :, n] = update
-            state = state * from_start[:, :, n, -1, None, None] + k_decayed[:, :, n] @ update
-        outputs = q_decayed @ states + scores @ updates
-        ctx.save_for_backward(q, k, v, running, beta, document, solved, updates, states)
+        written, erased = inverse @ (v * scale), inverse @ (k_heads * (scale * from_start))
+        q_decayed, k_decayed = _per_head(q, heads) * from_start, k_heads * to_end
+        updates, states = torch.empty_like(v), v.new_empty(v.shape[0], *state.shape)
+        for n in range(v.shape[0]):
+            states[n] = state
+            torch.sub(written[n], erased[n] @ state, out=updates[n])
+            state = (k_decayed[n].mT @ updates[n]).addcmul_(state, from_start[n, :, :, -1:])
+        outputs = (q_decayed @ states).add_(scores @ updates)
+        ctx.save_for_backward(
+            q, k, v, beta, *decays, inverse, scores, written, erased, q_decayed, k_decayed, updates, states
+        )
         return outputs, state
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v, running, beta and state."""
-        q, k, v, running, beta, document, solved, updates, states = ctx.saved_tensors
-        grad_out, grad_state = grads
-        between, from_start, to_end = _decays(running, document, v.dtype)
-        heads, groups = v.shape[1], q.shape[1]
-        erased = solved[..., v.shape[-1] :]
-        products = _per_head(k @ k.mT, heads)
-        scores = _per_head(q @ k.mT, heads)
-        q_heads, k_heads = _per_head(q, heads), _per_head(k, heads)
+        q, k, v, beta, between, from_start, to_end, inverse, scores, *rest = ctx.saved_tensors
+        written, erased, q_decayed, k_decayed, updates, states = rest
+        grad_out, grad_state = grads[0].contiguous(), grads[1]
+        heads, scale = v.shape[2], beta[..., None]
 
         # Backwards through the states, chunk by chunk.
-        grad_updates = (scores * between).mT @ grad_out
-        into_state = (q_heads * from_start[..., None]).mT @ grad_out
-        k_decayed = k_heads * to_end[..., None]
+        grad_updates, into_state = scores.mT @ grad_out, q_decayed.mT @ grad_out
         grad_states = torch.empty_like(states)
-        for n in reversed(range(v.shape[2])):
-            grad_states[:, :, n] = grad_state
-            grad_updates[:, :, n] += k_decayed[:, :, n] @ grad_state
-            last = from_start[:, :, n, -1, None, None]
-            grad_state = last * grad_state + into_state[:, :, n] - erased[:, :, n].mT @ grad_updates[:, :, n]
+        for n in reversed(range(v.shape[0])):
+            grad_states[n] = grad_state
+            grad_updates[n] += k_decayed[n] @ grad_state
+            carried = into_state[n].addcmul_(grad_state, from_start[n, :, :, -1:])
+            grad_state = carried - erased[n].mT @ grad_updates[n]
 
-        # What is left is local to each chunk.
-        grad_q_decayed = grad_out @ states.mT
-        grad_k_decayed = updates @ grad_states.mT
-        grad_scores = grad_out @ updates.mT
-        grad_solved = torch.cat([grad_updates, -(grad_updates @ states.mT)], dim=-1)
-        system = products.mul(between).mul_(beta[..., None])
-        grad_right = torch.linalg.solve_triangular(system.mT, grad_solved, upper=True, unitriangular=True)
-        grad_v, grad_k_right = grad_right.split([v.shape[-1], k.shape[-1]], dim=-1)
-        # d between, times between: what each pair of running decays gets. The diagonal of A is not there.
-        grad_system = (grad_right @ solved.mT).neg_().tril_(-1).mul_(between)
+        # What is left is local to each chunk. Through the solve: to its two right sides and to its system.
+        states_turned = states.mT.contiguous()
+        grad_written = inverse.mT @ grad_updates
+        grad_erased = (inverse.mT @ (grad_updates @ states_turned)).neg_()
+        grad_system = grad_written @ written.mT.contiguous()
+        grad_system += grad_erased @ erased.mT.contiguous()
+        grad_system = grad_system.neg_().tril_(-1).mul_(between)
+        grad_scores = grad_out @ updates.mT.contiguous()
+        grad_q_decayed = grad_out @ states_turned
+        grad_k_decayed = updates @ grad_states.mT.contiguous()
+
+        # To the gates. `pairs` is d between, times between: what each pair of running decays gets.
+        q_heads, k_heads = _per_head(q, heads), _per_head(k, heads)
+        pairs = _per_head(k @ k.mT.contiguous(), heads).mul(grad_system)
+        through_k = (grad_erased * k_heads).sum(-1)
+        grad_beta = pairs.sum(-1) + through_k * from_start[..., 0] + (grad_written * v).sum(-1)
+        pairs = pairs.mul_(scale).addcmul_(grad_scores, scores)
+        through_start = (grad_q_decayed * q_decayed).sum(-1) + through_k * beta * from_start[..., 0]
+        through_start[..., -1] += (grad_states * states).sum((-1, -2)) * from_start[..., -1, 0]
+        through_end = (grad_k_decayed * k_decayed).sum(-1)
+        grad_running = (pairs.sum(-1) - pairs.sum(-2) + through_start - through_end).double()
+        grad_running[..., -1] += through_end.double().sum(-1)
+
         grad_scores.mul_(between)
-        pairs = grad_system * products
-        grad_beta = pairs.sum(-1)
-        pairs.mul_(beta[..., None]).addcmul_(grad_scores, scores)
-
-        through_k = (grad_k_right * k_heads).sum(-1)
-        grad_from_start = (grad_q_decayed * q_heads).sum(-1) + through_k * beta
-        grad_from_start[..., -1] += (grad_states * states).sum((-1, -2))
-        grad_to_end = (grad_k_decayed * k_heads).sum(-1) * to_end
-        grad_running = (pairs.sum(-1) - pairs.sum(-2) + grad_from_start * from_start - grad_to_end).double()
-        grad_running[..., -1] += grad_to_end.double().sum(-1)
-        grad_beta += through_k * from_start + (grad_v * v).sum(-1)
-
-        grad_q = _per_group(grad_q_decayed * from_start[..., None] + grad_scores @ k_heads, groups)
-        symmetric = grad_system.mul_(beta[..., None])
-        symmetric = symmetric + symmetric.mT
-        grad_k = symmetric @ k_heads + grad_scores.mT @ q_heads
-        grad_k.addcmul_(grad_k_decayed, to_end[..., None])
-        grad_k.addcmul_(grad_k_right, (beta * from_start)[..., None])
-        grad_k = _per_group(grad_k, groups)
-        return grad_q, grad_k, grad_v * beta[..., None], grad_running, grad_beta, grad_state, None
+        grad_q = (grad_scores @ k_heads).addcmul_(grad_q_decayed, from_start)
+        grad_system.mul_(scale)
+        grad_k = (grad_system + grad_system.mT) @ k_heads
+        grad_k += grad_scores.mT @ q_heads
+        grad_k.addcmul_(grad_k_decayed, to_end).addcmul_(grad_erased, scale * from_start)
+        grad_q, grad_k = (_per_group(x, q.shape[2]) for x in (grad_q, grad_k))
+        return grad_q, grad_k, grad_written.mul_(scale), grad_running, grad_beta, grad_state, None
 
 
 def _per_head(x: Tensor, heads: int) -> Tensor:
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
 def _per_group(x: Tensor, groups: int) -> Tensor:
-    return x if x.shape[1] == groups else x.unflatten(1, (groups, -1)).sum(2)
+    return x if x.shape[2] == groups else x.unflatten(2, (groups, -1)).sum(3)

@@ -6,7 +6,7 @@ Letters: N tokens, D width, E experts, k experts per token, F expert hidden.
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import grouped_mm, silu
+from torch.nn.functional import embedding_bag, grouped_mm, silu
 
 
 def experts_direct(
@@ -64,13 +64,13 @@ class GroupedExperts(torch.autograd.Function):
     ) -> Tensor:
         """Shapes as `experts_grouped`."""
         token = order // weights.shape[1]
-        hidden = matmul_by_group(x[token], gate_up.mT, ends)
+        hidden = matmul_by_group(x.index_select(0, token), gate_up.mT, ends)
         gate, up = hidden.chunk(2, dim=-1)
         # The weight goes in before the second product, where rows are narrower than after it.
         active = (silu(gate) * up).mul_(weights.flatten()[order][:, None])
         out = matmul_by_group(active, down.mT, ends)
         ctx.save_for_backward(x, gate_up, down, weights, order, back, ends, hidden)
-        return out[back].unflatten(0, weights.shape).sum(1)
+        return _sum_of_rows(out, back.view_as(weights))
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -78,7 +78,7 @@ class GroupedExperts(torch.autograd.Function):
         x, gate_up, down, weights, order, back, ends, hidden = ctx.saved_tensors
         token = order // weights.shape[1]
         scale = weights.flatten()[order][:, None]
-        grad_rows = grads[0][token]
+        grad_rows = grads[0].index_select(0, token)
         grad_active = matmul_by_group(grad_rows, down, ends)
         gate, up = hidden.chunk(2, dim=-1)
         sigmoid = gate.sigmoid()
@@ -92,9 +92,14 @@ class GroupedExperts(torch.autograd.Function):
         torch.mul(grad_active, swish, out=grad_up)
         # d silu(g) / dg = sigmoid (1 + g - g sigmoid)
         torch.mul(grad_active.mul_(up), sigmoid.mul_(1 + gate - swish), out=grad_gate)
-        grad_gate_up = outer_by_group(grad_hidden, x[token], ends)
-        grad_x = matmul_by_group(grad_hidden, gate_up, ends)[back].unflatten(0, weights.shape).sum(1)
+        grad_gate_up = outer_by_group(grad_hidden, x.index_select(0, token), ends)
+        grad_x = _sum_of_rows(matmul_by_group(grad_hidden, gate_up, ends), back.view_as(weights))
         return grad_x, grad_gate_up, grad_down, grad_weights, None, None, None
+
+
+def _sum_of_rows(x: Float[Tensor, "R D"], rows: Int[Tensor, "N k"]) -> Float[Tensor, "N D"]:
+    """Sum of k rows of x for each token, in their order, without a copy of them."""
+    return embedding_bag(rows, x, mode="sum")
 
 
 def matmul_by_group(

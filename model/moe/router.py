@@ -72,8 +72,8 @@ class Router(nn.Module):
         shares = scores / scores.sum(-1, keepdim=True)
         frequency = load * (count / (k * length))
         balance = (frequency * shares.mean(1)).sum() * self.config.balance_loss
-        certain = shares.detach()
-        entropy = -torch.special.xlogy(certain, certain).sum()
+        certain = shares.detach().flatten()
+        entropy = -torch.dot(certain, certain.clamp(min=torch.finfo(certain.dtype).tiny).log_())
         return Routing(balance, load.sum(0), entropy)
 
     @torch.no_grad()

@@ -67,6 +67,7 @@ def make_config(tree: Path) -> MakeConfig:
             "held_out": 0.15,
             "workers": 0,
             "max_bad_documents": 0,
+            "verify": False,
         }
         return DataConfig.model_validate(settings | changes)
 

@@ -26,6 +26,7 @@ def settings(**changes: Any) -> dict[str, Any]:
         "held_out": 0.0,
         "workers": 1,
         "max_bad_documents": 0,
+        "verify": False,
     }
     return plain | changes
 

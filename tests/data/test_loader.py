@@ -28,6 +28,12 @@ def open_loader(directory: Path, **changes: Any) -> Loader:
     return Loader(directory, **(settings | changes))
 
 
+def windows_of(loader: Loader) -> list[int]:
+    """Whole windows of 32 tokens, and the target after each, in every corpus."""
+    files = [TokenFile(loader.directory / name) for name in loader.card.corpora]
+    return [(file.num_tokens - 1) // 32 for file in files]
+
+
 def same(first: Batch, second: Batch) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -123,7 +129,7 @@ def test_each_window_comes_once_per_epoch(dataset: Prepared, seed: int) -> None:
         for id in loader.batch(cursor, 512).sample_ids.tolist():
             served[id >> 48].append(id & (1 << 48) - 1)
     assert len(served[0]) == round(2 * BLOCK * 0.8)
-    for corpus, windows in zip((0, 1), loader.windows_per_epoch().values(), strict=True):
+    for corpus, windows in enumerate(windows_of(loader)):
         assert len(served[corpus]) > 2 * windows
         for begin in range(0, len(served[corpus]) - windows, windows):
             assert sorted(served[corpus][begin : begin + windows]) == list(range(windows))
@@ -167,7 +173,7 @@ def test_every_held_out_token_is_a_target_once(
     assert Counter(targets)[loader.tokenizer.eos] == card.documents
     assert len(set(ids)) == len(ids)
     assert not set(ids) & set(loader.batch(0, 50).sample_ids.tolist())
-    assert loader.held_out_bytes == len((dataset.directory / "held_out.txt").read_bytes())
+    assert card.bytes == len((dataset.directory / "held_out.txt").read_bytes())
 
 
 def test_a_uniform_guess_costs_its_bits_per_byte(loader: Loader) -> None:
@@ -177,7 +183,7 @@ def test_a_uniform_guess_costs_its_bits_per_byte(loader: Loader) -> None:
         targets = loader.held_out(start, 4).targets
         nll += float((targets != IGNORED).sum()) * math.log(440)
     expected = (loader.card.held_out.tokens - loader.card.held_out.documents) * math.log2(440)
-    assert nll / math.log(2) / loader.held_out_bytes == pytest.approx(expected / loader.held_out_bytes)
+    assert nll / math.log(2) == pytest.approx(expected)
 
 
 def test_padding_is_a_document_of_its_own(loader: Loader) -> None:
@@ -199,6 +205,14 @@ def test_prefetched_batches_are_the_same(loader: Loader) -> None:
     futures = [loader.prefetch(cursor, 4) for cursor in range(0, 40, 4)]
     for cursor, future in zip(range(0, 40, 4), futures, strict=True):
         assert same(future.result(), loader.batch(cursor, 4))
+
+
+def test_verifying_finds_a_changed_token(copy: Path, loader: Loader) -> None:
+    loader.verify()
+    tokens = np.memmap(copy / "text.bin", np.uint16, mode="r+")
+    tokens[3] ^= 1
+    tokens.flush()
+    one_line(r"text\.bin: digest \w+, expected \w+; prepare", open_loader(copy).verify)
 
 
 def test_the_fingerprint_follows_the_content(dataset: Prepared, loader: Loader, copy: Path) -> None:
@@ -248,7 +262,7 @@ def test_a_token_beyond_the_vocabulary_is_found(copy: Path, name: str, vocab_siz
     loader = open_loader(copy, vocab_size=vocab_size, weights={"code": 1.0})
 
     def read_all() -> None:
-        loader.batch(0, loader.windows_per_epoch()["code"])
+        loader.batch(0, windows_of(loader)[0])
         loader.held_out(0, loader.held_out_rows)
 
     one_line(rf"{name}\.bin: token {place} \(byte {2 * place}\) is 500, expected 0 to 439", read_all)

@@ -34,7 +34,8 @@ def pixels(path: Path) -> np.ndarray:
 @pytest.mark.parametrize("count", [0, 1, 2, 300])
 def test_runs_of_any_length_have_a_plot(tmp_path: Path, count: int) -> None:
     metrics = [line_of(step) for step in range(1, count + 1)]
-    evaluations = [{"step": step, "loss": 4 / step} for step in range(20, count, 20)]
+    evaluations = [{"step": step, "loss": 4 / step, "targets": 9} for step in range(20, count, 20)]
+    evaluations.append({"step": count, "loss": 0.1, "targets": 90})
     plot_losses(metrics, evaluations, tmp_path / "loss.png")
     assert pixels(tmp_path / "loss.png").shape[:2] == (780, 1080)
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
@@ -48,7 +49,7 @@ def test_numbers_that_were_not_finite_are_marked_and_do_not_stop_the_plot(tmp_pa
     metrics = [line_of(step) for step in range(1, 200)]
     plot_losses(metrics, [], tmp_path / "good.png")
     metrics[100] |= {"loss": None, "grad_norm": None}
-    plot_losses(metrics, [{"step": 50, "loss": None}], tmp_path / "bad.png")
+    plot_losses(metrics, [{"step": 50, "loss": None, "targets": 9}], tmp_path / "bad.png")
     assert not has_mark(tmp_path / "good.png")
     assert has_mark(tmp_path / "bad.png")
 

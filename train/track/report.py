@@ -28,8 +28,8 @@ def plot_losses(
 ) -> None:
     """Writes the plot: training loss with its centred mean, held-out loss, learning rate, gradient norm.
 
-    Both take lines with `step` and `loss`, metrics `lr` and `grad_norm` too; null is a number that was
-    not finite, and is marked. Raises StorageError.
+    Both take lines with `step` and `loss`, metrics `lr` and `grad_norm` too, evaluations `targets`; null is
+    a number that was not finite, and is marked. Raises StorageError.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -79,22 +79,26 @@ def _plot_loss(
         panel.plot(
             bad, np.zeros(len(bad)), "x", color="#a50f15", transform=at_bottom, clip_on=False, label=label
         )
-    points, values = _series(evaluations, "loss")
-    if len(points):
-        panel.plot(
-            points, values, "o-", color="#d94801", markersize=4, linewidth=1.2, label="held-out documents"
-        )
-        if np.isfinite(values[-1]):
-            panel.annotate(
-                f"{values[-1]:.3f}",
-                (points[-1], values[-1]),
-                xytext=(0, 8),
-                textcoords="offset points",
-                ha="center",
-                color="#d94801",
-            )
+    _plot_held_out(panel, evaluations)
     panel.set(xlabel="step", ylabel="loss (nats per token)")
     panel.legend(frameon=False)
+
+
+def _plot_held_out(panel: Any, evaluations: Sequence[Mapping[str, Any]]) -> None:
+    # A score over fewer windows is not on the same line as one over all.
+    largest = max((line["targets"] for line in evaluations), default=0)
+    parts = {
+        "part of the held-out documents": ("o-", [e for e in evaluations if e["targets"] < largest]),
+        "all held-out documents": ("D-", [e for e in evaluations if e["targets"] == largest]),
+    }
+    for color, (label, (style, lines)) in zip(("#fdae6b", "#d94801"), parts.items(), strict=True):
+        points, values = _series(lines, "loss")
+        if not len(points):
+            continue
+        panel.plot(points, values, style, color=color, markersize=4, linewidth=1.2, label=label)
+        if np.isfinite(values[-1]):
+            place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
+            panel.annotate(f"{values[-1]:.3f}", (points[-1], values[-1]), color=color, **place)
 
 
 def _series(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
