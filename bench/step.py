@@ -117,7 +117,7 @@ def report(config: RunConfig, seconds: dict[str, list[float]], losses: dict[str,
     median = {name: statistics.median(values) for name, values in seconds.items()}
     rows = {
         name: f"{1e3 * value:,.0f} ms ({min(seconds[name]) * 1e3:,.0f} to "
-        f"{max(seconds[name]) * 1e3:,.0f}), {tokens / value:,.0f} tokens/s, {flops / value / peak:.0%} of peak"
+        f"{max(seconds[name]) * 1e3:,.0f}), {tokens / value:,.0f} tokens/s, {flops / value / peak:.0%} of it"
         for name, value in median.items()
     }
     rows["limit"] = f"{1e3 * flops / peak:,.0f} ms at the {peak / 1e9:,.0f} GFLOP/s of a 1024^3 product here"

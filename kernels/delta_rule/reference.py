@@ -96,8 +96,8 @@ def _running_decay(log_decay: Tensor, document: Tensor) -> Tensor:
 class _Decays(NamedTuple):
     """Decay factors of a chunk, zero across documents.
 
-    between [N B H C C]: from j to i, j at most i. from_start, to_end [N B H C 1]: of the state that enters the
-    chunk until i, and of the write of i until the chunk ends.
+    between [N B H C C]: from j to i, j at most i. from_start, to_end [N B H C 1]: of the state that enters
+    the chunk until i, and of the write of i until the chunk ends.
     """
 
     between: Tensor
