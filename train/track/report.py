@@ -53,7 +53,7 @@ def plot_losses(
     for panel in (loss, rate, norm):
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.xaxis.set_major_locator(MaxNLocator(8 if panel is loss else 5, integer=True))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     write_atomically(path, buffer.getvalue())
@@ -96,7 +96,7 @@ def _plot_held_out(panel: Any, evaluations: Sequence[Mapping[str, Any]]) -> None
         if not len(points):
             continue
         panel.plot(points, values, style, color=color, markersize=4, linewidth=1.2, label=label)
-        if np.isfinite(values[-1]):
+        if lines[-1] is evaluations[-1] and np.isfinite(values[-1]):
             place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
             panel.annotate(f"{values[-1]:.3f}", (points[-1], values[-1]), color=color, **place)
 
