@@ -70,7 +70,7 @@ def test_the_default_is_what_the_readme_promises() -> None:
     plain = OmegaConf.to_container(OmegaConf.load(CONF_DIR / "data" / "stdlib.yaml"))
     config = DataConfig.model_validate(plain)
     assert config.directory == "corpora/stdlib"
-    assert config.sequence_length == 512
+    assert config.sequence_length == 1024
     assert config.tokenizer.vocab_size == 4096
     assert config.held_out == 0.02
 

@@ -209,10 +209,10 @@ def test_prefetched_batches_are_the_same(loader: Loader) -> None:
 
 def test_verifying_finds_a_changed_token(copy: Path, loader: Loader) -> None:
     loader.verify()
-    tokens = np.memmap(copy / "text.bin", np.uint16, mode="r+")
+    tokens = np.memmap(copy / "code.bin", np.uint16, mode="r+")
     tokens[3] ^= 1
     tokens.flush()
-    one_line(r"text\.bin: digest \w+, expected \w+; prepare", open_loader(copy).verify)
+    one_line(r"code\.bin: digest \w+, expected \w+; prepare", open_loader(copy).verify)
 
 
 def test_the_fingerprint_follows_the_content(dataset: Prepared, loader: Loader, copy: Path) -> None:
