@@ -20,8 +20,8 @@ def alone(request, corpus, tmp_path_factory) -> tuple[str, Path]:
 
 
 def overrides(corpus, directory: Path, precision: str, *more: str) -> list[str]:
-    # Dropout draws per rank, so it alone may differ between layouts. At a rate of 0.01 the tiny model is at the
-    # edge of divergence, where the rounding of one step grows tenfold in a few more.
+    # Dropout draws per rank, so it alone may differ between layouts. At a rate of 0.01 the tiny model is at
+    # the edge of divergence, where the rounding of one step grows tenfold in a few more.
     stable = ("residual.dropout=0.0", "optim.lr=0.003")
     fixed = (f"train.steps={STEPS}", f"precision={precision}", *stable)
     return corpus.overrides(directory, *fixed, *more)
