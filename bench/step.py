@@ -39,6 +39,7 @@ OURS, PEER, PEER_FLUSHED = "weft", "transformers", "transformers, denormals flus
 def main(arguments: list[str]) -> None:
     """Prints and writes the comparison."""
     config = load_config(["moe.balance_loss=0.0", *arguments], 1)
+    peak = measured_peak(torch.device("cpu"), torch.float32)
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
     for name in (OURS, PEER, PEER_FLUSHED):
@@ -51,7 +52,7 @@ def main(arguments: list[str]) -> None:
             seconds[name].append(ask(pipe)[0])
     for pipe in pipes.values():
         pipe.send(False)
-    report(config, seconds, losses)
+    report(config, seconds, losses, peak)
 
 
 def ask(pipe: Connection) -> tuple[float, float]:
@@ -109,10 +110,9 @@ def their_step(model: torch.nn.Module, ids: torch.Tensor, config: RunConfig) -> 
     return step
 
 
-def report(config: RunConfig, seconds: dict[str, list[float]], losses: dict[str, float]) -> None:
+def report(config: RunConfig, seconds: dict[str, list[float]], losses: dict[str, float], peak: float) -> None:
     """Prints the table and writes the JSON."""
     tokens = config.train.global_batch * config.data.sequence_length
-    peak = measured_peak(torch.device("cpu"), torch.float32)
     flops = count(config.architecture).training_flops(config.data.sequence_length) * tokens
     median = {name: statistics.median(values) for name, values in seconds.items()}
     rows = {
