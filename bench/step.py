@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 from torch.optim import AdamW
 
-from bench.peers import build_qwen3_next
+from bench.peers import as_transformers
 from conf.errors import exit_on_error
 from kernels.cross_entropy import IGNORED
 from model.count import count
-from model.hf.qwen3_next import import_weights
+from model.initial import initialise
 from model.language_model import LanguageModel
 from parallel.world import open_world
 from train.config import RunConfig
@@ -68,12 +68,12 @@ def work(name: str, config: RunConfig, pipe: Connection) -> None:
             stack.enter_context(open_world(config.parallel, 0, 1, 0))
         torch.manual_seed(0)
         ids = torch.randint(config.model.vocab_size, (config.train.global_batch, config.data.sequence_length))
-        model = build_qwen3_next(config.architecture)
-        step = their_step(model, ids, config)
+        model = LanguageModel(config.architecture)
+        initialise(model, 0)
         if name == OURS:
-            ours = LanguageModel(config.architecture)
-            ours.load_state_dict(import_weights(model.state_dict(), config.architecture))
-            step = our_step(ours, ids, config)
+            step = our_step(model, ids, config)
+        else:
+            step = their_step(as_transformers(model, "qwen3_next"), ids, config)
         while pipe.recv():
             start = time.perf_counter()
             loss = step()

@@ -1,58 +1,94 @@
 """One layer: a token mixer and a feed-forward around the residual stream."""
 
+from typing import NamedTuple
+
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import dropout
 
 from model.config import Architecture
-from model.ffn import SwiGlu
-from model.layout import NONE
-from model.linear import RMSNorm
-from model.mixer import Mixer, Sequence
+from model.ffn import FeedForward
+from model.layout import DENSE, HASH, NONE, SHORTCUT, Layer
+from model.mixer import Mixed, Mixer, Sequence
 from model.moe.layer import Moe
 from model.moe.router import Routing
-from model.shape import ResidualConfig
+from model.residual import build_residual
+
+
+class Carry(NamedTuple):
+    """What a layer hands to the next beside the residual stream.
+
+    selection: the keys that a sparse mixer chose, for layers that share them. shortcut [B T D]: the output of
+    a mixture of experts that joins the stream at the end of the next layer.
+    """
+
+    selection: Tensor | None = None
+    shortcut: Tensor | None = None
+
+
+class Notes(NamedTuple):
+    """What a layer reports: its routing if it has experts, and its own losses, summed over tokens."""
+
+    routing: Routing | None
+    losses: dict[str, Tensor]
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then the same with the feed-forward; either half may be absent."""
+    """A mixer half and a feed-forward half; either may be absent.
 
-    def __init__(self, config: Architecture, layer: int) -> None:
+    A `shortcut` layer has a dense feed-forward and, from the same input, a mixture of experts that joins the
+    stream a layer later, so that its communication has a mixer and a feed-forward to hide behind
+    (LongCat-Flash).
+    """
+
+    def __init__(self, config: Architecture, layer: int, names: Layer) -> None:
         super().__init__()
-        width, depth, init_std = config.model.width, config.model.depth, config.model.init_std
-        names = config.layers[layer]
+        shape, width = config.model, config.model.width
         # Outputs that add to the residual stream start smaller, so that its scale does not grow with depth.
-        out_std = init_std / (2 * depth) ** 0.5
-        self.residual: ResidualConfig = config.residual
+        stds = (shape.init_std, shape.init_std / (2 * shape.depth) ** 0.5)
         self.mixer: Mixer | None = None
-        self.ffn: Moe | SwiGlu | None = None
+        self.ffn: FeedForward | None = None
+        self.moe: Moe | None = None
         if names.mixer != NONE:
-            self.mixer_norm = self._norm(width)
-            self.mixer = config.mixer[names.mixer].build(width, layer, depth, init_std)
-        if names.ffn == "moe":
-            self.ffn = Moe(config.moe, width, init_std, out_std)
-        elif names.ffn == "dense":
-            self.ffn = SwiGlu(width, config.model.ffn_hidden, init_std, out_std)
-        if self.ffn is not None:
-            self.ffn_norm = self._norm(width)
-
-    def _norm(self, width: int) -> RMSNorm:
-        residual = self.residual
-        return RMSNorm(width, residual.norm_eps, is_zero_centered=residual.has_zero_centered_norm)
+            self.mixer = config.mixer[names.mixer].build(width, layer, shape.depth, shape.init_std)
+            self.mixer_residual = build_residual(width, config.residual)
+        if names.ffn in (DENSE, SHORTCUT):
+            self.ffn = FeedForward(width, shape.ffn_hidden, shape.activation, layer, stds)
+        if names.ffn not in (DENSE, NONE):
+            hashed = shape.vocab_size if names.ffn == HASH else None
+            self.moe = Moe(config.moe, width, layer, stds, hashed)
+        if names.ffn != NONE:
+            self.ffn_residual = build_residual(width, config.residual)
 
     def forward(
-        self, x: Float[Tensor, "B T D"], sequence: Sequence
-    ) -> tuple[Float[Tensor, "B T D"], Routing | None]:
-        """The next residual stream, and the routing if the feed-forward is a mixture of experts."""
-        routing = None
-        if self.mixer is not None:
-            x = x + self._drop(self.mixer(self.mixer_norm(x), sequence))
-        if isinstance(self.ffn, Moe):
-            out, routing = self.ffn(self.ffn_norm(x))
-            x = x + self._drop(out)
-        elif self.ffn is not None:
-            x = x + self._drop(self.ffn(self.ffn_norm(x)))
-        return x, routing
+        self, stream: Float[Tensor, "B T *n D"], sequence: Sequence, carry: Carry
+    ) -> tuple[Float[Tensor, "B T *n D"], Carry, Notes]:
+        """The next residual stream, what the next layer gets beside it, and what happened."""
+        stream, selection, losses = self._mix(stream, sequence, carry.selection)
+        if self.ffn is None and self.moe is None:
+            return stream, Carry(selection, carry.shortcut), Notes(None, losses)
+        x, kept = self.ffn_residual.read(stream)
+        parts, routing, shortcut = [], None, None
+        if self.ffn is not None:
+            parts.append(self.ffn(x))
+        if self.moe is not None:
+            out, routing = self.moe(x, sequence.tokens)
+            if self.ffn is None:
+                parts.append(out)
+            else:
+                shortcut = out
+        if carry.shortcut is not None:
+            parts.append(carry.shortcut)
+        stream = self.ffn_residual.write(kept, parts[0] if len(parts) == 1 else parts[0] + parts[1])
+        return stream, Carry(selection, shortcut), Notes(routing, losses)
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return dropout(x, self.residual.dropout, self.training) if self.residual.dropout else x
+    def _mix(
+        self, stream: Tensor, sequence: Sequence, selection: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        if self.mixer is None:
+            return stream, selection, {}
+        x, kept = self.mixer_residual.read(stream)
+        mixed = self.mixer(x, sequence, selection) if self.mixer.shares_selection else self.mixer(x, sequence)
+        if isinstance(mixed, Tensor):
+            mixed = Mixed(mixed)
+        selection = selection if mixed.selection is None else mixed.selection
+        return self.mixer_residual.write(kept, mixed.out), selection, mixed.losses or {}

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import model_validator
 
-from conf.compose import Config
-from model.layout import Layer, LayoutConfig, expand_layers
+from conf.compose import Config, did_you_mean
+from model.layout import DENSE, MOE, Layer, LayoutConfig, expand_layers
 from model.mixer import MixerConfig, mixer_entries_type
 from model.moe.config import MoeConfig
 from model.shape import ModelConfig, ResidualConfig
@@ -28,6 +28,13 @@ class Architecture(Config):
     @model_validator(mode="after")
     def _fits(self) -> "Architecture":
         expand_layers(self.layout, self.model.depth, self.mixer)
+        ahead = self.model.prediction
+        if ahead.depth:
+            for key, name, known in (("mixer", ahead.mixer, self.mixer), ("ffn", ahead.ffn, (MOE, DENSE))):
+                if name not in known:
+                    hint = did_you_mean(name, known)
+                    message = f"{name!r} is not one of {', '.join(sorted(known))}{hint}"
+                    raise ValueError(f"model.prediction.{key}: {message}")
         return self
 
     @property

@@ -5,12 +5,14 @@ from typing import NamedTuple
 from model.config import Architecture
 from model.ffn import activation_bytes as ffn_activation_bytes
 from model.ffn import count_params as count_ffn_params
-from model.layout import NONE
+from model.layout import DENSE, NONE, SHORTCUT, Layer
 from model.mixer import Flops
 
 
 class LayerCount(NamedTuple):
-    """One layer. `routed` and `active` are expert parameters in all and per token."""
+    """One layer, or one module that predicts ahead. `routed` and `active` are expert parameters, in all and
+    per token. `norm_params` are those of the residual stream: norms, and what mixes several streams.
+    """
 
     mixer: str
     ffn: str
@@ -32,10 +34,14 @@ class LayerCount(NamedTuple):
 
 
 class ModelCount(NamedTuple):
-    """The layers of a model and what surrounds them. Tied tables count once in all, as the head in FLOPs."""
+    """The layers of a model and what surrounds them. Tied tables count once in all, as the head in FLOPs.
+
+    predictions are the modules that predict ahead; they count in `total`, never in `active`.
+    """
 
     config: Architecture
     layers: tuple[LayerCount, ...]
+    predictions: tuple[LayerCount, ...]
     embedding: int
     head: int
     norm: int
@@ -43,13 +49,17 @@ class ModelCount(NamedTuple):
     @property
     def total(self) -> int:
         """All parameters."""
+        return self.main + sum(layer.params for layer in self.predictions)
+
+    @property
+    def main(self) -> int:
+        """All parameters but those that predict further ahead."""
         return sum(layer.params for layer in self.layers) + self.embedding + self.head + self.norm
 
     @property
     def active(self) -> int:
         """Parameters that one token uses, embedding and head included."""
-        unused = sum(layer.routed - layer.active for layer in self.layers)
-        return self.total - unused
+        return self.main - sum(layer.routed - layer.active for layer in self.layers)
 
     def forward_flops(self, context: int) -> "ModelFlops":
         """Useful forward operations per token, averaged over a sequence of `context` tokens."""
@@ -62,11 +72,19 @@ class ModelCount(NamedTuple):
                 before = mixers.get(layer.mixer, Flops(0.0, 0.0))
                 mixers[layer.mixer] = Flops(before.projections + flops.projections, before.core + flops.core)
             ffn += 2 * (layer.ffn_params + layer.active)
-        return ModelFlops(mixers, ffn, 2.0 * shape.width * shape.vocab_size)
+        head = 2.0 * shape.width * shape.vocab_size
+        ahead = 0.0
+        for layer in self.predictions:
+            ahead += head + 2 * (layer.ffn_params + layer.active + 2 * shape.width**2)
+            if layer.mixer != NONE:
+                flops = self.config.mixer[layer.mixer].flops(shape.width, context)
+                ahead += flops.projections + flops.core
+        return ModelFlops(mixers, ffn, head, ahead)
 
     def training_flops(self, context: int) -> float:
         """Useful operations per token of a training step: backward counts twice the forward."""
-        return 3 * self.forward_flops(context).total
+        flops = self.forward_flops(context)
+        return 3 * (flops.total + flops.ahead)
 
     def cache_bytes(self, context: int) -> int:
         """Bytes that decoding keeps for one sequence of `context` tokens, bfloat16 with float32 states."""
@@ -75,15 +93,18 @@ class ModelCount(NamedTuple):
 
 
 class ModelFlops(NamedTuple):
-    """Forward operations per token: by mixer name over all its layers, feed-forward, head."""
+    """Forward operations per token: by mixer name over all its layers, feed-forward, head, and the modules
+    that predict further ahead, which only training runs.
+    """
 
     mixers: dict[str, Flops]
     ffn: float
     head: float
+    ahead: float
 
     @property
     def total(self) -> float:
-        """All together."""
+        """All that a forward pass does."""
         return sum(flops.projections + flops.core for flops in self.mixers.values()) + self.ffn + self.head
 
 
@@ -91,32 +112,47 @@ def count(config: Architecture) -> ModelCount:
     """The counts of a model, without building it."""
     shape = config.model
     table = shape.vocab_size * shape.width
-    layers = tuple(count_layer(config, layer) for layer in range(shape.depth))
-    return ModelCount(config, layers, table, 0 if shape.has_tied_embeddings else table, shape.width)
+    layers = tuple(count_layer(config, names) for names in config.layers)
+    head = 0 if shape.has_tied_embeddings else table
+    predictions = (count_prediction(config),) * shape.prediction.depth
+    return ModelCount(
+        config, layers, predictions, table, head, config.residual.count_head_params(shape.width)
+    )
 
 
-def count_layer(config: Architecture, layer: int) -> LayerCount:
+def count_layer(config: Architecture, names: Layer) -> LayerCount:
     """The counts of one layer."""
-    width, (mixer, ffn) = config.model.width, config.layers[layer]
-    mixer_params = config.mixer[mixer].count_params(width) if mixer != NONE else 0
+    shape, (mixer, ffn) = config.model, names
+    mixer_params = config.mixer[mixer].count_params(shape.width) if mixer != NONE else 0
     ffn_params = routed = active = 0
-    if ffn == "moe":
-        moe = config.moe.count_params(width)
-        ffn_params, routed, active = moe.router + moe.shared, moe.routed, moe.active
-    elif ffn == "dense":
-        ffn_params = count_ffn_params(width, config.model.ffn_hidden)
-    norms = width * ((mixer != NONE) + (ffn != NONE))
-    return LayerCount(mixer, ffn, mixer_params, ffn_params, routed, active, norms)
+    if ffn in (DENSE, SHORTCUT):
+        ffn_params += count_ffn_params(shape.width, shape.ffn_hidden, shape.activation)
+    if ffn not in (DENSE, NONE):
+        moe = config.moe.count_params(shape.width)
+        ffn_params += moe.router + moe.shared
+        routed, active = moe.routed, moe.active
+    halves = (mixer != NONE) + (ffn != NONE)
+    residual = halves * config.residual.count_params(shape.width)
+    return LayerCount(mixer, ffn, mixer_params, ffn_params, routed, active, residual)
+
+
+def count_prediction(config: Architecture) -> LayerCount:
+    """The counts of one module that predicts ahead: a layer, a projection, and its norms."""
+    settings, width = config.model.prediction, config.model.width
+    layer = count_layer(config, Layer(settings.mixer, settings.ffn))
+    around = 2 * width**2 + 2 * width + config.residual.count_head_params(width)
+    return layer._replace(norm_params=layer.norm_params + around)
 
 
 def activation_bytes(config: Architecture, layer: int, *, element_bytes: int = 2) -> int:
     """Bytes per token that a training step keeps of one layer for backward, nothing recomputed."""
-    width, (mixer, ffn) = config.model.width, config.layers[layer]
-    total = 2 * width * element_bytes * ((mixer != NONE) + (ffn != NONE))
+    shape, (mixer, ffn) = config.model, config.layers[layer]
+    halves = (mixer != NONE) + (ffn != NONE)
+    total = (1 + config.residual.streams) * shape.width * element_bytes * halves
     if mixer != NONE:
-        total += config.mixer[mixer].activation_bytes(width, element_bytes=element_bytes)
-    if ffn == "moe":
-        total += config.moe.activation_bytes(width, element_bytes=element_bytes)
-    elif ffn == "dense":
-        total += ffn_activation_bytes(config.model.ffn_hidden, element_bytes=element_bytes)
+        total += config.mixer[mixer].activation_bytes(shape.width, element_bytes=element_bytes)
+    if ffn in (DENSE, SHORTCUT):
+        total += ffn_activation_bytes(shape.ffn_hidden, shape.activation, element_bytes=element_bytes)
+    if ffn not in (DENSE, NONE):
+        total += config.moe.activation_bytes(shape.width, element_bytes=element_bytes)
     return total

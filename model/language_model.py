@@ -1,4 +1,4 @@
-"""The language model: embedding, blocks, norm, head."""
+"""The language model: embedding, blocks, norm, head, and modules that predict further ahead."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -8,26 +8,39 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from kernels.cross_entropy import linear_cross_entropy
-from model.block import Block
+from kernels.cross_entropy import IGNORED, linear_cross_entropy
+from model.block import Block, Carry, Notes
 from model.config import Architecture
-from model.linear import Initial, RMSNorm
+from model.linear import Initial
 from model.mixer import Sequence
-from model.moe.layer import Moe
-from model.moe.router import Router, Routing
+from model.moe.router import Router
+from model.prediction import Prediction, targets_ahead
+from model.residual import build_collapse, build_norm, open_streams
 
 
 class Losses(NamedTuple):
     """Sums, not means: whoever knows the global counts divides.
 
-    cross_entropy is summed over targets, in nats. balance is summed over rows and layers, coefficient
-    included. load [layers E] and entropy [layers] are those of the mixtures of experts, detached.
+    cross_entropy is summed over targets, in nats. prediction is that of the tokens further ahead, coefficient
+    included. auxiliary are the other losses by name, summed over tokens and layers, coefficients included.
+    load [layers E] and entropy [layers] are those of the mixtures of experts, detached.
     """
 
     cross_entropy: Float[Tensor, ""]
-    balance: Float[Tensor, ""]
+    prediction: Float[Tensor, ""]
+    auxiliary: dict[str, Float[Tensor, ""]]
     load: Float[Tensor, "M E"]
     entropy: Float[Tensor, "M"]
+
+    def parts(self) -> list[Tensor]:
+        """All tensors, in an order of their own."""
+        return [self.cross_entropy, self.prediction, self.load, self.entropy, *self.auxiliary.values()]
+
+    def with_parts(self, parts: list[Tensor]) -> "Losses":
+        """The same with other tensors, in the order of `parts`."""
+        cross_entropy, prediction, load, entropy, *rest = parts
+        auxiliary = dict(zip(self.auxiliary, rest, strict=True))
+        return Losses(cross_entropy, prediction, auxiliary, load, entropy)
 
 
 class Table(nn.Module):
@@ -45,60 +58,85 @@ class LanguageModel(nn.Module):
     def __init__(self, config: Architecture, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config, self.dtype = config, dtype
-        shape = config.model
+        shape, residual = config.model, config.residual
         self.embed = Table(shape.vocab_size, shape.width, shape.init_std)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(shape.depth))
-        residual = config.residual
-        is_zero_centered = residual.has_zero_centered_norm
-        self.norm = RMSNorm(shape.width, residual.norm_eps, is_zero_centered=is_zero_centered)
+        self.blocks = nn.ModuleList(Block(config, layer, names) for layer, names in enumerate(config.layers))
+        self.collapse = build_collapse(shape.width, residual)
+        self.norm = build_norm(shape.width, residual)
         self.head = (
             None if shape.has_tied_embeddings else Table(shape.vocab_size, shape.width, shape.init_std)
         )
+        self.predictions = nn.ModuleList(Prediction(config, ahead) for ahead in range(shape.prediction.depth))
 
     def forward(self, tokens: Int[Tensor, "B T"], sequence: Sequence | None = None) -> Float[Tensor, "B T V"]:
         """Logits of the next token at every position. Without `sequence` every row is one document."""
-        x, _ = self._hidden(tokens, sequence)
-        return x @ self._head_weight().T
+        x, _ = self._hidden(sequence or Sequence.whole(tokens))
+        logits, cap = x @ self._head_weight().T, self.config.model.logit_cap
+        return logits if cap is None else cap * (logits / cap).tanh()
 
     def loss(
         self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], sequence: Sequence | None = None
     ) -> Losses:
         """The training losses as sums. Targets of -100 count nothing."""
-        x, routings = self._hidden(tokens, sequence)
-        cross_entropy = linear_cross_entropy(x.flatten(0, 1), self._head_weight(), targets.flatten())
-        if not routings:
-            zero = cross_entropy.new_zeros(())
-            return Losses(cross_entropy, zero, zero.new_zeros(0, 0), zero.new_zeros(0))
-        balance = torch.stack([routing.balance_loss for routing in routings]).sum()
-        load = torch.stack([routing.load for routing in routings])
-        entropy = torch.stack([routing.entropy for routing in routings])
-        return Losses(cross_entropy, balance, load, entropy)
-
-    def _hidden(
-        self, tokens: Int[Tensor, "B T"], sequence: Sequence | None
-    ) -> tuple[Float[Tensor, "B T D"], list[Routing]]:
         sequence = sequence or Sequence.whole(tokens)
-        x = embedding(tokens, self.embed.weight).to(self.dtype)
-        routings = []
+        x, notes = self._hidden(sequence)
+        cross_entropy = self._cross_entropy(x, targets)
+        prediction = cross_entropy.new_zeros(())
+        for ahead, module in enumerate(self.predictions, 1):
+            assert isinstance(module, Prediction), f"{type(module)=}"
+            # The last tokens of a row have no next one here; nothing is predicted from them.
+            embedded = self._embed(tokens.roll(-ahead, dims=1))
+            x, note = module(x, embedded, sequence)
+            notes.append(note)
+            prediction = prediction + self._cross_entropy(x, targets_ahead(targets, sequence, ahead, IGNORED))
+        coefficient = self.config.model.prediction.coefficient / max(1, len(self.predictions))
+        return Losses(cross_entropy, prediction * coefficient, *_collected(notes, cross_entropy))
+
+    def _cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
+        cap = self.config.model.logit_cap
+        return linear_cross_entropy(x.flatten(0, 1), self._head_weight(), targets.flatten(), cap)
+
+    def _embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+        x, scale = embedding(tokens, self.embed.weight).to(self.dtype), self.config.model.embedding_scale
+        return x if scale == 1.0 else x * scale
+
+    def _hidden(self, sequence: Sequence) -> tuple[Float[Tensor, "B T D"], list[Notes]]:
+        stream = open_streams(self._embed(sequence.tokens), self.config.residual)
+        carry, notes = Carry(), []
         for block in self.blocks:
-            x, routing = block(x, sequence)
-            if routing is not None:
-                routings.append(routing)
-        return self.norm(x), routings
+            stream, carry, note = block(stream, sequence, carry)
+            notes.append(note)
+        return self.norm(stream if self.collapse is None else self.collapse(stream)), notes
 
     def _head_weight(self) -> Float[Tensor, "V D"]:
         table = self.embed if self.head is None else self.head
         return table.weight.to(self.dtype)
 
     def routers(self) -> Iterator[Router]:
-        """The routers in order of depth."""
-        for block in self.blocks:
+        """The routers in order of depth, those of the predictions last."""
+        for block in [*self.blocks, *(module.block for module in self.predictions)]:
             assert isinstance(block, Block), f"{type(block)=}"
-            if isinstance(block.ffn, Moe):
-                yield block.ffn.router
+            if block.moe is not None:
+                yield block.moe.router
 
     def update_expert_biases(self, load: Float[Tensor, "M E"]) -> None:
         """Moves every router's bias by its load over the whole global batch. Mutates the biases."""
         if self.config.moe.bias_rate:
             for router, counts in zip(self.routers(), load, strict=True):
                 router.update_bias(counts)
+
+
+def _collected(notes: list[Notes], like: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Auxiliary losses by name, loads and entropies of all layers."""
+    auxiliary: dict[str, list[Tensor]] = {}
+    routings = [note.routing for note in notes if note.routing is not None]
+    for name, part in ((name, part) for note in notes for name, part in note.losses.items()):
+        auxiliary.setdefault(name, []).append(part)
+    if not routings:
+        sums = {name: torch.stack(parts).sum() for name, parts in auxiliary.items()}
+        return sums, like.new_zeros(0, 0), like.new_zeros(0)
+    auxiliary["balance"] = [routing.balance_loss for routing in routings]
+    auxiliary["router_z"] = [routing.z_loss for routing in routings]
+    sums = {name: torch.stack(parts).sum() for name, parts in auxiliary.items()}
+    load = torch.stack([routing.load for routing in routings])
+    return sums, load, torch.stack([routing.entropy for routing in routings])

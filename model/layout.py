@@ -14,6 +14,8 @@ from pydantic import AfterValidator
 from conf.compose import Config, did_you_mean
 
 NONE = "none"
+DENSE, MOE, HASH, SHORTCUT = "dense", "moe", "hash", "shortcut"
+FFNS = (MOE, DENSE, HASH, SHORTCUT, NONE)
 _TOKEN = re.compile(r"\s*(?:(\d+)\s*\*|([A-Za-z_]\w*)|([()]))")
 
 
@@ -72,7 +74,11 @@ Pattern = Annotated[str, AfterValidator(_not_empty)]
 
 
 class FfnLayoutConfig(Config):
-    """Which feed-forward each layer has: `moe`, `dense` or `none`."""
+    """Which feed-forward each layer has.
+
+    moe: routed experts. dense. hash: experts chosen by token id. shortcut: dense, and experts whose output
+    joins a layer later. none.
+    """
 
     pattern: Pattern
     first: Line
@@ -118,11 +124,14 @@ def expand_layers(config: LayoutConfig, depth: int, mixers: Collection[str]) -> 
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
     _check_names("layout", config, [*mixers, NONE])
-    _check_names("layout.ffn", config.ffn, ["moe", "dense", NONE])
+    _check_names("layout.ffn", config.ffn, FFNS)
     layers = tuple(Layer(*pair) for pair in zip(lines["layout"], lines["layout.ffn"], strict=True))
     for index, layer in enumerate(layers):
         if layer == (NONE, NONE):
             raise ValueError(f"layout: layer {index} has neither a mixer nor a feed-forward")
+        after = layers[index + 1].ffn if index + 1 < depth else NONE
+        if layer.ffn == SHORTCUT and after != DENSE:
+            raise ValueError(f"layout.ffn: layer {index} is a shortcut, so layer {index + 1} must be dense")
     return layers
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import layer_norm, linear
 
 from kernels.norm import rms_norm
 
@@ -43,16 +43,20 @@ class Initial(NamedTuple):
 
 
 class Linear(nn.Module):
-    """x times weight transposed, without bias, in the dtype of x."""
+    """x times weight transposed, plus bias if there is one, in the dtype of x."""
 
-    def __init__(self, inputs: int, outputs: int, init_std: float) -> None:
+    def __init__(self, inputs: int, outputs: int, init_std: float, *, has_bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if has_bias else None
         self.initial = {"weight": Initial("normal", 0.0, init_std)}
+        if has_bias:
+            self.initial["bias"] = Initial("constant", 0.0)
 
     def forward(self, x: Float[Tensor, "*N I"]) -> Float[Tensor, "*N O"]:
         """The product; accumulation is the device's own for the dtype of x."""
-        return linear(x, self.weight.to(x.dtype))
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return linear(x, self.weight.to(x.dtype), bias)
 
 
 class RMSNorm(nn.Module):
@@ -68,3 +72,22 @@ class RMSNorm(nn.Module):
         """Statistics and product in float32 at least; the result has the dtype of x."""
         weight = self.weight + 1.0 if self.is_zero_centered else self.weight
         return rms_norm(x, weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """x less its mean, over its standard deviation, times weight, plus bias if there is one."""
+
+    def __init__(self, dim: int, eps: float, *, has_bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.bias = nn.Parameter(torch.empty(dim)) if has_bias else None
+        self.initial = {"weight": Initial("constant", 1.0)}
+        if has_bias:
+            self.initial["bias"] = Initial("constant", 0.0)
+        self.eps = eps
+
+    def forward(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
+        """Statistics and product in float32 at least; the result has the dtype of x."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return layer_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), bias, self.eps).to(x.dtype)

@@ -12,38 +12,46 @@ from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple, Union
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from pydantic import BeforeValidator, Discriminator
 from torch import Tensor, nn
 
 import model.mixers
 from conf.compose import Config
+from model.rotary import RotaryScaling, rotary_table
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """Where each token stands: its position in its document, and the document's number in the row.
+    """The tokens, each one's position in its document, and the document's number in the row.
 
-    document is None when each row is one document, which lets kernels skip masks.
+    document is None when each row is one document, which lets kernels skip masks. tokens are the ids, for
+    what goes by them. draw is a number in [0, 1), new for each training step and the same for all layers and
+    ranks, for what goes by chance; None outside training.
     """
 
     position: Int[Tensor, "B T"]
     document: Int[Tensor, "B T"] | None
-    _tables: dict[tuple[int, float], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    tokens: Int[Tensor, "B T"]
+    draw: float | None = None
+    _tables: dict[tuple[int, float, RotaryScaling | None], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, repr=False
+    )
 
     @staticmethod
-    def whole(tokens: Shaped[Tensor, "B T"]) -> "Sequence":
+    def whole(tokens: Int[Tensor, "B T"]) -> "Sequence":
         """Every row one document, from position 0."""
         position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        return Sequence(position, None)
+        return Sequence(position, None, tokens)
 
-    def rotary_table(self, dim: int, theta: float) -> tuple[Float[Tensor, "B T R"], Float[Tensor, "B T R"]]:
+    def rotary_table(
+        self, dim: int, theta: float, scaling: RotaryScaling | None = None
+    ) -> tuple[Float[Tensor, "B T R"], Float[Tensor, "B T R"]]:
         """Cosines and sines of the rotary angles in float32, R = dim / 2; computed once per sequence."""
-        if (dim, theta) not in self._tables:
-            exponents = torch.arange(0, dim, 2, device=self.position.device, dtype=torch.float64) / dim
-            angles = (self.position[..., None].double() * theta**-exponents).float()
-            self._tables[dim, theta] = (angles.cos(), angles.sin())
-        return self._tables[dim, theta]
+        key = (dim, theta, scaling)
+        if key not in self._tables:
+            self._tables[key] = rotary_table(self.position, *key)
+        return self._tables[key]
 
 
 class Split(NamedTuple):
@@ -75,11 +83,27 @@ class Flops(NamedTuple):
     core: float
 
 
+class Mixed(NamedTuple):
+    """What a mixer returns when it has more to say than the mixed tokens.
+
+    losses: training losses of its own by name, summed over tokens, coefficients included. selection: for each
+    query the places in the row of the k keys that it chose, -1 where there are fewer, for layers that share
+    them.
+    """
+
+    out: Float[Tensor, "B T D"]
+    losses: dict[str, Float[Tensor, ""]] | None = None
+    selection: Int[Tensor, "B T k"] | None = None
+
+
 class Mixer(nn.Module, ABC):
     """Mixes along the sequence; everything else in a block works on each token alone."""
 
+    # Whether forward takes the selection of an earlier layer as its third argument.
+    shares_selection = False
+
     @abstractmethod
-    def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"]:
+    def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"] | Mixed:
         """The mixed tokens; token t sees tokens up to t of its own document."""
 
 

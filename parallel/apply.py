@@ -19,6 +19,8 @@ def build_parallel(model: LanguageModel, config: ParallelConfig, world: World, s
     initials = initial_values(model)
     if world.mesh is not None:
         shard_data(model, config, world.mesh)
+        for router in model.routers():
+            router.sum_load = world.sum
     model.to_empty(device=world.device)
     _initialise(model, initials, seed)
     return model
@@ -35,5 +37,8 @@ def _initialise(model: nn.Module, initials: dict, seed: int) -> None:
             parameter.to_local().copy_(part.to_local())
         else:
             parameter.copy_(value)
-    for buffer in model.buffers():
-        buffer.zero_()
+    for module in model.modules():
+        if next(module.buffers(recurse=False), None) is not None:
+            reset = getattr(module, "reset_buffers", None)
+            assert callable(reset), f"{type(module).__name__} has buffers and no reset_buffers"
+            reset()

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import (
 )
 
 from model.language_model import LanguageModel
+from model.residual import Residual
 from parallel.config import ParallelConfig
 
 
@@ -27,8 +28,10 @@ def shard_data(model: LanguageModel, config: ParallelConfig, mesh: DeviceMesh) -
 
     def shard(module: nn.Module, policy: MixedPrecisionPolicy, *, frees: bool) -> None:
         fully_shard(module, mesh=mesh[axes], mp_policy=policy, reshard_after_forward=frees)
+        if isinstance(module, Residual):
+            register_fsdp_forward_method(module, "read")
 
-    for block in model.blocks:
+    for block in [*model.blocks, *model.predictions]:
         if low.param_dtype != full.param_dtype:
             for module in list(block.modules()):
                 if getattr(module, "needs_full_precision", False):

@@ -40,7 +40,8 @@ def evaluate(
         batch = to_device(loader.held_out(first, micro_batch), world.device)
         targets = batch.targets.clone()
         targets[max(0, rows - first) :] = IGNORED
-        losses = model.loss(batch.tokens, targets, Sequence(batch.position, batch.document))
+        sequence = Sequence(batch.position, batch.document, batch.tokens)
+        losses = model.loss(batch.tokens, targets, sequence)
         totals[0] += losses.cross_entropy.double()
         totals[1] += (targets != IGNORED).sum()
     world.sum(totals)

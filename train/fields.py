@@ -56,6 +56,7 @@ class AdamwConfig(Config):
     eps: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
     clip_norm: float = Field(gt=0)
+    lr_scales: dict[str, Annotated[float, Field(ge=0)]]
 
 
 class WsdConfig(Config):
@@ -153,6 +154,11 @@ def run_violations(config: "RunDraft | RunConfig", world_size: int) -> list[Viol
         legal = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
         message = f"{micro} does not divide the {share} sequences of a rank; legal values are {legal}"
         found.append(Violation("train.micro_batch", message))
+    share = rows // world_size
+    if config.moe.balance_scope == "global" and config.moe.balance_loss and micro not in (None, share):
+        message = f"counts the load of the whole batch before backward; found train.micro_batch={micro}"
+        hint = f"; set train.micro_batch=null or {share}, or balance_scope=sequence"
+        found.append(Violation("moe.balance_scope", message + hint))
     if config.data.tokenizer.vocab_size > config.model.vocab_size:
         message = (
             f"{config.model.vocab_size} rows cannot hold the {config.data.tokenizer.vocab_size} pieces of "

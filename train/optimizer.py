@@ -1,26 +1,54 @@
 """AdamW over the parameters of a model, and the global norm of their gradients."""
 
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
+from conf.errors import ConfigError, Violation
 from train.fields import AdamwConfig
 
 
 def build_optimizer(model: nn.Module, config: AdamwConfig) -> AdamW:
-    """AdamW that decays matrices and stacks of matrices, but neither vectors nor the embedding."""
-    decayed, kept = [], []
+    """AdamW that decays matrices and stacks of matrices, but neither vectors nor the embedding.
+
+    Every group has `lr_scale`, its factor on the learning rate. Parameters whose factor is 0 are frozen: they
+    get no gradient and are in no group. Mutates requires_grad.
+
+    Raises ConfigError for a pattern of optim.lr_scales that no parameter fits.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    fitting: set[str] = set()
     for name, parameter in model.named_parameters():
-        (decayed if parameter.ndim >= 2 and not name.startswith("embed.") else kept).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
-    betas = (config.beta1, config.beta2)
-    return AdamW([group for group in groups if group["params"]], config.lr, betas, config.eps, fused=True)
+        patterns = [pattern for pattern in config.lr_scales if fnmatchcase(name, pattern)]
+        fitting.update(patterns)
+        scale = config.lr_scales[patterns[-1]] if patterns else 1.0
+        parameter.requires_grad_(scale > 0)
+        if scale:
+            is_decayed = parameter.ndim >= 2 and not name.startswith("embed.")
+            groups.setdefault((is_decayed, scale), []).append(parameter)
+    unused = [pattern for pattern in config.lr_scales if pattern not in fitting]
+    if unused:
+        names = [name for name, _ in model.named_parameters()]
+        message = f"fits no parameter; their names are like {names[0]} and {names[len(names) // 2]}"
+        raise ConfigError([Violation(f"optim.lr_scales.{pattern}", message) for pattern in unused])
+    if not groups:
+        raise ConfigError([Violation("optim.lr_scales", "freezes every parameter; leave some above 0")])
+    return AdamW(
+        [
+            {"params": parameters, "weight_decay": config.weight_decay * is_decayed, "lr_scale": scale}
+            for (is_decayed, scale), parameters in sorted(
+                groups.items(), key=lambda item: item[0], reverse=True
+            )
+        ],
+        config.lr,
+        (config.beta1, config.beta2),
+        config.eps,
+        fused=True,
+    )
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

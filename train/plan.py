@@ -51,6 +51,7 @@ def parameters(counts: ModelCount) -> dict[str, int]:
         "routed_experts": sum(layer.routed for layer in layers),
         "other_feed_forward": sum(layer.ffn_params for layer in layers),
         "norms": sum(layer.norm_params for layer in layers) + counts.norm,
+        "predictions": sum(layer.params for layer in counts.predictions),
     }
 
 
@@ -62,7 +63,7 @@ def forward_flops(counts: ModelCount, context: int) -> dict[str, float]:
         for name, pair in flops.mixers.items()
         for part, value in pair._asdict().items()
     }
-    return by_mixer | {"feed_forward": flops.ffn, "head": flops.head}
+    return by_mixer | {"feed_forward": flops.ffn, "head": flops.head, "predictions": flops.ahead}
 
 
 def layer_row(counts: ModelCount, index: int, context: int) -> dict[str, Any]:

@@ -236,13 +236,15 @@ def step_metrics(state: TrainState, result: StepResult, meter: Meter, samples: s
         "seconds": seconds,
         "samples": samples,
         "loss/cross_entropy": result.loss,
-        "loss/balance": result.balance,
+        **{f"loss/{name}": value for name, value in result.auxiliary.items()},
         "optimizer/grad_norm": result.grad_norm,
         "optimizer/lr": result.lr,
         "optimizer/skipped": int(result.is_skipped),
         "data/tokens": state.tokens,
         "data/sequences": state.cursor,
     }
+    if state.model.predictions:
+        metrics["loss/prediction"] = result.prediction
     for layer, (load, entropy) in enumerate(zip(result.load, result.entropy, strict=True)):
         metrics[f"router/max_violation_{layer}"] = float(load.max() / load.mean() - 1)
         metrics[f"router/idle_experts_{layer}"] = int((load == 0).sum())

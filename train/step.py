@@ -4,6 +4,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import xxhash
 from torch import Tensor
 
 from data.loader import Batch
@@ -21,12 +22,14 @@ from train.state import TrainState
 class StepResult(NamedTuple):
     """What one step did, the same on every rank.
 
-    loss is nats per target, balance the mean balance loss of a row, both over the global batch. load
-    [layers E] counts tokens per expert, entropy [layers] is nats per token.
+    loss is nats per target, prediction that of the tokens further ahead, auxiliary the other losses by name,
+    per token, coefficients included, all over the global batch. load [layers E] counts tokens per expert,
+    entropy [layers] is nats per token.
     """
 
     loss: float
-    balance: float
+    prediction: float
+    auxiliary: dict[str, float]
     grad_norm: float
     lr: float
     targets: int
@@ -40,19 +43,21 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World)
     # Denominators are global and known before backward, so that gradients are plain sums over ranks.
     targets = world.sum((batch.targets != IGNORED).sum().to(world.device))
     batch = to_device(batch, world.device)
-    rows = config.train.global_batch
+    tokens = config.train.global_batch * batch.tokens.shape[1]
     _, micro = config.rank_rows(world.size)
+    draw = draw_of(config.train.seed, state.step)
     total: Losses | None = None
     for start in range(0, batch.tokens.shape[0], micro):
         reduce_over_copies(state.model, is_last=start + micro >= batch.tokens.shape[0])
-        losses = micro_losses(state, Batch(*(part[start : start + micro] for part in batch)))
-        (losses.cross_entropy / targets.clamp(min=1) + losses.balance / rows).backward()
-        losses = Losses(*(part.detach() for part in losses))
-        total = losses if total is None else Losses(*(a + b for a, b in zip(total, losses, strict=True)))
+        losses = micro_losses(state, Batch(*(part[start : start + micro] for part in batch)), draw)
+        objective = (losses.cross_entropy + losses.prediction) / targets.clamp(min=1)
+        for part in losses.auxiliary.values():
+            objective = objective + part / tokens
+        objective.backward()
+        total = added(total, losses)
     assert total is not None, f"{batch.tokens.shape=}"
-    sums = world.sum(torch.cat([part.double().flatten() for part in total]))
-    cross_entropy, balance, rest = sums[0] / targets.clamp(min=1), sums[1] / rows, sums[2:]
-    load, entropy = rest[: total.load.numel()].view_as(total.load), rest[total.load.numel() :]
+    total = summed_over_ranks(total, world)
+    cross_entropy = total.cross_entropy / targets.clamp(min=1)
 
     lr = config.optim.lr * lr_factor(config.schedule, state.step, config.train.steps)
     parameters = list(state.model.parameters())
@@ -62,24 +67,53 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World)
     is_skipped = not (math.isfinite(loss_value) and math.isfinite(norm_value))
     if not is_skipped:
         for group in state.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         clip_gradients(parameters, norm, config.optim.clip_norm)
         state.optimizer.step()
-        state.model.update_expert_biases(load)
+        state.model.update_expert_biases(total.load)
     state.optimizer.zero_grad()
     state.step += 1
-    state.cursor += rows
+    state.cursor += config.train.global_batch
     state.tokens += count
     state.skipped = state.skipped + 1 if is_skipped else 0
-    tokens = rows * batch.tokens.shape[1]
     return StepResult(
-        loss_value, float(balance), norm_value, lr, count, load.cpu(), (entropy / tokens).cpu(), is_skipped
+        loss=loss_value,
+        prediction=float(total.prediction) / max(1, count),
+        auxiliary={name: float(part) / tokens for name, part in total.auxiliary.items()},
+        grad_norm=norm_value,
+        lr=lr,
+        targets=count,
+        load=total.load.cpu(),
+        entropy=(total.entropy / tokens).cpu(),
+        is_skipped=is_skipped,
     )
 
 
-def micro_losses(state: TrainState, batch: Batch) -> Losses:
+def added(total: Losses | None, losses: Losses) -> Losses:
+    """The sums so far with those of one more micro-batch, detached."""
+    parts = [part.detach() for part in losses.parts()]
+    if total is not None:
+        parts = [a + b for a, b in zip(total.parts(), parts, strict=True)]
+    return losses.with_parts(parts)
+
+
+def summed_over_ranks(losses: Losses, world: World) -> Losses:
+    """The sums over all ranks, by one collective, in float64."""
+    parts = losses.parts()
+    sums = world.sum(torch.cat([part.double().flatten() for part in parts]))
+    pieces = sums.split([part.numel() for part in parts])
+    return losses.with_parts([piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)])
+
+
+def draw_of(seed: int, step: int) -> float:
+    """A number in [0, 1) that all layers, ranks and micro-batches of a step share."""
+    return xxhash.xxh3_64_intdigest(f"{seed}/{step}".encode()) / 2**64
+
+
+def micro_losses(state: TrainState, batch: Batch, draw: float) -> Losses:
     """The losses of one micro-batch, as sums."""
-    return state.model.loss(batch.tokens, batch.targets, Sequence(batch.position, batch.document))
+    sequence = Sequence(batch.position, batch.document, batch.tokens, draw)
+    return state.model.loss(batch.tokens, batch.targets, sequence)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -1,4 +1,4 @@
-"""Causal softmax attention with grouped heads, windows and packed documents."""
+"""Causal softmax attention with grouped heads, windows, blocks, sinks, a soft cap and packed documents."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.arguments import require
-from kernels.attention.reference import attention_fused
+from kernels.attention.reference import Pattern, attention_blocked, attention_fused
+
+# Up to so many tokens one mask over all pairs of a row costs less than going block by block.
+MASKED_TOKENS = 2048
 
 
 class Case(NamedTuple):
@@ -27,6 +30,7 @@ CASES = (
     Case(2, 33, 6, 2, 16, 8, 5),
     Case(1, 64, 4, 4, 8, 12, 1),
     Case(1, 130, 8, 1, 16, 16, 200),
+    Case(2, 300, 4, 2, 8, 6, 40),
 )
 
 
@@ -37,22 +41,87 @@ def attention(
     *,
     scale: float,
     window: int | None = None,
+    block: int = 1,
+    first: int = 0,
+    sinks: Float[Tensor, "H"] | None = None,
+    logit_cap: float | None = None,
     document: Int[Tensor, "B T"] | None = None,
+    position: Int[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T H V"]:
     """Causal attention: each query over the keys before it, itself included, of its own document.
 
-    Query head h reads key head h // (H / G). window counts the keys a query sees, itself included.
-    document numbers the documents of a row in order. Work is O(T^2 (K + V)) per head.
+    Query head h reads key head h // (H / G). Scores are scale q k, then logit_cap tanh(score / logit_cap).
+    window: keys that a query sees, itself included. block: the window is counted in whole blocks of this many
+    tokens from the start of the document, the query's own block among them. first: so many tokens at the
+    start of its document every query sees as well. sinks: one more score per head, without a value.
+    document numbers the documents of a row in order, position the tokens in each. Work is O(T min(T, window)
+    (K + V)) per head.
 
     Raises ValueError for an argument of the wrong shape, dtype or range.
     """
+    return _attention(
+        q, k, v, scale, Pattern(window, block, first), sinks, logit_cap, document, position, needs_lse=False
+    )[0]
+
+
+def attention_with_lse(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T G V"],
+    *,
+    scale: float,
+    window: int | None = None,
+    block: int = 1,
+    first: int = 0,
+    sinks: Float[Tensor, "H"] | None = None,
+    logit_cap: float | None = None,
+    document: Int[Tensor, "B T"] | None = None,
+    position: Int[Tensor, "B T"] | None = None,
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T H"]]:
+    """`attention`, and the log-sum-exp of each query's scores, its sink included, in float32 at least."""
+    out, lse = _attention(
+        q, k, v, scale, Pattern(window, block, first), sinks, logit_cap, document, position, needs_lse=True
+    )
+    assert lse is not None
+    return out, lse
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    pattern: Pattern,
+    sinks: Tensor | None,
+    logit_cap: float | None,
+    document: Tensor | None,
+    position: Tensor | None,
+    *,
+    needs_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     rows, tokens, heads, key_dim = q.shape
     require(tokens > 0, "q", "at least one token", tuple(q.shape))
     require(k.shape[:2] == (rows, tokens) and k.shape[3] == key_dim, "k", "B, T, K as q", tuple(k.shape))
     require(v.shape[:3] == k.shape[:3], "v", "B, T, G as k", tuple(v.shape))
     require(heads % k.shape[2] == 0, "q", f"a multiple of {k.shape[2]} heads", heads)
     require(q.dtype == k.dtype == v.dtype, "k, v", f"dtype {q.dtype}, as q", (k.dtype, v.dtype))
+    window, block, first = pattern
     require(window is None or window > 0, "window", "None or at least 1", window)
-    if document is not None:
-        require(document.shape == (rows, tokens), "document", (rows, tokens), tuple(document.shape))
-    return attention_fused(q, k, v, scale=scale, window=window, document=document)
+    require(block > 0 and (window or 0) % block == 0, "block", f"a divisor of the window {window}", block)
+    require(first >= 0, "first", "at least 0", first)
+    require(logit_cap is None or logit_cap > 0, "logit_cap", "None or above 0", logit_cap)
+    if sinks is not None:
+        require(sinks.shape == (heads,), "sinks", (heads,), tuple(sinks.shape))
+    for name, x in (("document", document), ("position", position)):
+        if x is not None:
+            require(x.shape == (rows, tokens), name, (rows, tokens), tuple(x.shape))
+    is_local = window is not None and (block > 1 or first > 0)
+    require(
+        position is not None or document is None or not is_local, "position", "given with documents", position
+    )
+    is_plain = not (is_local or needs_lse) and sinks is None and logit_cap is None and v.shape[3] == key_dim
+    is_masked = window is not None or document is not None
+    if is_plain and (not is_masked or tokens <= min(MASKED_TOKENS, 4 * (window or tokens))):
+        return attention_fused(q, k, v, scale=scale, pattern=pattern, document=document), None
+    options = {"sinks": sinks, "logit_cap": logit_cap, "document": document, "position": position}
+    return attention_blocked(q, k, v, scale=scale, pattern=pattern, **options)

@@ -13,17 +13,19 @@ CHUNK = 256
 
 
 def linear_cross_entropy_direct(
-    x: Float[Tensor, "N D"], weight: Float[Tensor, "M D"], targets: Int[Tensor, "N"]
+    x: Float[Tensor, "N D"], weight: Float[Tensor, "M D"], targets: Int[Tensor, "N"], cap: float | None = None
 ) -> Float[Tensor, ""]:
     """Sum of the losses, with all logits in memory."""
-    return cross_entropy((x @ weight.T), targets, ignore_index=IGNORED, reduction="sum")
+    logits = x @ weight.T
+    logits = logits if cap is None else cap * (logits / cap).tanh()
+    return cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """Sum of the losses; gradients are made in forward, so that only CHUNK rows of logits ever exist."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> Tensor:
         """Shapes as `linear_cross_entropy_direct`."""
         accumulate = torch.promote_types(x.dtype, torch.float32)
         total = torch.zeros((), dtype=accumulate, device=x.device)
@@ -35,6 +37,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             is_counted = (ids != IGNORED)[:, None]
             safe = ids.clamp(min=0)[:, None]
             logits = (rows @ weight.T).to(accumulate)
+            slope = None
+            if cap is not None:
+                tanh = logits.div_(cap).tanh_()
+                slope, logits = 1 - tanh.square(), tanh * cap
             picked, highest = logits.gather(1, safe), logits.amax(1, keepdim=True)
             softmax = torch.softmax(logits, 1, out=logits)
             # The log-sum-exp from the largest share, which is at least 1 / M and so has a logarithm.
@@ -44,7 +50,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 continue
             # d loss / d logits = softmax - one-hot; ignored rows are left out where there are fewer numbers.
             softmax.scatter_add_(1, safe, softmax.new_full(safe.shape, -1.0))
-            grad = softmax.to(x.dtype)
+            grad = (softmax if slope is None else softmax.mul_(slope)).to(x.dtype)
             if grad_x is not None:
                 torch.mul(grad @ weight, is_counted, out=grad_x[start : start + CHUNK])
             if grad_weight is not None:
@@ -58,9 +64,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """The stored gradients times the gradient of the sum."""
         grad_x, grad_weight = ctx.saved_tensors
         scaled_x = None if grad_x is None else grad_x * grads[0].to(grad_x.dtype)
         scaled_weight = None if grad_weight is None else (grad_weight * grads[0]).to(ctx.weight_dtype)
-        return scaled_x, scaled_weight, None
+        return scaled_x, scaled_weight, None, None

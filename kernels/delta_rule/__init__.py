@@ -1,4 +1,4 @@
-"""Gated delta rule: a linear-time mixer core whose state forgets by a gate and overwrites by key."""
+"""Gated delta rule: a linear-time mixer core whose state forgets by gates and overwrites by key."""
 
 from typing import NamedTuple
 
@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.arguments import require
+from kernels.delta_rule.channel import channel_delta_rule_chunked
 from kernels.delta_rule.reference import gated_delta_rule_chunked
 
 
@@ -33,7 +34,7 @@ def gated_delta_rule(
     q: Float[Tensor, "B T G K"],
     k: Float[Tensor, "B T G K"],
     v: Float[Tensor, "B T H V"],
-    log_decay: Float[Tensor, "B T H"],
+    log_decay: Float[Tensor, "B T H"] | Float[Tensor, "B T H K"],
     beta: Float[Tensor, "B T H"],
     *,
     document: Int[Tensor, "B T"] | None = None,
@@ -41,12 +42,12 @@ def gated_delta_rule(
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
     """Decay the state, erase along k, write v, read with q, for every token.
 
-    Value head h reads key head h // (H / G). log_decay is a natural logarithm, at most 0; -inf forgets all.
-    beta is in [0, 2]. q is used as given: scale it before. document numbers the documents of a row in
-    order; the state is zero at the start of each. Work is O(T K V) per head.
+    Value head h reads key head h // (H / G). log_decay is a natural logarithm, at most 0, per head or per key
+    channel; -inf forgets all. beta is in [0, 2]. q is used as given: scale it before. document numbers the
+    documents of a row in order; the state is zero at the start of each. Work is O(T K V) per head.
 
     Raises ValueError for an argument of the wrong shape, dtype or device.
-    Gated DeltaNet, arXiv 2412.06464, equation 10.
+    Gated DeltaNet, arXiv 2412.06464, equation 10; per channel Kimi Delta Attention, 2510.26692, equation 1.
     """
     rows, tokens, key_heads, key_dim = q.shape
     value_heads, value_dim = v.shape[2:]
@@ -55,7 +56,8 @@ def gated_delta_rule(
     require(k.shape == q.shape, "k", tuple(q.shape), tuple(k.shape))
     require(v.shape[:2] == (rows, tokens), "v", (rows, tokens, "H", "V"), tuple(v.shape))
     gates = (rows, tokens, value_heads)
-    require(log_decay.shape == gates, "log_decay", gates, tuple(log_decay.shape))
+    decays = (*gates, key_dim) if log_decay.ndim == 4 else gates
+    require(log_decay.shape == decays, "log_decay", decays, tuple(log_decay.shape))
     require(beta.shape == gates, "beta", gates, tuple(beta.shape))
     for name, x in (("k", k), ("v", v)):
         require(x.dtype == q.dtype, name, f"dtype {q.dtype}, as q", x.dtype)
@@ -64,4 +66,6 @@ def gated_delta_rule(
     if state is not None:
         expected = (rows, value_heads, key_dim, value_dim)
         require(state.shape == expected, "state", expected, tuple(state.shape))
+    if log_decay.ndim == 4:
+        return channel_delta_rule_chunked(q, k, v, log_decay, beta, document=document, state=state)
     return gated_delta_rule_chunked(q, k, v, log_decay, beta, document=document, state=state)

@@ -6,11 +6,21 @@ Recurrence, arXiv 2412.06464 equation 10, with the state laid out as keys by val
     S_t = a_t S_{t-1} + k_t u_t^T      u_t = beta_t (v_t - a_t S_{t-1}^T k_t)      o_t = S_t^T q_t
 """
 
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from kernels.linear_attention.chunks import (
+    decays_of,
+    from_chunks,
+    per_group,
+    per_head,
+    running_decay,
+    to_chunks,
+    to_document_chunks,
+)
 
 CHUNK = 32
 
@@ -61,60 +71,16 @@ def gated_delta_rule_chunked(
     """
     rows, length, heads = v.shape[:3]
     dtype, out_dtype = torch.promote_types(v.dtype, torch.float32), v.dtype
-    pad = -length % CHUNK
-    if document is None:
-        document = torch.zeros(rows, length, dtype=torch.long, device=v.device)
     # Padding leaves the state as it is: no decay, no write, and the document of the last token.
-    document = torch.cat([document, document[:, -1:].expand(-1, pad)], dim=1)
-    document = document.unflatten(1, (-1, CHUNK)).transpose(0, 1).contiguous()
-    q, k, v = (_chunks(x.to(dtype), pad) for x in (q, k, v))
-    log_decay, beta = (_chunks(x[..., None], pad)[..., 0] for x in (log_decay, beta.to(dtype)))
+    documents = to_document_chunks(document, v, CHUNK)
+    q, k, v = (to_chunks(x.to(dtype), CHUNK) for x in (q, k, v))
+    log_decay, beta = (to_chunks(x[..., None], CHUNK)[..., 0] for x in (log_decay, beta.to(dtype)))
     start = v.new_zeros(rows, heads, k.shape[-1], v.shape[-1]) if state is None else state.to(dtype)
-    running = _running_decay(log_decay, document)
+    running = running_decay(log_decay, documents)
     outputs, end = cast(
-        tuple[Tensor, Tensor], ChunkedDeltaRule.apply(q, k, v, running, beta, start, document)
+        tuple[Tensor, Tensor], ChunkedDeltaRule.apply(q, k, v, running, beta, start, documents)
     )
-    return outputs.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :length].to(out_dtype), end
-
-
-def _chunks(x: Tensor, pad: int) -> Tensor:
-    # [B, T, H, D] -> [N, B, H, C, D]: chunks first, so that one chunk, or a slab of them, is contiguous.
-    x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, pad))
-    return x.unflatten(1, (-1, CHUNK)).permute(1, 0, 3, 2, 4).contiguous()
-
-
-def _running_decay(log_decay: Tensor, document: Tensor) -> Tensor:
-    """Sum of the log decays from the start of the chunk, or of the document in it; float64 [N B H C]."""
-    # Differences of a float32 running sum lose digits after a strong decay; float64 keeps them, and below
-    # the floor exp is exactly zero in either dtype. The sum is a product with the mask of the documents: one
-    # over the whole chunk would carry the rounding of one document into the next.
-    same = document[..., :, None] == document[..., None, :]
-    gates = log_decay.double().clamp(min=-1000.0).mT
-    return (same.tril().double() @ gates).mT
-
-
-class _Decays(NamedTuple):
-    """Decay factors of a chunk, zero across documents.
-
-    between [N B H C C]: from j to i, j at most i. from_start, to_end [N B H C 1]: of the state that enters
-    the chunk until i, and of the write of i until the chunk ends.
-    """
-
-    between: Tensor
-    from_start: Tensor
-    to_end: Tensor
-
-
-def _decays(running: Tensor, document: Tensor, dtype: torch.dtype) -> _Decays:
-    same = (document[..., :, None] == document[..., None, :]).tril()[:, :, None]
-    before = torch.cat([document[:1, :, :1], document[:-1, :, -1:]])
-    carried, kept = (document == before)[:, :, None], (document == document[..., -1:])[:, :, None]
-    # Masked before exp: above the diagonal the difference is positive and would overflow.
-    difference = (running[..., :, None] - running[..., None, :]).to(dtype)
-    between = difference.masked_fill_(~same, float("-inf")).exp_()
-    from_start = running.to(dtype).exp() * carried
-    to_end = (running[..., -1:] - running).to(dtype).masked_fill(~kept, float("-inf")).exp()
-    return _Decays(between, from_start[..., None], to_end[..., None])
+    return from_chunks(outputs, length).to(out_dtype), end
 
 
 class ChunkedDeltaRule(torch.autograd.Function):
@@ -130,17 +96,17 @@ class ChunkedDeltaRule(torch.autograd.Function):
         ctx, q: Tensor, k: Tensor, v: Tensor, running: Tensor, beta: Tensor, state: Tensor, document: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Outputs [N B H C V] and the final state."""
-        decays = _decays(running, document, v.dtype)
+        decays = decays_of(running, document, v.dtype)
         between, from_start, to_end = decays
         heads, scale = v.shape[2], beta[..., None]
         k_turned = k.mT.contiguous()
-        system = _per_head(k @ k_turned, heads).mul(between).mul_(scale)
+        system = per_head(k @ k_turned, heads).mul(between).mul_(scale)
         unit = torch.eye(v.shape[3], dtype=v.dtype, device=v.device).expand_as(system)
         inverse = torch.linalg.solve_triangular(system, unit, upper=False, unitriangular=True)
-        scores = _per_head(q @ k_turned, heads).mul(between)
-        k_heads = _per_head(k, heads)
+        scores = per_head(q @ k_turned, heads).mul(between)
+        k_heads = per_head(k, heads)
         written, erased = inverse @ (v * scale), inverse @ (k_heads * (scale * from_start))
-        q_decayed, k_decayed = _per_head(q, heads) * from_start, k_heads * to_end
+        q_decayed, k_decayed = per_head(q, heads) * from_start, k_heads * to_end
         updates, states = torch.empty_like(v), v.new_empty(v.shape[0], *state.shape)
         for n in range(v.shape[0]):
             states[n] = state
@@ -181,8 +147,8 @@ class ChunkedDeltaRule(torch.autograd.Function):
         grad_k_decayed = updates @ grad_states.mT.contiguous()
 
         # To the gates. `pairs` is d between, times between: what each pair of running decays gets.
-        q_heads, k_heads = _per_head(q, heads), _per_head(k, heads)
-        pairs = _per_head(k @ k.mT.contiguous(), heads).mul(grad_system)
+        q_heads, k_heads = per_head(q, heads), per_head(k, heads)
+        pairs = per_head(k @ k.mT.contiguous(), heads).mul(grad_system)
         through_k = (grad_erased * k_heads).sum(-1)
         grad_beta = pairs.sum(-1) + through_k * from_start[..., 0] + (grad_written * v).sum(-1)
         pairs = pairs.mul_(scale).addcmul_(grad_scores, scores)
@@ -198,13 +164,5 @@ class ChunkedDeltaRule(torch.autograd.Function):
         grad_k = (grad_system + grad_system.mT) @ k_heads
         grad_k += grad_scores.mT @ q_heads
         grad_k.addcmul_(grad_k_decayed, to_end).addcmul_(grad_erased, scale * from_start)
-        grad_q, grad_k = (_per_group(x, q.shape[2]) for x in (grad_q, grad_k))
+        grad_q, grad_k = (per_group(x, q.shape[2]) for x in (grad_q, grad_k))
         return grad_q, grad_k, grad_written.mul_(scale), grad_running, grad_beta, grad_state, None
-
-
-def _per_head(x: Tensor, heads: int) -> Tensor:
-    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
-
-
-def _per_group(x: Tensor, groups: int) -> Tensor:
-    return x if x.shape[2] == groups else x.unflatten(2, (groups, -1)).sum(3)

@@ -1,12 +1,15 @@
-"""Routed SwiGLU experts: every token through its chosen experts, none dropped."""
+"""Routed experts: every token through its chosen experts, none dropped."""
 
 from typing import NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kernels.activation import is_gated
 from kernels.arguments import require
-from kernels.experts.reference import experts_grouped
+from kernels.experts.reference import PLAIN, ExpertBiases, ExpertForm, experts_grouped
+
+__all__ = ["CASES", "PLAIN", "Case", "ExpertBiases", "ExpertForm", "routed_experts"]
 
 
 class Case(NamedTuple):
@@ -24,23 +27,33 @@ CASES = (Case(1, 16, 4, 1, 16), Case(33, 16, 8, 3, 16), Case(64, 32, 4, 4, 16), 
 
 def routed_experts(
     x: Float[Tensor, "N D"],
-    gate_up: Float[Tensor, "E F2 D"],
+    gate_up: Float[Tensor, "E H D"],
     down: Float[Tensor, "E D F"],
     chosen: Int[Tensor, "N k"],
     weights: Float[Tensor, "N k"],
+    form: ExpertForm = PLAIN,
+    biases: ExpertBiases | None = None,
+    *,
+    num_idle: int = 0,
 ) -> Float[Tensor, "N D"]:
-    """Sum over each token's chosen experts of weight * down(silu(gate x) * up x).
+    """Sum over each token's chosen experts of weight * down(act(gate_up x)).
 
-    The rows of gate_up are the F gate rows, then the F up rows. Experts may be chosen by no token or by
-    all; their gradient is then zero or full. Ids in `chosen` are trusted to be below E.
+    The rows of gate_up are the F gate rows, then the F up rows; without a gate only F rows. Experts may be
+    chosen by no token or by all; their gradient is then zero or full. Ids in `chosen` are trusted to be
+    below E + num_idle; those from E on add nothing.
 
     Raises ValueError for an argument of the wrong shape or dtype.
     """
-    experts, hidden2, width = gate_up.shape
+    experts, columns, width = gate_up.shape
+    hidden = columns // 2 if is_gated(form.kind) else columns
     require(x.shape[1] == width, "x", f"width {width}", tuple(x.shape))
-    require(hidden2 % 2 == 0, "gate_up", "an even number of rows per expert", hidden2)
-    require(down.shape == (experts, width, hidden2 // 2), "down", (experts, width, hidden2 // 2), down.shape)
+    require(columns % 2 == 0 or not is_gated(form.kind), "gate_up", "an even number of rows", columns)
+    require(down.shape == (experts, width, hidden), "down", (experts, width, hidden), tuple(down.shape))
     require(chosen.shape[0] == x.shape[0], "chosen", f"{x.shape[0]} tokens", tuple(chosen.shape))
     require(weights.shape == chosen.shape, "weights", tuple(chosen.shape), tuple(weights.shape))
     require(gate_up.dtype == down.dtype == x.dtype, "gate_up, down", f"dtype {x.dtype}", gate_up.dtype)
-    return experts_grouped(x, gate_up, down, chosen, weights.to(x.dtype))
+    if biases is not None:
+        shapes = ((experts, columns), (experts, width))
+        found = (tuple(biases.up.shape), tuple(biases.down.shape))
+        require(found == shapes, "biases", shapes, found)
+    return experts_grouped(x, gate_up, down, chosen, weights.to(x.dtype), form, biases, num_idle=num_idle)

@@ -1,48 +1,161 @@
 """Routed experts in plain torch: one token at a time, and the sorted, grouped form.
 
-Letters: N tokens, D width, E experts, k experts per token, F expert hidden.
+Letters: N tokens, D width, E experts, k experts per token, F expert hidden, H its columns before the
+activation: 2 F for gated forms, else F.
 """
+
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding_bag, grouped_mm, silu
 
+from kernels.activation.reference import Kind, activate_direct
+
+
+class ExpertForm(NamedTuple):
+    """What an expert computes.
+
+    kind, limit and clamps_product are those of the activation. With scales_input the weight of a choice
+    multiplies what goes into the expert instead of what comes out (Llama-4).
+    """
+
+    kind: Kind = "swiglu"
+    limit: float | None = None
+    clamps_product: bool = False
+    scales_input: bool = False
+
+
+PLAIN = ExpertForm()
+
+
+class ExpertBiases(NamedTuple):
+    """Biases of both projections: up [E H], down [E D]."""
+
+    up: Tensor
+    down: Tensor
+
 
 def experts_direct(
     x: Float[Tensor, "N D"],
-    gate_up: Float[Tensor, "E F2 D"],
+    gate_up: Float[Tensor, "E H D"],
     down: Float[Tensor, "E D F"],
     chosen: Int[Tensor, "N k"],
     weights: Float[Tensor, "N k"],
+    form: ExpertForm = PLAIN,
+    biases: ExpertBiases | None = None,
 ) -> Float[Tensor, "N D"]:
-    """Weighted sum of the chosen experts' SwiGLU, one token and one expert at a time."""
+    """Weighted sum of the chosen experts, one token and one expert at a time; ids from E on add nothing."""
     rows = []
     for token, ids, scales in zip(x, chosen.tolist(), weights, strict=True):
         total = torch.zeros_like(token)
         for expert, scale in zip(ids, scales, strict=True):
-            gate, up = (gate_up[expert] @ token).chunk(2)
-            total = total + scale * (down[expert] @ (silu(gate) * up))
+            if expert >= gate_up.shape[0]:
+                continue
+            hidden = gate_up[expert] @ (token * scale if form.scales_input else token)
+            hidden = hidden + biases.up[expert] if biases else hidden
+            active = activate_direct(hidden, form.kind, limit=form.limit, clamps_product=form.clamps_product)
+            out = down[expert] @ active
+            out = out + biases.down[expert] if biases else out
+            total = total + (out if form.scales_input else scale * out)
         rows.append(total)
     return torch.stack(rows) if rows else x.new_zeros(x.shape)
 
 
 def experts_grouped(
     x: Float[Tensor, "N D"],
-    gate_up: Float[Tensor, "E F2 D"],
+    gate_up: Float[Tensor, "E H D"],
     down: Float[Tensor, "E D F"],
     chosen: Int[Tensor, "N k"],
     weights: Float[Tensor, "N k"],
+    form: ExpertForm = PLAIN,
+    biases: ExpertBiases | None = None,
+    *,
+    num_idle: int = 0,
 ) -> Float[Tensor, "N D"]:
-    """The same sum: tokens sorted by expert, one grouped matrix product each way."""
+    """The same sum: tokens sorted by expert, one grouped matrix product each way.
+
+    Ids reach up to E + num_idle; those from E on are sorted behind all experts.
+    """
     flat = chosen.flatten()
     order = flat.argsort(stable=True)
     back = torch.empty_like(order)
     back[order] = torch.arange(flat.shape[0], device=order.device)
-    ends = torch.bincount(flat, minlength=gate_up.shape[0]).cumsum(0).to(torch.int32)
-    out = GroupedExperts.apply(x, gate_up, down, weights, order, back, ends)
-    assert isinstance(out, Tensor), f"{type(out)=}"
-    return out
+    experts = gate_up.shape[0]
+    ends = torch.bincount(flat, minlength=experts)[:experts].cumsum(0).to(torch.int32)
+    if form == PLAIN and biases is None and not num_idle:
+        out = GroupedExperts.apply(x, gate_up, down, weights, order, back, ends)
+        assert isinstance(out, Tensor), f"{type(out)=}"
+        return out
+    back = back.view_as(chosen)
+    rows = SpreadRows.apply(x, order // weights.shape[1], back)
+    scale = weights.flatten()[order][:, None]
+    expert = flat[order].clamp(max=experts - 1)
+    hidden = GroupedLinear.apply(rows * scale if form.scales_input else rows, gate_up, ends)
+    hidden = hidden + biases.up[expert] if biases else hidden
+    active = activate_direct(hidden, form.kind, limit=form.limit, clamps_product=form.clamps_product)
+    out = GroupedLinear.apply(active, down, ends)
+    out = out + biases.down[expert] if biases else out
+    if biases and num_idle:
+        out = out.masked_fill(_is_rest(out, ends), 0.0)
+    return CollectRows.apply(out if form.scales_input else out * scale, order // weights.shape[1], back)
+
+
+class SpreadRows(torch.autograd.Function):
+    """x[token]; the gradient of a row is a sum over its k copies in a fixed order. back [N k]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, token: Tensor, back: Tensor) -> Tensor:
+        """One row for every choice, sorted by expert."""
+        ctx.save_for_backward(back)
+        return x.index_select(0, token)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """Gradient of x."""
+        return _sum_of_rows(grads[0], *ctx.saved_tensors), None, None
+
+
+class CollectRows(torch.autograd.Function):
+    """Sums of k rows: the transpose of `SpreadRows`."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, token: Tensor, back: Tensor) -> Tensor:
+        """One row for every token."""
+        ctx.save_for_backward(token)
+        return _sum_of_rows(rows, back)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """Gradient of rows."""
+        return grads[0].index_select(0, *ctx.saved_tensors), None, None
+
+
+class GroupedLinear(torch.autograd.Function):
+    """Rows times the transposed weight of their group; rows behind the last group come out as zero."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+        """x [R I], weight [E O I] -> [R O]."""
+        ctx.save_for_backward(x, weight, ends)
+        return _rest_as_zero(matmul_by_group(x, weight.mT, ends), ends)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Gradients of x and weight."""
+        x, weight, ends = ctx.saved_tensors
+        grad_x = _rest_as_zero(matmul_by_group(grads[0], weight, ends), ends)
+        return grad_x, outer_by_group(grads[0], x, ends), None
+
+
+def _is_rest(x: Tensor, ends: Tensor) -> Tensor:
+    return (torch.arange(x.shape[0], device=x.device) >= ends[-1])[:, None]
+
+
+def _rest_as_zero(x: Tensor, ends: Tensor) -> Tensor:
+    # A grouped product leaves the rows of no group as it found the memory.
+    return torch.where(_is_rest(x, ends), 0.0, x)
 
 
 class GroupedExperts(torch.autograd.Function):
@@ -107,8 +220,10 @@ def matmul_by_group(
 ) -> Float[Tensor, "R M"]:
     """Rows up to ends[0] times weight[0], the next up to ends[1] times weight[1], and so on."""
     if x.dtype == torch.float64:  # torch's grouped product takes no doubles
-        parts = zip(x.split(_sizes(ends)), weight, strict=True)
-        return torch.cat([rows @ matrix for rows, matrix in parts])
+        sizes = _sizes(ends)
+        parts = zip(x[: sum(sizes)].split(sizes), weight, strict=True)
+        rest = x.new_zeros(x.shape[0] - sum(sizes), weight.shape[2])
+        return torch.cat([*(rows @ matrix for rows, matrix in parts), rest])
     return grouped_mm(x, weight, offs=ends)
 
 
@@ -118,6 +233,7 @@ def outer_by_group(
     """x^T y over the rows of each group."""
     if x.dtype == torch.float64:
         sizes = _sizes(ends)
+        x, y = x[: sum(sizes)], y[: sum(sizes)]
         return torch.stack([a.T @ b for a, b in zip(x.split(sizes), y.split(sizes), strict=True)])
     return grouped_mm(x.T, y, offs=ends)
 

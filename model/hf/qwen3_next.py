@@ -30,8 +30,8 @@ def import_weights(theirs: Mapping[str, Tensor], config: Architecture) -> dict[s
             assert isinstance(mixer, AttnConfig), f"Qwen3-Next has no {type(mixer)}"
             part = import_attn(view, mixer)
         part = {f"mixer.{name}": x for name, x in part.items()} | import_moe(view, config)
-        part["mixer_norm.weight"] = view["input_layernorm.weight"]
-        part["ffn_norm.weight"] = view["post_attention_layernorm.weight"]
+        part["mixer_residual.norm.weight"] = view["input_layernorm.weight"]
+        part["ffn_residual.norm.weight"] = view["post_attention_layernorm.weight"]
         ours |= {target + name: x for name, x in part.items()}
     return ours
 
@@ -78,13 +78,13 @@ def import_moe(theirs: Mapping[str, Tensor], config: Architecture) -> dict[str, 
         down = torch.stack([theirs[f"{name}down_proj.weight"] for name in names])
     shared = "mlp.shared_expert."
     return {
-        "ffn.router.weight": theirs["mlp.gate.weight"],
-        "ffn.router.bias": torch.zeros(config.moe.num_experts),
-        "ffn.experts.gate_up": gate_up,
-        "ffn.experts.down": down,
-        "ffn.shared.gate_up.weight": torch.cat(
+        "moe.router.weight": theirs["mlp.gate.weight"],
+        "moe.router.bias": torch.zeros(config.moe.num_experts),
+        "moe.experts.gate_up": gate_up,
+        "moe.experts.down": down,
+        "moe.shared.gate_up.weight": torch.cat(
             [theirs[f"{shared}gate_proj.weight"], theirs[f"{shared}up_proj.weight"]]
         ),
-        "ffn.shared.down.weight": theirs[f"{shared}down_proj.weight"],
-        "ffn.shared_gate.weight": theirs["mlp.shared_expert_gate.weight"],
+        "moe.shared.down.weight": theirs[f"{shared}down_proj.weight"],
+        "moe.shared_gate.weight": theirs["mlp.shared_expert_gate.weight"],
     }

@@ -1,16 +1,18 @@
-"""Grouped-query softmax attention with output gate, q/k norm, partial rotary and window (Qwen3-Next)."""
+"""Grouped-query softmax attention, with the windows, sinks, gates, norms and rotary of published models."""
 
 from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.attention import attention
-from model.linear import Linear, RMSNorm
+from kernels.norm import rms_norm
+from model.linear import Initial, Linear, RMSNorm
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
+from model.rotary import RotaryLayout, RotaryScaling, rotate
 
 
 class AttnConfig(MixerConfig):
@@ -20,13 +22,26 @@ class AttnConfig(MixerConfig):
     num_heads: int = Field(ge=1)
     num_key_heads: int = Field(ge=1)
     head_dim: int = Field(ge=2)
+    value_dim: int = Field(ge=1)
     rotary_dim: int = Field(ge=0)
     rotary_theta: float = Field(gt=1)
+    rotary_layout: RotaryLayout
+    rotary_scaling: RotaryScaling
     window: int | None = Field(ge=1)
-    has_qk_norm: bool
-    has_output_gate: bool
+    chunk: int | None = Field(ge=1)
+    scale: float | None = Field(gt=0)
+    logit_cap: float | None = Field(gt=0)
+    has_sinks: bool
+    qk_norm: Literal["none", "head", "all_heads", "weightless"]
     norm_eps: float = Field(gt=0, lt=1)
     has_zero_centered_norm: bool
+    output_gate: Literal["none", "channel", "head"]
+    has_bias: bool
+    has_output_bias: bool
+    clip: float | None = Field(gt=0)
+    value_scale: float = Field(gt=0)
+    temperature: float = Field(ge=0)
+    temperature_interval: int = Field(ge=1)
 
     @model_validator(mode="after")
     def _fits(self) -> "AttnConfig":
@@ -36,6 +51,8 @@ class AttnConfig(MixerConfig):
         rotary, head = self.rotary_dim, self.head_dim
         if rotary % 2 or rotary > head:
             raise ValueError(f"rotary_dim {rotary} must be even and at most head_dim {head}")
+        if self.window is not None and self.chunk is not None:
+            raise ValueError(f"window {self.window} and chunk {self.chunk} exclude each other; null one")
         return self
 
     def build(self, width: int, layer: int, depth: int, init_std: float) -> "Attn":
@@ -43,30 +60,50 @@ class AttnConfig(MixerConfig):
         return Attn(self, width, init_std, init_std / (2 * depth) ** 0.5)
 
     def _parts(self) -> tuple[int, int, int, int]:
-        queries, keys = self.num_heads * self.head_dim, self.num_key_heads * self.head_dim
-        return queries, queries * self.has_output_gate, keys, keys
+        heads, key_heads = self.num_heads, self.num_key_heads
+        gates = {"none": 0, "channel": heads * self.value_dim, "head": heads}[self.output_gate]
+        return heads * self.head_dim, gates, key_heads * self.head_dim, key_heads * self.value_dim
+
+    def _normed(self) -> tuple[int, int]:
+        # Widths of the weights of the two norms.
+        if self.qk_norm == "head":
+            return self.head_dim, self.head_dim
+        return (self._parts()[0], self._parts()[2]) if self.qk_norm == "all_heads" else (0, 0)
+
+    def _outputs(self) -> int:
+        return self.num_heads * self.value_dim
+
+    def _reach(self, context: int) -> int:
+        # The most keys that a query sees.
+        return min(self.window or self.chunk or context, context)
 
     def count_params(self, width: int) -> int:
-        """Projections, and the two norms of a head."""
-        return width * (sum(self._parts()) + self._parts()[0]) + 2 * self.head_dim * self.has_qk_norm
+        """Projections with their biases, norms and sinks."""
+        biases = sum(self._parts()) * self.has_bias + width * self.has_output_bias
+        small = sum(self._normed()) + self.num_heads * self.has_sinks
+        return width * (sum(self._parts()) + self._outputs()) + biases + small
 
     def flops(self, width: int, context: int) -> Flops:
         """Scores and weighted values over the keys that a query sees on average."""
-        window = min(self.window or context, context)
-        keys = window - window * (window - 1) / (2 * context)
-        core = 4 * self.num_heads * self.head_dim * keys
-        return Flops(2 * width * (sum(self._parts()) + self._parts()[0]), core)
+        reach = self._reach(context)
+        if self.chunk is None:
+            keys = reach - reach * (reach - 1) / (2 * context)
+        else:
+            rest = context % reach
+            keys = (context // reach * reach * (reach + 1) + rest * (rest + 1)) / (2 * context)
+        core = 2 * self.num_heads * (self.head_dim + self.value_dim) * keys
+        return Flops(2 * width * (sum(self._parts()) + self._outputs()), core)
 
     def cache_bytes(self, context: int, *, element_bytes: int = 2) -> int:
         """Keys and values of the tokens that later queries can still see."""
-        kept = min(self.window or context, context)
-        return 2 * self.num_key_heads * self.head_dim * kept * element_bytes
+        return sum(self._parts()[2:]) * self._reach(context) * element_bytes
 
     def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
         """Projections, their normed copies, output, log-sum-exp and gate."""
         queries, gate, keys, values = self._parts()
-        normed = (queries + keys) * self.has_qk_norm
-        return element_bytes * (2 * queries + 2 * gate + keys + values + normed) + 4 * self.num_heads
+        normed = (queries + keys) * (self.qk_norm != "none")
+        kept = queries + self._outputs() + 2 * gate + keys + values + normed
+        return element_bytes * kept + 4 * self.num_heads
 
     def roles(self, width: int) -> Mapping[str, Split]:
         """Heads are the unit; a key head is shared by its group of query heads."""
@@ -74,13 +111,22 @@ class AttnConfig(MixerConfig):
             "in_proj.weight": Split(0, "heads", self._parts()),
             "out_proj.weight": Split(1, "heads"),
         }
-        norms = {"q_norm.weight": Split(None), "k_norm.weight": Split(None)}
-        return roles | norms if self.has_qk_norm else roles
+        if self.has_bias:
+            roles["in_proj.bias"] = Split(0, "heads", self._parts())
+        if self.has_output_bias:
+            roles["out_proj.bias"] = Split(None)
+        if self.has_sinks:
+            roles["sinks"] = Split(0, "heads")
+        if any(self._normed()):
+            split = Split(0, "heads") if self.qk_norm == "all_heads" else Split(None)
+            roles |= {"q_norm.weight": split, "k_norm.weight": split}
+        return roles
 
     @property
     def context(self) -> Context:
-        """Keys and values are gathered; with a window the left neighbour's tail is enough."""
-        return Context("gather", 0 if self.window is None else self.window - 1)
+        """Keys and values are gathered; with a window or chunks the left neighbour's tail is enough."""
+        local = self.window or self.chunk
+        return Context("gather", 0 if local is None else local - 1)
 
 
 class Attn(Mixer):
@@ -89,35 +135,65 @@ class Attn(Mixer):
     def __init__(self, config: AttnConfig, width: int, init_std: float, out_std: float) -> None:
         super().__init__()
         self.config, self.parts = config, config._parts()
-        self.in_proj = Linear(width, sum(self.parts), init_std)
-        self.out_proj = Linear(self.parts[0], width, out_std)
-        if config.has_qk_norm:
+        self.in_proj = Linear(width, sum(self.parts), init_std, has_bias=config.has_bias)
+        self.out_proj = Linear(config._outputs(), width, out_std, has_bias=config.has_output_bias)
+        if any(config._normed()):
             is_zero_centered = config.has_zero_centered_norm
-            self.q_norm = RMSNorm(config.head_dim, config.norm_eps, is_zero_centered=is_zero_centered)
-            self.k_norm = RMSNorm(config.head_dim, config.norm_eps, is_zero_centered=is_zero_centered)
+            self.q_norm, self.k_norm = (
+                RMSNorm(dim, config.norm_eps, is_zero_centered=is_zero_centered) for dim in config._normed()
+            )
+        self.sinks = nn.Parameter(torch.empty(config.num_heads)) if config.has_sinks else None
+        self.initial = {"sinks": Initial("constant", 0.0)} if config.has_sinks else {}
 
     def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"]:
-        """Queries see the keys of their own document, up to themselves and inside the window."""
+        """Queries see the keys of their own document, up to themselves and inside the window or chunk."""
         config = self.config
         q, gate, k, v = self.in_proj(x).split(self.parts, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, config.head_dim)) for part in (q, k, v))
-        if config.has_qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if config.rotary_dim:
-            table = sequence.rotary_table(config.rotary_dim, config.rotary_theta)
-            q, k = rotate(q, *table), rotate(k, *table)
+        q, k, v = self._prepare(q, k, v, sequence)
         out = attention(
-            q, k, v, scale=config.head_dim**-0.5, window=config.window, document=sequence.document
-        ).flatten(-2)
-        if config.has_output_gate:
+            q,
+            k,
+            v,
+            scale=config.head_dim**-0.5 if config.scale is None else config.scale,
+            window=config.window or config.chunk,
+            # A chunk is a window of one whole block.
+            block=config.chunk or 1,
+            sinks=self.sinks,
+            logit_cap=config.logit_cap,
+            document=sequence.document,
+            position=sequence.position,
+        )
+        if config.output_gate == "head":
+            out = out * gate.sigmoid()[..., None]
+        out = out.flatten(-2)
+        if config.output_gate == "channel":
             out = out * gate.sigmoid()
         return self.out_proj(out)
 
+    def _prepare(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:
+        """Heads apart; normed, clipped, rotated and scaled as the fields say."""
+        config = self.config
+        if config.qk_norm == "all_heads":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if config.clip is not None:
+            q, k, v = (part.clamp(-config.clip, config.clip) for part in (q, k, v))
+        q, k = (part.unflatten(-1, (-1, config.head_dim)) for part in (q, k))
+        v = v.unflatten(-1, (-1, config.value_dim))
+        if config.value_scale != 1.0:
+            v = v * config.value_scale
+        if config.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        if config.rotary_dim:
+            table = sequence.rotary_table(config.rotary_dim, config.rotary_theta, config.rotary_scaling)
+            q, k = rotate(q, *table, config.rotary_layout), rotate(k, *table, config.rotary_layout)
+        if config.qk_norm == "weightless":
+            ones = q.new_ones(config.head_dim)
+            q, k = rms_norm(q, ones, config.norm_eps), rms_norm(k, ones, config.norm_eps)
+        if config.temperature:
+            q = q * self._temperature(sequence.position)[:, :, None, None].to(q.dtype)
+        return q, k, v
 
-def rotate(
-    x: Float[Tensor, "B T H K"], cos: Float[Tensor, "B T R"], sin: Float[Tensor, "B T R"]
-) -> Float[Tensor, "B T H K"]:
-    """x with its first 2 R dims turned by the angles; dim m pairs with dim m + R (half-split rotary)."""
-    cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
-    first, second, rest = x.split([cos.shape[-1], cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+    def _temperature(self, position: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        """Factor on queries that grows with the logarithm of the position (arXiv 2501.19399)."""
+        steps = torch.div(position + 1, self.config.temperature_interval, rounding_mode="floor")
+        return 1 + self.config.temperature * steps.float().log1p()

@@ -1,4 +1,7 @@
-"""Gated DeltaNet: linear attention that forgets by a gate and overwrites by key (Qwen3-Next's form)."""
+"""Gated DeltaNet: linear attention that forgets by a gate and overwrites by key (Qwen3-Next's form).
+
+Without decay and output gate it is DeltaNet, arXiv 2406.06484.
+"""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -24,6 +27,8 @@ class GdnConfig(MixerConfig):
     key_dim: int = Field(ge=1)
     value_dim: int = Field(ge=1)
     conv_width: int = Field(ge=1)
+    has_decay: bool
+    has_output_gate: bool
     norm_eps: float = Field(gt=0, lt=1)
     dt_min: float = Field(gt=0)
     dt_max: float = Field(gt=0)
@@ -42,8 +47,9 @@ class GdnConfig(MixerConfig):
         return Gdn(self, width, init_std, init_std / (2 * depth) ** 0.5)
 
     def _parts(self) -> tuple[int, ...]:
-        keys, values = self.num_key_heads * self.key_dim, self.num_value_heads * self.value_dim
-        return keys, keys, values, values, self.num_value_heads, self.num_value_heads
+        heads = self.num_value_heads
+        keys, values = self.num_key_heads * self.key_dim, heads * self.value_dim
+        return keys, keys, values, values * self.has_output_gate, heads, heads * self.has_decay
 
     def _mixed(self) -> int:
         return sum(self._parts()[:3])
@@ -51,12 +57,12 @@ class GdnConfig(MixerConfig):
     def count_params(self, width: int) -> int:
         """Projections, convolution taps, decay rates and biases, output norm."""
         values, heads = self._parts()[2], self.num_value_heads
-        small = self._mixed() * self.conv_width + 2 * heads + self.value_dim
+        small = self._mixed() * self.conv_width + 2 * heads * self.has_decay + self.value_dim
         return width * (sum(self._parts()) + values) + small
 
     def flops(self, width: int, context: int) -> Flops:
         """The recurrence: decay, read by key, write, read by query; independent of the context."""
-        core = 7 * self.num_value_heads * self.key_dim * self.value_dim
+        core = (6 + self.has_decay) * self.num_value_heads * self.key_dim * self.value_dim
         conv = 2 * self.conv_width * self._mixed()
         return Flops(2 * width * (sum(self._parts()) + self._parts()[2]), core + conv)
 
@@ -67,19 +73,19 @@ class GdnConfig(MixerConfig):
 
     def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
         """Convolution in and out, output, gate, normed output, and the triangular solve of each chunk."""
-        values = self._parts()[2]
-        return element_bytes * (2 * self._mixed() + 3 * values) + self.num_value_heads * (8 + 2 * 64)
+        values, gate = self._parts()[2:4]
+        return element_bytes * (2 * self._mixed() + 2 * values + gate) + self.num_value_heads * (8 + 2 * 64)
 
     def roles(self, width: int) -> Mapping[str, Split]:
         """Key heads are the unit; the value heads of a group go with their key head."""
-        return {
+        roles = {
             "in_proj.weight": Split(0, "key_heads", self._parts()),
             "conv.weight": Split(0, "key_heads", self._parts()[:3]),
-            "decay.log_rate": Split(0, "key_heads"),
-            "decay.bias": Split(0, "key_heads"),
             "out_norm.weight": Split(None),
             "out_proj.weight": Split(1, "key_heads"),
         }
+        decay = {"decay.log_rate": Split(0, "key_heads"), "decay.bias": Split(0, "key_heads")}
+        return roles | decay if self.has_decay else roles
 
     @property
     def context(self) -> Context:
@@ -111,16 +117,19 @@ class Decay(nn.Module):
 
 
 class ConvWeight(nn.Module):
-    """Taps of a depthwise convolution over channels."""
+    """Taps of a depthwise convolution over channels, and its bias if there is one."""
 
-    def __init__(self, channels: int, taps: int) -> None:
+    def __init__(self, channels: int, taps: int, *, has_bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, taps))
-        self.initial = {"weight": Initial("uniform", -(taps**-0.5), taps**-0.5)}
+        self.bias = nn.Parameter(torch.empty(channels)) if has_bias else None
+        uniform = Initial("uniform", -(taps**-0.5), taps**-0.5)
+        self.initial = {"weight": uniform, "bias": uniform} if has_bias else {"weight": uniform}
 
     def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"]:
         """SiLU of the convolution, document by document."""
-        return short_convolution(x, self.weight.to(x.dtype), document=sequence.document)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return short_convolution(x, self.weight.to(x.dtype), bias, document=sequence.document)
 
 
 class Gdn(Mixer):
@@ -131,7 +140,8 @@ class Gdn(Mixer):
         self.config, self.parts = config, config._parts()
         self.in_proj = Linear(width, sum(self.parts), init_std)
         self.conv = ConvWeight(config._mixed(), config.conv_width)
-        self.decay = Decay(config.num_value_heads, config.dt_min, config.dt_max)
+        if config.has_decay:
+            self.decay = Decay(config.num_value_heads, config.dt_min, config.dt_max)
         self.out_norm = RMSNorm(config.value_dim, config.norm_eps, is_zero_centered=False)
         self.out_proj = Linear(self.parts[2], width, out_std)
 
@@ -141,11 +151,13 @@ class Gdn(Mixer):
         mixed, gate, beta, rate = self.in_proj(x).split([config._mixed(), *self.parts[3:]], dim=-1)
         q, k, v = self.conv(mixed, sequence).split(self.parts[:3], dim=-1)
         q, k = (unit(part.unflatten(-1, (-1, config.key_dim))) for part in (q, k))
-        v, gate = (part.unflatten(-1, (-1, config.value_dim)) for part in (v, gate))
+        v = v.unflatten(-1, (-1, config.value_dim))
         q, k = (q * config.key_dim**-0.5).to(x.dtype), k.to(x.dtype)
-        log_decay, write = self.decay(rate), beta.sigmoid()
-        out, _ = gated_delta_rule(q, k, v, log_decay, write, document=sequence.document)
-        out = self.out_norm(out) * silu(gate)
+        log_decay = self.decay(rate) if config.has_decay else torch.zeros_like(beta)
+        out, _ = gated_delta_rule(q, k, v, log_decay, beta.sigmoid(), document=sequence.document)
+        out = self.out_norm(out)
+        if config.has_output_gate:
+            out = out * silu(gate.view(out.shape))
         return self.out_proj(out.flatten(-2))
 
 

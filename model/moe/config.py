@@ -1,51 +1,88 @@
 """Fields of routed experts."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
 from conf.compose import Config
+from model.shape import ActivationConfig
 
 
 class MoeConfig(Config):
     """Router, routed experts, shared expert and what keeps their load even."""
 
     num_experts: int = Field(ge=1)
+    num_zero_experts: int = Field(ge=0)
     top_k: int = Field(ge=1)
     hidden: int = Field(ge=1)
-    score: Literal["softmax", "sigmoid"]
+    activation: ActivationConfig
+    has_bias: bool
+    score: Literal["softmax", "sigmoid", "sqrt_softplus", "softmax_of_chosen"]
+    num_groups: int = Field(ge=1)
+    kept_groups: int = Field(ge=1)
+    group_score: Literal["max", "top2"]
+    has_router_bias: bool
     has_normalized_weights: bool
     weight_scale: float = Field(gt=0)
+    scales_input: bool
     shared_hidden: int = Field(ge=0)
+    shared_activation: ActivationConfig
     has_shared_gate: bool
     balance_loss: float = Field(ge=0)
+    balance_scope: Literal["sequence", "batch", "global"]
+    z_loss: float = Field(ge=0)
     bias_rate: float = Field(ge=0)
 
     @model_validator(mode="after")
     def _fits(self) -> "MoeConfig":
-        if self.top_k > self.num_experts:
-            raise ValueError(f"top_k {self.top_k} must be at most num_experts {self.num_experts}")
+        experts, groups = self.num_choices, self.num_groups
         if self.has_shared_gate and not self.shared_hidden:
             raise ValueError("has_shared_gate needs a shared expert: set shared_hidden above 0")
+        if experts % groups:
+            raise ValueError(f"num_groups {groups} must divide num_experts + num_zero_experts {experts}")
+        if self.kept_groups > groups:
+            raise ValueError(f"kept_groups {self.kept_groups} must be at most num_groups {groups}")
+        choosable = self.kept_groups * (experts // groups)
+        if self.top_k > choosable:
+            which = f"num_experts {experts}"
+            if choosable != self.num_experts:
+                which = f"the {choosable} experts of kept_groups {self.kept_groups}, zero experts included"
+            raise ValueError(f"top_k {self.top_k} must be at most {which}")
+        if groups > 1 and self.group_score == "top2" and experts // groups < 2:
+            raise ValueError("group_score=top2 needs at least 2 experts in a group; lower num_groups")
+        if self.score == "softmax_of_chosen" and not self.has_normalized_weights:
+            raise ValueError("score=softmax_of_chosen sums to one; set has_normalized_weights=true")
         return self
+
+    @property
+    def num_choices(self) -> int:
+        """Experts that a router scores: those with weights, and those that return their input."""
+        return self.num_experts + self.num_zero_experts
 
     def count_params(self, width: int) -> "MoeParams":
         """Parameters by what they are for."""
-        gate = width * self.has_shared_gate
+        factors = self.activation.factors + 1
+        expert = factors * width * self.hidden
+        if self.has_bias:
+            expert += self.activation.factors * self.hidden + width
+        # Zero experts are chosen as often as others when the load is even.
+        active = expert * self.top_k * self.num_experts / self.num_choices
+        shared = (self.shared_activation.factors + 1) * width * self.shared_hidden
         return MoeParams(
-            router=width * self.num_experts,
-            routed=3 * width * self.hidden * self.num_experts,
-            active=3 * width * self.hidden * self.top_k,
-            shared=3 * width * self.shared_hidden + gate,
+            router=(width + self.has_router_bias) * self.num_choices,
+            routed=expert * self.num_experts,
+            active=round(active),
+            shared=shared + width * self.has_shared_gate,
         )
 
     def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
         """Bytes per token that a training step keeps for backward when the load is even."""
-        routed = self.top_k * (width + 3 * self.hidden)
-        return element_bytes * (routed + 3 * self.shared_hidden) + 10 * self.num_experts
+        routed = self.top_k * (width + (self.activation.factors + 1) * self.hidden)
+        shared = (self.shared_activation.factors + 1) * self.shared_hidden
+        return element_bytes * (routed + shared) + 10 * self.num_choices
 
 
-class MoeParams(Config):
+class MoeParams(NamedTuple):
     """Parameter counts of one mixture of experts; `active` is the part of `routed` that a token uses."""
 
     router: int

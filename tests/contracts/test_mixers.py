@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from conf.compose import group_options
-from model.mixer import Mixer, MixerConfig, Sequence, mixer_kinds
+from model.mixer import Mixed, Mixer, MixerConfig, Sequence, mixer_kinds
 from tests.architectures import randomise, small_architecture
 
 WIDTH, DEPTH = 32, 4
@@ -27,7 +27,29 @@ def packed(rows: int, tokens: int, starts: float = 0.15) -> Sequence:
     document = (torch.rand(rows, tokens) < starts).long().cumsum(1)
     is_start = torch.nn.functional.pad(document.diff(dim=1) != 0, (1, 0), value=True)
     index = torch.arange(tokens).expand(rows, -1)
-    return Sequence(index - torch.where(is_start, index, 0).cummax(1).values, document)
+    position = index - torch.where(is_start, index, 0).cummax(1).values
+    return Sequence(position, document, torch.randint(100, (rows, tokens)))
+
+
+def one_document(x: Tensor) -> Sequence:
+    return Sequence.whole(torch.arange(x.shape[1]).expand(x.shape[0], -1))
+
+
+def run(mixer: Mixer, x: Tensor, sequence: Sequence) -> Mixed:
+    """What the mixer returns; one that shares the keys of an earlier layer gets the nearest ones."""
+    if mixer.shares_selection:
+        reach = torch.arange(x.shape[1])[:, None] - torch.arange(5)
+        is_seen = reach[None] >= (torch.arange(x.shape[1]) - sequence.position)[..., None]
+        selection = torch.where(is_seen, reach[None], -1).expand(x.shape[0], -1, -1)
+        mixed = mixer(x, sequence, selection)
+    else:
+        mixed = mixer(x, sequence)
+    return Mixed(mixed) if isinstance(mixed, Tensor) else mixed
+
+
+def objective(mixed: Mixed, weight: Tensor) -> Tensor:
+    """A number that every output and every loss of the mixer goes into."""
+    return (mixed.out * weight).sum() + sum((mixed.losses or {}).values())
 
 
 def test_every_kind_has_an_entry() -> None:
@@ -39,10 +61,10 @@ def test_every_kind_has_an_entry() -> None:
 def test_shape_dtype_and_finite_gradients(config: MixerConfig, dtype: torch.dtype) -> None:
     mixer = build(config, torch.promote_types(dtype, torch.float32))
     x = torch.randn(2, 70, WIDTH, dtype=dtype, requires_grad=True)
-    out = mixer(x, packed(2, 70))
-    assert out.shape == x.shape
-    assert out.dtype == dtype
-    out.float().square().sum().backward()
+    mixed = run(mixer, x, packed(2, 70))
+    assert mixed.out.shape == x.shape
+    assert mixed.out.dtype == dtype
+    objective(mixed, mixed.out.detach()).float().backward()
     for name, leaf in [("x", x), *mixer.named_parameters()]:
         assert leaf.grad is not None, name
         assert torch.isfinite(leaf.grad).all(), name
@@ -55,7 +77,7 @@ def test_no_token_sees_a_later_one(config: MixerConfig, dtype: torch.dtype, toke
     mixer, x = build(config, dtype), torch.randn(1, 70, WIDTH, dtype=dtype)
     changed = x.clone()
     changed[:, token] += 1.0
-    before, after = mixer(x, Sequence.whole(x[..., 0])), mixer(changed, Sequence.whole(x[..., 0]))
+    before, after = (run(mixer, part, one_document(part)).out for part in (x, changed))
     assert torch.equal(before[:, :token], after[:, :token])
     assert not torch.equal(before[:, token], after[:, token])
 
@@ -69,7 +91,7 @@ def test_packed_documents_equal_separate_ones(config: MixerConfig) -> None:
     sizes = torch.unique_consecutive(sequence.document[0], return_counts=True)[1].tolist()
     assert len(sizes) > 3
     parts = [
-        outputs_and_all_grads(mixer, part, part_weight, Sequence.whole(part[..., 0]))
+        outputs_and_all_grads(mixer, part, part_weight, one_document(part))
         for part, part_weight in zip(x.split(sizes, 1), weight.split(sizes, 1), strict=True)
     ]
     apart = [torch.cat([part[i] for part in parts], dim=1) for i in (0, 1)]
@@ -80,9 +102,9 @@ def test_packed_documents_equal_separate_ones(config: MixerConfig) -> None:
 
 def outputs_and_all_grads(mixer: Mixer, x: Tensor, weight: Tensor, sequence: Sequence) -> list[Tensor]:
     x = x.detach().requires_grad_()
-    out = mixer(x, sequence)
-    grads = torch.autograd.grad((out * weight).sum(), [x, *mixer.parameters()])
-    return [out.detach(), *grads]
+    mixed = run(mixer, x, sequence)
+    grads = torch.autograd.grad(objective(mixed, weight), [x, *mixer.parameters()])
+    return [mixed.out.detach(), *grads]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -90,7 +112,8 @@ def test_another_document_changes_nothing_bit_for_bit(config: MixerConfig, dtype
     mixer, x = build(config, dtype), torch.randn(1, 90, WIDTH, dtype=dtype)
     document = (torch.arange(90) >= 37).long() + (torch.arange(90) >= 70).long()
     index = torch.arange(90)
-    sequence = Sequence((index - torch.tensor([0, 37, 70])[document])[None], document[None])
+    position = index - torch.tensor([0, 37, 70])[document]
+    sequence = Sequence(position[None], document[None], index[None])
     middle = (document == 1)[None, :, None]
     changed = torch.where(middle, x, torch.randn_like(x))
     weight = torch.randn_like(x) * middle
@@ -126,5 +149,5 @@ def test_state_dict_round_trip(config: MixerConfig) -> None:
     mixer, other = build(config), build(config)
     other.load_state_dict(mixer.state_dict())
     x = torch.randn(1, 20, WIDTH, dtype=torch.float64)
-    sequence = Sequence.whole(x[..., 0])
-    assert torch.equal(mixer(x, sequence), other(x, sequence))
+    sequence = one_document(x)
+    assert torch.equal(run(mixer, x, sequence).out, run(other, x, sequence).out)

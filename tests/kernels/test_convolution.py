@@ -9,29 +9,35 @@ from tests.closeness import assert_close, outputs_and_grads
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_equals_torch_conv1d(case: Case) -> None:
-    x, weight = torch.randn(case[:3], dtype=torch.float64), torch.randn(case[2:], dtype=torch.float64)
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("has_silu", [False, True])
+def test_equals_torch_conv1d(case: Case, has_bias: bool, has_silu: bool) -> None:
+    shapes = [case[:3], case[2:], case[2:3]][: 2 + has_bias]
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
 
-    def conv1d(x, weight):
+    def conv1d(x, weight, bias=None):
         padded = torch.nn.functional.pad(x.transpose(1, 2), (case.taps - 1, 0))
-        out = torch.nn.functional.conv1d(padded, weight[:, None], groups=case.channels)
-        return torch.nn.functional.silu(out).transpose(1, 2)
+        out = torch.nn.functional.conv1d(padded, weight[:, None], bias, groups=case.channels)
+        return (torch.nn.functional.silu(out) if has_silu else out).transpose(1, 2)
 
-    assert_close(
-        outputs_and_grads(short_convolution, [x, weight]), outputs_and_grads(conv1d, [x, weight]), 1e-12
-    )
+    ours = outputs_and_grads(lambda *x: short_convolution(*x, has_silu=has_silu), inputs)
+    assert_close(ours, outputs_and_grads(conv1d, inputs), 1e-12)
 
 
 @given(
     tokens=st.integers(1, 20),
     taps=st.integers(1, 6),
     starts=st.sampled_from([0.0, 0.2, 1.0]),
+    has_bias=st.booleans(),
+    has_silu=st.booleans(),
     seed=st.integers(0, 2**20),
 )
-def test_equals_the_direct_sum_with_documents(tokens: int, taps: int, starts: float, seed: int) -> None:
+def test_equals_the_direct_sum_with_documents(
+    tokens: int, taps: int, starts: float, has_bias: bool, has_silu: bool, seed: int
+) -> None:
     torch.manual_seed(seed)
-    x, weight = torch.randn(2, tokens, 3, dtype=torch.float64), torch.randn(3, taps, dtype=torch.float64)
-    document = (torch.rand(2, tokens) < starts).long().cumsum(1)
-    ours = outputs_and_grads(lambda *a: short_convolution(*a, document=document), [x, weight])
-    direct = outputs_and_grads(lambda *a: convolution_direct(*a, document=document), [x, weight])
-    assert_close(ours, direct, 1e-12)
+    shapes = [(2, tokens, 3), (3, taps), (3,)][: 2 + has_bias]
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    options = {"document": (torch.rand(2, tokens) < starts).long().cumsum(1), "has_silu": has_silu}
+    ours = outputs_and_grads(lambda *x: short_convolution(*x, **options), inputs)
+    assert_close(ours, outputs_and_grads(lambda *x: convolution_direct(*x, **options), inputs), 1e-12)

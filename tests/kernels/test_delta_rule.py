@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from kernels.delta_rule import CASES, Case, gated_delta_rule
+from kernels.delta_rule.channel import channel_delta_rule_chunked, channel_delta_rule_recurrent
 from kernels.delta_rule.reference import gated_delta_rule_chunked, gated_delta_rule_recurrent
 from tests.closeness import assert_close, outputs_and_grads
 
@@ -105,12 +106,71 @@ def test_states_carry_over_between_calls() -> None:
     assert_close([torch.cat([head, tail], 1), end], [whole, last], LIMIT)
 
 
+def by_channel(case: Case, keys: str, decay: str, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Inputs with a decay per key channel; `mixed` has kept and forgotten channels beside each other."""
+    inputs = inputs_of(case, keys, decay, torch.float64)
+    shape = (*inputs[3].shape, case.key_dim)
+    inputs[3] = inputs[3][..., None] * torch.rand(shape, dtype=torch.float64).clamp(min=1e-6)
+    if decay == "bounded":
+        inputs[3] = -5.0 * torch.rand(shape, dtype=torch.float64)
+    elif decay == "mixed":
+        inputs[3][..., ::2] = 0.0
+        inputs[3][..., 1::3] = -50.0
+    return [x.to(dtype) for x in inputs]
+
+
+def compare_by_channel(inputs: list[Tensor], document: Tensor | None, limit: float) -> None:
+    def call(rule):
+        return lambda q, k, v, g, b, s: rule(q, k, v, g, b, document=document, state=s)
+
+    ours = outputs_and_grads(call(gated_delta_rule), inputs)
+    reference = outputs_and_grads(call(channel_delta_rule_recurrent), [x.double() for x in inputs])
+    is_finite = torch.isfinite(inputs[3])
+    for grads in (ours, reference):
+        grads[5] = grads[5].where(is_finite, 0.0)
+    assert_close(ours, reference, limit)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("keys", ["random", "positive", "duplicated", "identical", "zero"])
+@pytest.mark.parametrize("decay", ["random", "bounded", "zero", "mixed"])
+def test_decay_per_channel_equals_the_recurrence_in_float64(case: Case, keys: str, decay: str) -> None:
+    document = documents_of(case.rows, case.tokens, 0.05)
+    compare_by_channel(by_channel(case, keys, decay), document, LIMIT)
+
+
+@pytest.mark.parametrize("decay", ["random", "bounded", "mixed"])
+def test_decay_per_channel_in_float32_is_close_to_float64(decay: str) -> None:
+    case = CASES[-1]
+    document = documents_of(case.rows, case.tokens, 0.05)
+    compare_by_channel(by_channel(case, "random", decay, torch.float32), document, 1e-5)
+
+
+def test_one_decay_for_all_channels_is_decay_per_head() -> None:
+    inputs = inputs_of(CASES[-1], "random", "random")
+    wide = [*inputs]
+    wide[3] = inputs[3][..., None].expand(*inputs[3].shape, CASES[-1].key_dim)
+    by_head = outputs_and_grads(lambda *x: gated_delta_rule(*x[:5], state=x[5]), inputs)
+    channels = outputs_and_grads(lambda *x: channel_delta_rule_chunked(*x[:5], state=x[5]), wide)
+    channels[5] = channels[5].sum(-1)
+    assert_close(channels, by_head, LIMIT)
+
+
+def test_states_carry_over_with_decay_per_channel() -> None:
+    inputs = by_channel(Case(2, 100, 2, 4, 6, 5), "random", "random")
+    whole, last = gated_delta_rule(*inputs[:5], state=inputs[5])
+    head, middle = gated_delta_rule(*(x[:, :37] for x in inputs[:5]), state=inputs[5])
+    tail, end = gated_delta_rule(*(x[:, 37:] for x in inputs[:5]), state=middle)
+    assert_close([torch.cat([head, tail], 1), end], [whole, last], LIMIT)
+
+
 @pytest.mark.parametrize(
     ("name", "change"),
     [
         ("k", lambda x: (x[0], x[1][:, :-1], *x[2:])),
         ("v", lambda x: (x[0], x[1], x[2][:, :, :3], *x[3:])),
         ("log_decay", lambda x: (*x[:3], x[3][:, :, :1], x[4])),
+        ("log_decay", lambda x: (*x[:3], x[3][..., None].expand(-1, -1, -1, 3), x[4])),
         ("beta", lambda x: (*x[:4], x[4][:, :1])),
         ("k", lambda x: (x[0], x[1].float(), *x[2:])),
         ("q", lambda x: tuple(part[:, :0] for part in x)),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.experts import CASES, Case, routed_experts
+from kernels.experts import CASES, PLAIN, Case, ExpertBiases, ExpertForm, routed_experts
 from kernels.experts.reference import experts_direct
 from tests.closeness import assert_close, outputs_and_grads
 
@@ -31,6 +31,50 @@ def test_grouped_equals_one_token_at_a_time(
     ours = outputs_and_grads(routed_experts, inputs)
     direct = outputs_and_grads(experts_direct, [x.double() if x.is_floating_point() else x for x in inputs])
     assert_close(ours, direct, limit)
+
+
+FORMS = (
+    ExpertForm("swiglu", limit=0.3),
+    ExpertForm("swiglu", limit=0.3, clamps_product=True),
+    ExpertForm("shifted_swiglu", limit=0.7),
+    ExpertForm("geglu"),
+    ExpertForm("relu2"),
+    ExpertForm("swiglu", scales_input=True),
+)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("num_idle", [0, 3])
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_every_form_equals_one_token_at_a_time(
+    form: ExpertForm, has_bias: bool, num_idle: int, dtype: torch.dtype, limit: float
+) -> None:
+    tokens, width, experts, top_k, hidden = 33, 16, 8, 3, 16
+    columns = hidden if form.kind == "relu2" else 2 * hidden
+    chosen = torch.rand(tokens, experts + num_idle).topk(top_k, dim=-1).indices
+    inputs = [
+        torch.randn(tokens, width, dtype=dtype),
+        torch.randn(experts, columns, width, dtype=dtype) / width**0.5,
+        torch.randn(experts, width, hidden, dtype=dtype) / hidden**0.5,
+        torch.rand(tokens, top_k, dtype=dtype),
+    ]
+    if has_bias:
+        inputs += [torch.randn(experts, columns, dtype=dtype), torch.randn(experts, width, dtype=dtype)]
+
+    def run(function, x, gate_up, down, weights, *biases, **more):
+        packed = ExpertBiases(*biases) if biases else None
+        return function(x, gate_up, down, chosen, weights, form, packed, **more)
+
+    ours = outputs_and_grads(lambda *args: run(routed_experts, *args, num_idle=num_idle), inputs)
+    direct = outputs_and_grads(lambda *args: run(experts_direct, *args), [x.double() for x in inputs])
+    assert_close(ours, direct, limit)
+
+
+def test_the_plain_form_does_not_depend_on_the_way_it_is_computed() -> None:
+    inputs = inputs_of(Case(33, 16, 8, 3, 16), "random", torch.float64)
+    idle = outputs_and_grads(lambda *args: routed_experts(*args, PLAIN, num_idle=2), inputs)
+    assert_close(outputs_and_grads(routed_experts, inputs), idle, 1e-12)
 
 
 def test_an_idle_expert_gets_a_zero_gradient() -> None:

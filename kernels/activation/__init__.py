@@ -1,0 +1,50 @@
+"""Activations of feed-forwards: gated by SiLU or GELU, clamped, shifted, or a squared ReLU without gate."""
+
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from kernels.activation.reference import Kind, activate_direct, is_gated
+from kernels.arguments import require
+
+__all__ = ["CASES", "Case", "Kind", "activate", "is_gated"]
+
+
+class Case(NamedTuple):
+    """One shape and form that tests and benchmarks share."""
+
+    rows: int
+    hidden: int
+    kind: Kind
+    limit: float | None
+    clamps_product: bool
+
+
+CASES = (
+    Case(1, 1, "swiglu", None, False),
+    Case(17, 24, "swiglu", 0.5, False),
+    Case(17, 24, "swiglu", 0.5, True),
+    Case(5, 16, "geglu", None, False),
+    Case(17, 24, "shifted_swiglu", 0.7, False),
+    Case(17, 24, "relu2", None, False),
+)
+
+
+def activate(
+    hidden: Float[Tensor, "*N F2"], kind: Kind, *, limit: float | None = None, clamps_product: bool = False
+) -> Float[Tensor, "*N F"]:
+    """act(gate) * up of the gate columns and the up columns behind them; relu(hidden)^2 for `relu2`.
+
+    swiglu and geglu (tanh form) take SiLU and GELU of the gate; shifted_swiglu is gate sigmoid(1.702 gate)
+    (up + 1). `limit` caps gates from above and ups on both sides, before the activation (DeepSeek-V4,
+    gpt-oss), or with `clamps_product` the two factors after it (Step-3.5). relu2 takes no limit.
+
+    Raises ValueError for an odd number of columns or a limit out of range.
+    """
+    if is_gated(kind):
+        require(hidden.shape[-1] % 2 == 0, "hidden", "an even number of columns", hidden.shape[-1])
+    require(
+        limit is None or (limit > 0 and is_gated(kind)), "limit", "None, or above 0 and a gated form", limit
+    )
+    return activate_direct(hidden, kind, limit=limit, clamps_product=clamps_product)

@@ -1,0 +1,69 @@
+"""Softmax attention over the query's own block of keys and selected blocks before it."""
+
+from typing import NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kernels.arguments import require
+from kernels.block_attention.reference import block_attention_gathered
+
+
+class Case(NamedTuple):
+    """One shape that tests and benchmarks share; `selectors` is the number of heads that select."""
+
+    rows: int
+    tokens: int
+    heads: int
+    key_heads: int
+    selectors: int
+    key_dim: int
+    value_dim: int
+    block: int
+    chosen: int
+
+
+CASES = (
+    Case(1, 1, 1, 1, 1, 4, 4, 4, 2),
+    Case(2, 17, 4, 2, 2, 8, 8, 4, 1),
+    Case(2, 33, 6, 2, 6, 8, 4, 3, 4),
+    Case(1, 64, 4, 4, 4, 8, 12, 16, 2),
+    Case(1, 130, 8, 1, 1, 16, 16, 8, 20),
+)
+
+
+def block_attention(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T G V"],
+    selected: Int[Tensor, "B T J n"],
+    *,
+    scale: float,
+    block: int,
+    position: Int[Tensor, "B T"],
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T J m"]]:
+    """Attention over the own block up to the query and all tokens of the selected blocks, and where it went.
+
+    Blocks of `block` tokens count from each document's start; position is that of a token in its document.
+    selected are slots of `document_windows(position, block, block)`, of blocks before the query's own, each
+    at most once, -1 for none; J is G or H, a selection for each key head or for each query head. The second
+    result, m = n + 1, is the attention that fell on the own block, then on each selected one, summed over the
+    query heads that share the selection, in float32 at least and without a gradient.
+    Work is O(T (n + 1) block (K + V)) per head.
+
+    Raises ValueError for an argument of the wrong shape, dtype or range.
+    """
+    rows, tokens, heads, key_dim = q.shape
+    key_heads, selectors = k.shape[2], selected.shape[2]
+    require(tokens > 0, "q", "at least one token", tuple(q.shape))
+    require(k.shape[:2] == (rows, tokens) and k.shape[3] == key_dim, "k", "B, T, K as q", tuple(k.shape))
+    require(v.shape[:3] == k.shape[:3], "v", "B, T, G as k", tuple(v.shape))
+    require(heads % key_heads == 0, "q", f"a multiple of {key_heads} heads", heads)
+    require(q.dtype == k.dtype == v.dtype, "k, v", f"dtype {q.dtype}, as q", (k.dtype, v.dtype))
+    require(selected.shape[:2] == (rows, tokens), "selected", (rows, tokens, "J", "n"), tuple(selected.shape))
+    require(selectors in (heads, key_heads), "selected", f"{key_heads} or {heads} heads", selectors)
+    require(block > 0, "block", "at least 1", block)
+    slots = tokens // block
+    require(selected.shape[3] <= slots, "selected", f"at most {slots} blocks", selected.shape[3])
+    require(position.shape == (rows, tokens), "position", (rows, tokens), tuple(position.shape))
+    return block_attention_gathered(q, k, v, selected, scale=scale, block=block, position=position)

@@ -1,0 +1,80 @@
+"""Which earlier blocks of keys a query attends to: by the mean of a block's keys, or by its best key."""
+
+from typing import NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kernels.arguments import require
+from kernels.block_selection.reference import select_by_mean_slabs, select_by_peak_slabs
+
+
+class Case(NamedTuple):
+    """One shape that tests and benchmarks share."""
+
+    rows: int
+    tokens: int
+    heads: int
+    key_heads: int
+    dim: int
+    block: int
+    chosen: int
+    local: int
+
+
+CASES = (
+    Case(1, 1, 1, 1, 4, 4, 2, 1),
+    Case(2, 17, 4, 2, 8, 4, 1, 1),
+    Case(2, 33, 6, 2, 4, 3, 4, 2),
+    Case(1, 130, 4, 1, 16, 8, 5, 3),
+)
+
+
+def select_by_mean(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B T G K"],
+    *,
+    block: int,
+    count: int,
+    position: Int[Tensor, "B T"],
+) -> Int[Tensor, "B T H n"]:
+    """Slots of the blocks before the query's own whose mean key goes best with the query; n is at most count.
+
+    Slots are those of `document_windows(position, block, block)`, best first, -1 where there are fewer. No
+    gradient. MoBA, arXiv 2502.13189, equations 5 and 6.
+
+    Raises ValueError for an argument of the wrong shape or range.
+    """
+    _check(q, k, position, block, count)
+    return select_by_mean_slabs(q, k, block=block, count=count, position=position)
+
+
+def select_by_peak(
+    q: Float[Tensor, "B T J K"],
+    k: Float[Tensor, "B T 1 K"],
+    *,
+    block: int,
+    count: int,
+    local: int,
+    position: Int[Tensor, "B T"],
+) -> tuple[Int[Tensor, "B T J n"], Int[Tensor, "B T J m"]]:
+    """Slots of the blocks before the query's own with the best single key, and the best keys themselves.
+
+    The last `local` blocks before the own one go first. m = n + 1: the token of the best key in the own block
+    up to the query, then in each selected block; any token for a selected block of -1. No gradient.
+
+    Raises ValueError for an argument of the wrong shape or range.
+    """
+    _check(q, k, position, block, count)
+    require(local >= 0, "local", "at least 0", local)
+    return select_by_peak_slabs(q, k, block=block, count=count, local=local, position=position)
+
+
+def _check(q: Tensor, k: Tensor, position: Tensor, block: int, count: int) -> None:
+    rows, tokens, heads, dim = q.shape
+    require(tokens > 0, "q", "at least one token", tuple(q.shape))
+    require(k.shape[:2] == (rows, tokens) and k.shape[3] == dim, "k", "B, T, K as q", tuple(k.shape))
+    require(heads % k.shape[2] == 0, "q", f"a multiple of {k.shape[2]} heads", heads)
+    require(block > 0, "block", "at least 1", block)
+    require(count >= 0, "count", "at least 0", count)
+    require(position.shape == (rows, tokens), "position", (rows, tokens), tuple(position.shape))

@@ -1,0 +1,84 @@
+"""Windows of tokens compressed to one entry each: by mean, by a perceptron, or by gates per channel."""
+
+from typing import NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kernels.arguments import require
+from kernels.compress.reference import gated_compress_gathered, mlp_compress_gathered
+from kernels.document_windows import Windows
+
+
+class Case(NamedTuple):
+    """One shape that tests and benchmarks share."""
+
+    rows: int
+    tokens: int
+    heads: int
+    dim: int
+    length: int
+    stride: int
+
+
+CASES = (
+    Case(1, 1, 1, 4, 2, 1),
+    Case(2, 17, 2, 3, 4, 2),
+    Case(1, 40, 1, 5, 3, 3),
+    Case(2, 50, 3, 4, 6, 2),
+)
+
+
+def mean_compress(x: Float[Tensor, "B T G K"], windows: Windows) -> Float[Tensor, "B N G K"]:
+    """The mean of each window; anything in slots without one."""
+    return windows.gather(x).mean(2)
+
+
+def mlp_compress(
+    x: Float[Tensor, "B T G K"],
+    place: Float[Tensor, "G L K"],
+    first: Float[Tensor, "G F E"],
+    second: Float[Tensor, "G K F"],
+    windows: Windows,
+) -> Float[Tensor, "B N G K"]:
+    """A perceptron per head over the tokens of each window, E = L K: second silu(first (x + place)).
+
+    place is added to the tokens by their place in the window. Anything in slots without a window.
+    Native Sparse Attention, arXiv 2502.11089, equation 7.
+
+    Raises ValueError for an argument of the wrong shape.
+    """
+    heads, dim = x.shape[2:]
+    require(place.shape == (heads, windows.length, dim), "place", (heads, windows.length, dim), place.shape)
+    inner = first.shape[1]
+    expected = (heads, inner, windows.length * dim)
+    require(first.shape == expected, "first", expected, tuple(first.shape))
+    require(second.shape == (heads, dim, inner), "second", (heads, dim, inner), tuple(second.shape))
+    return mlp_compress_gathered(x, place, first, second, windows)
+
+
+def gated_compress(
+    values: Float[Tensor, "B T E"],
+    gates: Float[Tensor, "B T E"],
+    bias: Float[Tensor, "C E"],
+    windows: Windows,
+    *,
+    position: Int[Tensor, "B T"],
+    is_overlapping: bool,
+) -> Float[Tensor, "B N K"]:
+    """For each window and channel, the mean of the values under the softmax of gates + bias over its tokens.
+
+    Plain: K = E. Overlapping: E = 2 K; the first half of the channels takes part in the entry of the window
+    after, the second half in that of its own, both under one softmax over 2 C tokens, or over C in the first
+    window of a document. Softmax in float32 at least. Anything in slots without a window.
+
+    Raises ValueError for an argument of the wrong shape.
+    """
+    require(gates.shape == values.shape, "gates", tuple(values.shape), tuple(gates.shape))
+    expected = (windows.length, values.shape[-1])
+    require(bias.shape == expected, "bias", expected, tuple(bias.shape))
+    require(not is_overlapping or values.shape[-1] % 2 == 0, "values", "even channels", values.shape[-1])
+    require(position.shape == values.shape[:2], "position", values.shape[:2], tuple(position.shape))
+    return gated_compress_gathered(
+        values, gates, bias, windows, position=position, is_overlapping=is_overlapping
+    )

@@ -1,0 +1,213 @@
+"""Softmax attention over compressed entries: alone, or joined with a window of raw keys."""
+
+from typing import NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kernels.arguments import require
+from kernels.compressed_attention.entries import entry_attention_slabs, select_by_entries_slabs
+from kernels.compressed_attention.joint import (
+    joint_attention_slabs,
+    select_entries_slabs,
+    selected_scores_slabs,
+)
+from kernels.document_windows import Windows
+
+
+class Case(NamedTuple):
+    """One shape that tests and benchmarks share: entries of `length` tokens each `stride`."""
+
+    rows: int
+    tokens: int
+    heads: int
+    key_heads: int
+    key_dim: int
+    value_dim: int
+    length: int
+    stride: int
+    block: int
+    chosen: int
+
+
+CASES = (
+    Case(1, 1, 1, 1, 4, 4, 2, 2, 4, 2),
+    Case(2, 17, 4, 2, 8, 6, 4, 2, 4, 3),
+    Case(1, 31, 6, 2, 4, 4, 3, 3, 3, 4),
+    Case(1, 44, 4, 1, 8, 8, 4, 2, 8, 3),
+    Case(1, 50, 2, 1, 8, 8, 6, 2, 4, 5),
+)
+
+
+def entry_attention(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B N G K"],
+    v: Float[Tensor, "B N G V"],
+    *,
+    entries: Windows,
+    blocks: Windows,
+    position: Int[Tensor, "B T"],
+    scale: float,
+    count: int,
+    initial: int,
+    local: int,
+) -> tuple[Float[Tensor, "B T H V"], Int[Tensor, "B T G n"]]:
+    """Attention over the entries of windows that a query sees whole, and the blocks that it points to.
+
+    k, v: the entries by slot of `entries`. A query that sees none gets zero. The second result are slots of
+    the `count` blocks before the query's own that get the most attention, summed over the heads of a key
+    head; an entry counts for a block by the strides that they share. The first `initial` blocks and the last
+    `local` ones before the own block go first; -1 where there are fewer. No gradient goes through the choice.
+    Native Sparse Attention, arXiv 2502.11089, equations 7 to 10 (its indices count from 1).
+
+    Raises ValueError for an argument of the wrong shape.
+    """
+    _check(q, k, entries, blocks, position)
+    require(v.shape[:3] == k.shape[:3], "v", "B, N, G as k", tuple(v.shape))
+    return entry_attention_slabs(
+        q,
+        k,
+        v,
+        entries=entries,
+        blocks=blocks,
+        position=position,
+        scale=scale,
+        choice={"count": count, "initial": initial, "local": local},
+    )
+
+
+def select_by_entries(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B N G K"],
+    *,
+    entries: Windows,
+    blocks: Windows,
+    position: Int[Tensor, "B T"],
+    scale: float,
+    count: int,
+    initial: int,
+    local: int,
+) -> Int[Tensor, "B T G n"]:
+    """The second result of `entry_attention` alone. Raises ValueError for an argument of the wrong shape."""
+    _check(q, k, entries, blocks, position)
+    return select_by_entries_slabs(
+        q,
+        k,
+        entries=entries,
+        blocks=blocks,
+        position=position,
+        scale=scale,
+        choice={"count": count, "initial": initial, "local": local},
+    )
+
+
+def _check(q: Tensor, k: Tensor, entries: Windows, blocks: Windows, position: Tensor) -> None:
+    rows, tokens, heads, dim = q.shape
+    slots = entries.start.shape
+    require(tokens > 0, "q", "at least one token", tuple(q.shape))
+    require(k.shape[:2] == slots and k.shape[3] == dim, "k", (*slots, "G", dim), tuple(k.shape))
+    require(heads % k.shape[2] == 0, "q", f"a multiple of {k.shape[2]} heads", heads)
+    require(position.shape == (rows, tokens), "position", (rows, tokens), tuple(position.shape))
+    require(blocks.start.shape[0] == rows, "blocks", f"{rows} rows", blocks.start.shape[0])
+    stride = entries.stride
+    is_whole = entries.length % stride == 0 and blocks.length % stride == 0 and blocks.stride == blocks.length
+    require(is_whole, "blocks", f"disjoint, and of whole strides of {stride}, as the entries", blocks.length)
+
+
+class JointCase(NamedTuple):
+    """One shape of the joint attention for tests and benchmarks; `chosen` of None reads all entries."""
+
+    rows: int
+    tokens: int
+    heads: int
+    dim: int
+    length: int
+    window: int
+    chosen: int | None
+
+
+JOINT_CASES = (
+    JointCase(1, 1, 1, 4, 2, 3, 2),
+    JointCase(2, 17, 4, 6, 2, 4, 3),
+    JointCase(2, 33, 3, 4, 3, 1, None),
+    JointCase(1, 50, 2, 8, 16, 70, None),
+    JointCase(1, 70, 4, 8, 4, 9, 5),
+)
+
+
+def joint_attention(
+    q: Float[Tensor, "B T H K"],
+    kv: Float[Tensor, "B T K"],
+    entries: Float[Tensor, "B N K"],
+    sinks: Float[Tensor, "H"],
+    selected: Int[Tensor, "B T k"] | None,
+    *,
+    windows: Windows,
+    position: Int[Tensor, "B T"],
+    scale: float,
+    window: int,
+) -> tuple[Float[Tensor, "B T H K"], Float[Tensor, "B T c"]]:
+    """Attention over the last `window` raw keys and compressed entries under one softmax, and where it went.
+
+    One key, which is its value too, serves all heads. entries are by slot of `windows`. selected: the slots
+    that each query reads, -1 for none; None reads all entries whose windows it sees whole. sinks: one more
+    score per head, without a value. The second result is the attention on each selected entry, summed over
+    heads, in float32 at least and without a gradient; c = k, or 0 without a selection.
+
+    Raises ValueError for an argument of the wrong shape or range.
+    """
+    rows, tokens, heads, dim = q.shape
+    slots = windows.start.shape
+    require(tokens > 0, "q", "at least one token", tuple(q.shape))
+    require(kv.shape == (rows, tokens, dim), "kv", (rows, tokens, dim), tuple(kv.shape))
+    require(entries.shape == (*slots, dim), "entries", (*slots, dim), tuple(entries.shape))
+    require(sinks.shape == (heads,), "sinks", (heads,), tuple(sinks.shape))
+    require(position.shape == (rows, tokens), "position", (rows, tokens), tuple(position.shape))
+    require(window > 0, "window", "at least 1", window)
+    if selected is not None:
+        require(selected.shape[:2] == (rows, tokens), "selected", (rows, tokens, "k"), tuple(selected.shape))
+        require(selected.shape[2] <= slots[1], "selected", f"at most {slots[1]}", selected.shape[2])
+    return joint_attention_slabs(
+        q, kv, entries, sinks, selected, windows=windows, position=position, scale=scale, window=window
+    )
+
+
+def select_entries(
+    q: Float[Tensor, "B T J I"],
+    k: Float[Tensor, "B N I"],
+    weight: Float[Tensor, "B T J"],
+    *,
+    windows: Windows,
+    position: Int[Tensor, "B T"],
+    count: int,
+) -> Int[Tensor, "B T k"]:
+    """Slots of the `count` highest-scored entries whose windows a query sees whole, -1 where there are fewer.
+
+    The score is the sum over index heads of weight times relu(q k). No gradient.
+
+    Raises ValueError for an argument of the wrong shape.
+    """
+    _check_index(q, k, weight)
+    require(k.shape[:2] == windows.start.shape, "k", tuple(windows.start.shape), tuple(k.shape))
+    return select_entries_slabs(q, k, weight, windows=windows, position=position, count=count)
+
+
+def selected_scores(
+    q: Float[Tensor, "B T J I"],
+    k: Float[Tensor, "B N I"],
+    weight: Float[Tensor, "B T J"],
+    selected: Int[Tensor, "B T k"],
+) -> Float[Tensor, "B T k"]:
+    """The scores of `select_entries` for the entries that it chose, in float32 at least; any number for -1.
+
+    Raises ValueError for an argument of the wrong shape.
+    """
+    _check_index(q, k, weight)
+    require(selected.shape[:2] == q.shape[:2], "selected", tuple(q.shape[:2]), tuple(selected.shape))
+    return selected_scores_slabs(q, k, weight, selected)
+
+
+def _check_index(q: Tensor, k: Tensor, weight: Tensor) -> None:
+    require(q.shape[1] > 0, "q", "at least one token", tuple(q.shape))
+    require(k.shape[0] == q.shape[0] and k.shape[2] == q.shape[3], "k", "B, I as q", tuple(k.shape))
+    require(weight.shape == q.shape[:3], "weight", tuple(q.shape[:3]), tuple(weight.shape))

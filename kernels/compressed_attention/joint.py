@@ -1,0 +1,176 @@
+"""Attention over a window of raw keys and compressed entries under one softmax, in plain torch.
+
+Letters: B rows, T tokens, H query heads, K dim of a key, which is its value too, N slots of entries, k
+selected entries, W window, J index heads, I index dim, Q queries of a slab, S raw keys beside a slab.
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from kernels.document_windows import Windows, top_slots
+
+# Elements of the scores that a slab of queries may hold: bounds memory, not the result.
+SLAB = 1 << 22
+
+
+def joint_attention_direct(
+    q: Float[Tensor, "B T H K"],
+    kv: Float[Tensor, "B T K"],
+    entries: Float[Tensor, "B N K"],
+    sinks: Float[Tensor, "H"],
+    selected: Int[Tensor, "B T k"] | None,
+    *,
+    windows: Windows,
+    position: Int[Tensor, "B T"],
+    scale: float,
+    window: int,
+) -> tuple[Float[Tensor, "B T H K"], Float[Tensor, "B T k"]]:
+    """One query at a time, in the caller's dtype."""
+    rows, tokens = position.shape
+    out = []
+    mass = q.new_zeros(rows, tokens, 0 if selected is None else selected.shape[2])
+    for b in range(rows):
+        slots = windows.is_filled[b].nonzero().flatten().tolist()
+        starts = {n: int(windows.start[b, n]) for n in slots}
+        for t in range(tokens):
+            opened = t - int(position[b, t])
+            near = [kv[b, s] for s in range(max(opened, t - window + 1), t + 1)]
+            chosen = [n for n in slots if starts[n] >= opened and starts[n] + windows.length <= t + 1]
+            if selected is not None:
+                chosen = [n for n in selected[b, t].tolist() if n >= 0]
+            keys = torch.stack(near + [entries[b, n] for n in chosen])
+            scores = torch.cat([q[b, t] @ keys.T * scale, sinks[:, None]], dim=-1)
+            weights = scores.softmax(-1)[:, :-1]
+            out.append(weights @ keys)
+            if selected is not None:
+                mass[b, t, selected[b, t] >= 0] = weights[:, len(near) :].detach().sum(0)
+    return torch.stack(out).view_as(q), mass
+
+
+def joint_attention_slabs(
+    q: Float[Tensor, "B T H K"],
+    kv: Float[Tensor, "B T K"],
+    entries: Float[Tensor, "B N K"],
+    sinks: Float[Tensor, "H"],
+    selected: Int[Tensor, "B T k"] | None,
+    *,
+    windows: Windows,
+    position: Int[Tensor, "B T"],
+    scale: float,
+    window: int,
+) -> tuple[Float[Tensor, "B T H K"], Float[Tensor, "B T k"]]:
+    """A slab of queries at a time, in float32 at least; scores are computed again for backward."""
+    dtype, tokens = torch.promote_types(q.dtype, torch.float32), q.shape[1]
+    entries, sinks = entries.to(dtype), sinks.to(dtype)
+    size = _slab(q, window + (entries.shape[1] if selected is None else selected.shape[2]))
+    pad = -tokens % size
+    # [B slabs K S]: each slab's raw keys, from the first in the window of its first query on.
+    beside = torch.nn.functional.pad(kv.to(dtype), (0, 0, window - 1, pad)).unfold(1, window - 1 + size, size)
+    outs, masses = [], []
+    for index, near in enumerate(beside.unbind(1)):
+        a, b = index * size, min((index + 1) * size, tokens)
+        chosen = None if selected is None else selected[:, a:b]
+        seen = windows.is_seen(position[:, a:b], a) if chosen is None else chosen >= 0
+        visible = torch.cat([_near(position[:, a:b], window, near.shape[-1]), seen], dim=-1)
+        part = q[:, a:b].to(dtype)
+        out, mass = checkpoint(
+            _attend,
+            *(part, near, entries, sinks, chosen, visible, scale),
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        outs.append(out.to(q.dtype))
+        masses.append(mass)
+    return torch.cat(outs, dim=1), torch.cat(masses, dim=1)
+
+
+def _near(position: Tensor, window: int, keys: int) -> Tensor:
+    # Raw key i of a slab stands window - 1 - i tokens before the slab's first query.
+    query = torch.arange(position.shape[1], device=position.device)[:, None]
+    back = query + window - 1 - torch.arange(keys, device=position.device)
+    return (back >= 0) & (back < window) & (back <= position[..., None])
+
+
+def _attend(
+    q: Tensor,
+    near: Tensor,
+    entries: Tensor,
+    sinks: Tensor,
+    chosen: Tensor | None,
+    visible: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    near_scores = torch.einsum("bqhk,bks->bqhs", q, near)
+    # Entries for all queries [B N K], or for each query its own [B Q k K].
+    far, letters = (entries, "bnk") if chosen is None else (_taken(entries, chosen), "bqnk")
+    far_scores = torch.einsum(f"bqhk,{letters}->bqhn", q, far)
+    scores = torch.cat([near_scores, far_scores], dim=-1) * scale
+    scores = scores.masked_fill(~visible[:, :, None], float("-inf"))
+    sink = sinks[:, None].expand(*scores.shape[:3], 1)
+    weights = torch.cat([scores, sink], dim=-1).softmax(-1)
+    by_near, by_far, _ = weights.split([near.shape[-1], far_scores.shape[-1], 1], dim=-1)
+    out = torch.einsum("bqhs,bks->bqhk", by_near, near) + torch.einsum(f"bqhn,{letters}->bqhk", by_far, far)
+    mass = by_far.detach().sum(2)
+    return out, mass[..., :0] if chosen is None else mass
+
+
+def _taken(entries: Tensor, chosen: Tensor) -> Tensor:
+    index = chosen.clamp(min=0).flatten(1)[..., None].expand(-1, -1, entries.shape[-1])
+    return entries.gather(1, index).view(*chosen.shape, entries.shape[-1])
+
+
+def entry_scores_direct(
+    q: Float[Tensor, "B T J I"], k: Float[Tensor, "B N I"], weight: Float[Tensor, "B T J"]
+) -> Float[Tensor, "B T N"]:
+    """Scores of all pairs, in the caller's dtype: over index heads, weight times relu(q k)."""
+    products = torch.einsum("btji,bni->btjn", q, k).relu()
+    return torch.einsum("btjn,btj->btn", products, weight)
+
+
+@torch.no_grad()
+def select_entries_slabs(
+    q: Float[Tensor, "B T J I"],
+    k: Float[Tensor, "B N I"],
+    weight: Float[Tensor, "B T J"],
+    *,
+    windows: Windows,
+    position: Int[Tensor, "B T"],
+    count: int,
+) -> Int[Tensor, "B T k"]:
+    """A slab of queries at a time, in float32 at least."""
+    dtype, chosen = torch.promote_types(q.dtype, torch.float32), []
+    k, size = k.to(dtype), _slab(q, k.shape[1])
+    for a in range(0, q.shape[1], size):
+        b = min(a + size, q.shape[1])
+        scores = entry_scores_direct(q[:, a:b].to(dtype), k, weight[:, a:b].to(dtype))
+        is_seen = windows.is_seen(position[:, a:b], a)
+        chosen.append(top_slots(scores.masked_fill(~is_seen, float("-inf")), count))
+    return torch.cat(chosen, dim=1)
+
+
+def selected_scores_slabs(
+    q: Float[Tensor, "B T J I"],
+    k: Float[Tensor, "B N I"],
+    weight: Float[Tensor, "B T J"],
+    selected: Int[Tensor, "B T k"],
+) -> Float[Tensor, "B T k"]:
+    """A slab of queries at a time, in float32 at least; computed again for backward."""
+    dtype, scores = torch.promote_types(q.dtype, torch.float32), []
+    k, size = k.to(dtype), _slab(q, selected.shape[2] * max(1, q.shape[3] // q.shape[2]))
+    for a in range(0, q.shape[1], size):
+        b = min(a + size, q.shape[1])
+        part = (q[:, a:b].to(dtype), k, weight[:, a:b].to(dtype), selected[:, a:b])
+        scores.append(checkpoint(_score, *part, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(scores, dim=1)
+
+
+def _score(q: Tensor, k: Tensor, weight: Tensor, selected: Tensor) -> Tensor:
+    products = torch.einsum("bqji,bqni->bqjn", q, _taken(k, selected)).relu()
+    return torch.einsum("bqjn,bqj->bqn", products, weight)
+
+
+def _slab(q: Tensor, keys: int) -> int:
+    rows, tokens, heads, _ = q.shape
+    return min(tokens, max(1, SLAB // (rows * heads * max(1, keys))))

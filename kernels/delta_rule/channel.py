@@ -1,0 +1,85 @@
+"""Gated delta rule with a decay per key channel, in plain torch: the recurrence, and the chunked form.
+
+Letters: B rows, T tokens, G key heads, H value heads, K key dim, V value dim, C chunk, N chunks.
+Recurrence, Kimi Delta Attention, arXiv 2510.26692 equation 1, with the state laid out as keys by values:
+
+    S_t = D_t S_{t-1} + k_t u_t^T      u_t = beta_t (v_t - (D_t S_{t-1})^T k_t)      o_t = S_t^T q_t
+
+with D_t = diag(exp(log_decay_t)).
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kernels.linear_attention.channel import channel_factors, pair_products
+from kernels.linear_attention.chunks import from_chunks, per_head, to_chunks
+
+CHUNK = 32
+
+
+def channel_delta_rule_recurrent(
+    q: Float[Tensor, "B T G K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T H V"],
+    log_decay: Float[Tensor, "B T H K"],
+    beta: Float[Tensor, "B T H"],
+    *,
+    document: Int[Tensor, "B T"] | None = None,
+    state: Float[Tensor, "B H K V"] | None = None,
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
+    """Outputs and final state, by the recurrence in the caller's dtype."""
+    repeat = v.shape[2] // q.shape[2]
+    q, k = (x.repeat_interleave(repeat, dim=2) for x in (q, k))
+    if state is None:
+        state = v.new_zeros(v.shape[0], v.shape[2], q.shape[-1], v.shape[-1])
+    outputs = []
+    for t in range(v.shape[1]):
+        if document is not None and t > 0:
+            is_same = document[:, t] == document[:, t - 1]
+            state = torch.where(is_same[:, None, None, None], state, torch.zeros_like(state))
+        state = state * log_decay[:, t].exp()[..., None]
+        recalled = torch.einsum("bhkv,bhk->bhv", state, k[:, t])
+        update = beta[:, t, :, None] * (v[:, t] - recalled)
+        state = state + k[:, t, :, :, None] * update[:, :, None, :]
+        outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
+    return torch.stack(outputs, dim=1), state
+
+
+def channel_delta_rule_chunked(
+    q: Float[Tensor, "B T G K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T H V"],
+    log_decay: Float[Tensor, "B T H K"],
+    beta: Float[Tensor, "B T H"],
+    *,
+    document: Int[Tensor, "B T"] | None = None,
+    state: Float[Tensor, "B H K V"] | None = None,
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
+    """Outputs and final state, in chunks of CHUNK tokens: the form that training on CPU uses.
+
+    Computes in float32 at least; outputs take v's dtype, the state keeps the precision of the computation.
+    Inside a chunk the updates solve (I + A) U = beta V with A strictly lower triangular.
+    """
+    rows, length, heads = v.shape[:3]
+    dtype, out_dtype = torch.promote_types(v.dtype, torch.float32), v.dtype
+    factor = channel_factors(log_decay.to(dtype), document, CHUNK)
+    q, k = (per_head(to_chunks(x.to(dtype), CHUNK), heads) for x in (q, k))
+    v, beta = to_chunks(v.to(dtype), CHUNK), to_chunks(beta.to(dtype)[..., None], CHUNK)
+    products, from_start, to_end = pair_products(torch.stack([q, k], dim=-2), k, factor)
+    scores = products[..., 0, :] + (q * k).sum(-1).diag_embed()
+    system = products[..., 1, :] * beta
+    unit = torch.eye(CHUNK, dtype=dtype, device=v.device).expand_as(system)
+    inverse = torch.linalg.solve_triangular(system, unit, upper=False, unitriangular=True)
+    written, erased = inverse @ (v * beta), inverse @ (k * from_start * beta)
+    k_turned, kept = (k * to_end).mT.contiguous(), from_start[..., -1, :, None]
+    state = v.new_zeros(rows, heads, k.shape[-1], v.shape[-1]) if state is None else state.to(dtype)
+    updates, states = [], []
+    # Unbound at once: the gradient of one chunk alone would be a tensor of zeros for all the others.
+    chunks = (x.unbind() for x in (written, erased, k_turned, kept))
+    for own, erasing, keys, factor in zip(*chunks, strict=True):
+        states.append(state)
+        updates.append(own - erasing @ state)
+        state = torch.addcmul(keys @ updates[-1], state, factor)
+    outputs = (q * from_start) @ torch.stack(states) + scores @ torch.stack(updates)
+    return from_chunks(outputs, length).to(out_dtype), state

@@ -1,0 +1,100 @@
+"""Windows of tokens that are aligned to document starts: where they lie in packed rows, who sees them.
+
+Only complete windows are kept. What a query sees of its document before its own block is complete, and its
+own block it reads token by token; so a row of T tokens needs T / stride slots, however it is packed.
+
+Letters: B rows, T tokens, N slots, L tokens of a window.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Windows(NamedTuple):
+    """The complete windows of each row by slot; a window that starts at token s has slot s // stride.
+
+    In a row of one document, slot n is its window n. start: the first token. is_filled: whether the slot
+    holds a window; if not, start means nothing.
+    """
+
+    start: Int[Tensor, "B N"]
+    is_filled: Bool[Tensor, "B N"]
+    length: int
+    stride: int
+
+    def gather(self, x: Float[Tensor, "B T *E"], *, shift: int = 0) -> Float[Tensor, "B N L *E"]:
+        """The tokens of each window, or those `shift` tokens later; any tokens where that leaves the row."""
+        rows, tokens = x.shape[:2]
+        reach = torch.arange(shift, shift + self.length, device=x.device)
+        index = (self.start[..., None] + reach).clamp(0, tokens - 1).flatten(1)
+        flat = x.reshape(rows, tokens, -1)
+        taken = flat.gather(1, index[..., None].expand(-1, -1, flat.shape[2]))
+        return taken.view(rows, self.start.shape[1], self.length, *x.shape[2:])
+
+    def is_seen(self, position: Int[Tensor, "B C"], first: int = 0) -> Bool[Tensor, "B C N"]:
+        """Whether each query sees the whole window; the queries are the tokens from `first` on."""
+        token = _tokens(position, first)
+        opened = (token - position)[..., None]
+        start = self.start[:, None]
+        return self.is_filled[:, None] & (start >= opened) & (start + self.length <= token[..., None] + 1)
+
+    def is_past(self, position: Int[Tensor, "B C"], first: int = 0) -> Bool[Tensor, "B C N"]:
+        """Whether each window lies before the query's own block; for windows as long as their stride."""
+        token = _tokens(position, first)
+        opened, own = token - position, token - position % self.length
+        start = self.start[:, None]
+        return self.is_filled[:, None] & (start >= opened[..., None]) & (start < own[..., None])
+
+    def choose(
+        self,
+        scores: Float[Tensor, "B C J N"],
+        position: Int[Tensor, "B C"],
+        first: int = 0,
+        *,
+        count: int,
+        initial: int = 0,
+        local: int = 0,
+    ) -> Int[Tensor, "B C J n"]:
+        """Slots of the `count` highest-scored blocks before the query's own, -1 where there are fewer.
+
+        The first `initial` blocks of the document and the last `local` ones before the own block go first.
+        """
+        is_past = self.is_past(position, first)
+        opened = _tokens(position, first) - position
+        number = (self.start[:, None] - opened[..., None]) // self.length
+        age = (position // self.length)[..., None] - number
+        is_forced = (number < initial) | (age <= local)
+        scores = scores.masked_fill((is_past & is_forced)[:, :, None], float("inf"))
+        return top_slots(scores.masked_fill(~is_past[:, :, None], float("-inf")), count)
+
+
+def _tokens(position: Tensor, first: int) -> Tensor:
+    return torch.arange(first, first + position.shape[1], device=position.device)[None]
+
+
+def document_windows(position: Int[Tensor, "B T"], length: int, stride: int) -> Windows:
+    """The complete windows of `length` tokens that start at each multiple of `stride` in their document.
+
+    position is that of each token in its document; stride is at most length.
+    """
+    rows, tokens = position.shape
+    count, starts = max(0, (tokens - length) // stride + 1), max(0, tokens - length + 1)
+    opening, closing = position[:, :starts], position[:, length - 1 :]
+    # The window is complete if its last token counts on from its first.
+    is_start = (opening % stride == 0) & (closing - opening == length - 1)
+    padded = torch.nn.functional.pad(is_start, (0, count * stride - starts))
+    by_slot = padded.view(rows, count, stride)
+    # Starts are at least a stride apart, across documents too: a slot holds one at most.
+    offset = by_slot.to(torch.int8).argmax(-1)
+    start = torch.arange(0, count * stride, stride, device=position.device) + offset
+    return Windows(start, by_slot.any(-1), length, stride)
+
+
+def top_slots(scores: Float[Tensor, "*Q N"], count: int) -> Int[Tensor, "*Q n"]:
+    """The places of the `count` highest scores, -1 for those of -inf; equal scores in order of place."""
+    values, places = scores.sort(dim=-1, descending=True, stable=True)
+    is_absent = values[..., :count] == float("-inf")
+    return places[..., :count].masked_fill(is_absent, -1)

@@ -1,0 +1,119 @@
+"""The lightning indexer: cheap scores that choose keys, and the loss that teaches it what attention reads."""
+
+from typing import NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kernels.arguments import require
+from kernels.indexer.loss import index_loss_full, index_loss_selected
+from kernels.indexer.reference import choose_in_blocks, pool_keys, pool_selection
+
+__all__ = ["CASES", "index_loss", "index_loss_of_chosen", "index_select", "pool_keys", "pool_selection"]
+
+
+class Case(NamedTuple):
+    """One shape that tests and benchmarks share."""
+
+    rows: int
+    tokens: int
+    index_heads: int
+    index_dim: int
+    heads: int
+    key_dim: int
+    top_k: int
+
+
+CASES = (
+    Case(1, 1, 1, 4, 1, 4, 1),
+    Case(2, 17, 2, 8, 3, 6, 4),
+    Case(2, 40, 4, 4, 2, 8, 7),
+    Case(1, 65, 3, 8, 4, 8, 100),
+)
+
+
+def index_select(
+    q: Float[Tensor, "B T N D"],
+    k: Float[Tensor, "B P D"],
+    weights: Float[Tensor, "B T N"],
+    *,
+    top_k: int,
+    last: Int[Tensor, "B P"] | None = None,
+    document: Int[Tensor, "B T"] | None = None,
+) -> Int[Tensor, "B T k"]:
+    """For each query its best min(top_k, P) entries, in order of place, -1 for those it has fewer.
+
+    The score of an entry is sum_n weights_n relu(q_n k). last is the last token of each entry in the row, -1
+    for no entry; None is one entry per token. An entry can be chosen from its last token on, in its own
+    document. Of equal scores the earlier entry wins. No gradient.
+
+    Raises ValueError for an argument of the wrong shape or range.
+    """
+    _require(q, k, weights, document)
+    _require_last(q, k, last)
+    require(top_k > 0, "top_k", "at least 1", top_k)
+    return choose_in_blocks(q, k, weights, top_k=top_k, last=last, document=document)
+
+
+def index_loss(
+    q: Float[Tensor, "B T N D"],
+    k: Float[Tensor, "B P D"],
+    weights: Float[Tensor, "B T N"],
+    attention_q: Float[Tensor, "B T H K"],
+    attention_k: Float[Tensor, "B T G K"],
+    lse: Float[Tensor, "B T H"],
+    *,
+    scale: float,
+    last: Int[Tensor, "B P"] | None = None,
+    size: int = 1,
+    document: Int[Tensor, "B T"] | None = None,
+) -> Float[Tensor, ""]:
+    """KL(p || softmax of scores) over all entries that a query can see, summed over queries.
+
+    p is what the attention takes of each entry of `size` tokens, over all its heads, normalised over the
+    entries; it gets no gradient. lse is the attention's own log-sum-exp. A query that sees no entry counts
+    nothing. Memory is linear in T.
+
+    Raises ValueError for an argument of the wrong shape.
+    """
+    _require(q, k, weights, document)
+    _require_last(q, k, last)
+    expected = (*q.shape[:2], attention_q.shape[2])
+    require(attention_q.shape[:2] == q.shape[:2], "attention_q", q.shape[:2], tuple(attention_q.shape))
+    require(lse.shape == expected, "lse", expected, tuple(lse.shape))
+    require(last is not None or size == 1, "last", f"given with entries of {size} tokens", last)
+    return index_loss_full(
+        q, k, weights, attention_q, attention_k, lse, scale=scale, last=last, size=size, document=document
+    )
+
+
+def index_loss_of_chosen(
+    q: Float[Tensor, "B T N D"],
+    k: Float[Tensor, "B P D"],
+    weights: Float[Tensor, "B T N"],
+    entries: Int[Tensor, "B T k"],
+    shares: Float[Tensor, "B T k"],
+) -> Float[Tensor, ""]:
+    """`index_loss` over the chosen entries alone; shares is what the attention takes of each, unnormalised.
+
+    Raises ValueError for an argument of the wrong shape.
+    """
+    _require(q, k, weights, None)
+    require(entries.shape[:2] == q.shape[:2], "entries", (*q.shape[:2], "k"), tuple(entries.shape))
+    require(shares.shape == entries.shape, "shares", tuple(entries.shape), tuple(shares.shape))
+    return index_loss_selected(q, k, weights, entries, shares)
+
+
+def _require(q: Tensor, k: Tensor, weights: Tensor, document: Tensor | None) -> None:
+    rows, tokens, _, dim = q.shape
+    require(k.shape[0] == rows and k.shape[2] == dim, "k", (rows, "P", dim), tuple(k.shape))
+    require(weights.shape == q.shape[:3], "weights", tuple(q.shape[:3]), tuple(weights.shape))
+    if document is not None:
+        require(document.shape == (rows, tokens), "document", (rows, tokens), tuple(document.shape))
+
+
+def _require_last(q: Tensor, k: Tensor, last: Tensor | None) -> None:
+    if last is None:
+        require(k.shape[1] == q.shape[1], "k", f"an entry for each of {q.shape[1]} tokens", tuple(k.shape))
+    else:
+        require(last.shape == k.shape[:2], "last", tuple(k.shape[:2]), tuple(last.shape))

@@ -1,0 +1,140 @@
+"""Index scores, the choice of the best, and pooled keys in plain torch.
+
+Letters: B rows, T queries, N index heads, D index dim, P entries, m tokens of an entry.
+Score, DeepSeek-V3.2 report equation 1: I_ts = sum_n w_tn relu(q_tn k_s); scale factors are part of w.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+# Scores of all heads that are in memory at once.
+SCORES = 2**22
+
+
+def visible_entries(
+    start: int, stop: int, last: Int[Tensor, "B P"], document: Int[Tensor, "B T"] | None
+) -> Bool[Tensor, "B C P"]:
+    """Which entries the queries in [start, stop) can see: whole, passed, and of their document."""
+    query = torch.arange(start, stop, device=last.device)[:, None]
+    visible = (last[:, None] >= 0) & (last[:, None] <= query)
+    if document is not None:
+        owner = document.gather(1, last.clamp(min=0))
+        visible = visible & (document[:, start:stop, None] == owner[:, None])
+    return visible
+
+
+def last_tokens(k: Float[Tensor, "B P D"], last: Int[Tensor, "B P"] | None) -> Int[Tensor, "B P"]:
+    """The last token of each entry; of token t it is t."""
+    return torch.arange(k.shape[1], device=k.device).expand(k.shape[:2]) if last is None else last
+
+
+def index_scores(
+    q: Float[Tensor, "B T N D"], k: Float[Tensor, "B P D"], weights: Float[Tensor, "B T N"]
+) -> Float[Tensor, "B T P"]:
+    """Scores of all pairs, in the caller's dtype."""
+    return torch.einsum("btn,btnp->btp", weights, torch.einsum("btnd,bpd->btnp", q, k).relu())
+
+
+def choose_directly(
+    q: Float[Tensor, "B T N D"],
+    k: Float[Tensor, "B P D"],
+    weights: Float[Tensor, "B T N"],
+    *,
+    top_k: int,
+    last: Int[Tensor, "B P"] | None = None,
+    document: Int[Tensor, "B T"] | None = None,
+) -> Int[Tensor, "B T k"]:
+    """The best entries by a stable sort of all scores."""
+    entries = k.shape[1]
+    visible = visible_entries(0, q.shape[1], last_tokens(k, last), document)
+    scores = index_scores(q, k, weights).masked_fill(~visible, float("-inf"))
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+    chosen = torch.where(visible.gather(2, order), order, entries).sort(dim=-1).values
+    return torch.where(chosen < entries, chosen, -1)
+
+
+@torch.no_grad()
+def choose_in_blocks(
+    q: Float[Tensor, "B T N D"],
+    k: Float[Tensor, "B P D"],
+    weights: Float[Tensor, "B T N"],
+    *,
+    top_k: int,
+    last: Int[Tensor, "B P"] | None = None,
+    document: Int[Tensor, "B T"] | None = None,
+) -> Int[Tensor, "B T k"]:
+    """The same, a block of queries at a time and in float32 at least; memory is linear in T."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    q, k, weights = (x.detach().to(dtype) for x in (q, k, weights))
+    rows, tokens, heads, _ = q.shape
+    entries, lasts = k.shape[1], last_tokens(k, last)
+    count = min(top_k, entries)
+    turned = k.mT.contiguous()
+    chosen = torch.empty(rows, tokens, count, dtype=torch.long, device=q.device)
+    step = max(1, SCORES // (rows * heads * entries))
+    for start in range(0, tokens, step):
+        stop = min(start + step, tokens)
+        scores = torch.bmm(q[:, start:stop].flatten(1, 2), turned).relu_().view(-1, heads, entries)
+        scores = torch.bmm(weights[:, start:stop].reshape(-1, 1, heads), scores)
+        visible = visible_entries(start, stop, lasts, document)
+        scores = scores.view_as(visible).masked_fill_(~visible, float("-inf"))
+        chosen[:, start:stop] = _best(scores, visible, count)
+    return chosen
+
+
+def _best(scores: Tensor, visible: Tensor, count: int) -> Tensor:
+    """Places of the `count` highest, ascending; among equals the first, which topk alone does not promise."""
+    threshold = scores.topk(count, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above = scores > threshold
+    ties = (scores == threshold) & visible
+    room = count - above.sum(-1, keepdim=True)
+    is_chosen = above | (ties & (ties.cumsum(-1) <= room))
+    # Each chosen place goes to its rank; the others all go to one slot behind, which is cut off.
+    rank = torch.where(is_chosen, is_chosen.cumsum(-1) - 1, count)
+    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(rank)
+    out = torch.full((*scores.shape[:-1], count + 1), -1, dtype=torch.long, device=scores.device)
+    return out.scatter_(-1, rank, places)[..., :count]
+
+
+def pool_keys(
+    k: Float[Tensor, "B T D"],
+    gates: Float[Tensor, "B T D"],
+    places: Float[Tensor, "m D"],
+    position: Int[Tensor, "B T"],
+) -> tuple[Float[Tensor, "B P D"], Int[Tensor, "B P"]]:
+    """One key for every m tokens of a document, and its last token in the row, -1 for the slots left over.
+
+    A mean over the tokens for each channel, with weights softmax(gates + places). Tokens of a document that
+    fill no whole entry are in none (GLM-5.3-Flash).
+    """
+    size, (rows, tokens) = places.shape[0], position.shape
+    slots = max(1, tokens // size)
+    is_last = position % size == size - 1
+    rank = torch.where(is_last, is_last.long().cumsum(1) - 1, slots)
+    index = torch.arange(tokens, device=k.device).expand(rows, -1)
+    last = torch.full((rows, slots + 1), -1, dtype=torch.long, device=k.device)
+    last = last.scatter_(1, rank, index)[:, :slots]
+    members = entry_tokens(last, size).flatten(1)[..., None].expand(-1, -1, k.shape[2])
+    keys, gates = (x.gather(1, members).unflatten(1, (slots, size)) for x in (k, gates))
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    weights = (gates.to(dtype) + places.to(dtype)).softmax(dim=2)
+    return (weights * keys.to(dtype)).sum(2).to(k.dtype), last
+
+
+def entry_tokens(last: Int[Tensor, "B P"], size: int) -> Int[Tensor, "B P m"]:
+    """The tokens of each entry; of no entry, the first tokens of the row."""
+    return (last[..., None] - torch.arange(size - 1, -1, -1, device=last.device)).clamp(min=0)
+
+
+def pool_selection(
+    entries: Int[Tensor, "B T k"], last: Int[Tensor, "B P"], position: Int[Tensor, "B T"], size: int
+) -> Int[Tensor, "B T K"]:
+    """The tokens of the chosen entries, then of the query's own while it is not whole; -1 for none."""
+    ends = last[:, None].expand(-1, entries.shape[1], -1).gather(2, entries.clamp(min=0))
+    offsets = torch.arange(size - 1, -1, -1, device=last.device)
+    tokens = torch.where(entries[..., None] >= 0, ends[..., None] - offsets, -1).flatten(2)
+    count = ((position + 1) % size)[..., None]
+    own = torch.arange(position.shape[1], device=last.device)[:, None] - offsets[1:]
+    tail = torch.where(offsets[1:] < count, own, -1)
+    return torch.cat([tokens, tail], dim=2)

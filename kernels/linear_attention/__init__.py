@@ -1,0 +1,69 @@
+"""Linear attention with decay: a state that forgets by a factor per head or per key channel."""
+
+from typing import NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kernels.arguments import require
+from kernels.linear_attention.channel import linear_attention_by_channel
+from kernels.linear_attention.reference import linear_attention_chunked
+
+
+class Case(NamedTuple):
+    """One shape that tests and benchmarks share."""
+
+    rows: int
+    tokens: int
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+
+
+CASES = (
+    Case(1, 1, 1, 1, 4, 4),
+    Case(2, 63, 2, 2, 8, 8),
+    Case(1, 64, 1, 2, 8, 16),
+    Case(2, 65, 2, 4, 16, 8),
+    Case(1, 200, 2, 6, 16, 24),
+)
+
+
+def linear_attention(
+    q: Float[Tensor, "B T G K"],
+    k: Float[Tensor, "B T G K"],
+    v: Float[Tensor, "B T H V"],
+    log_decay: Float[Tensor, "B T H"] | Float[Tensor, "B T H K"] | None = None,
+    *,
+    document: Int[Tensor, "B T"] | None = None,
+    state: Float[Tensor, "B H K V"] | None = None,
+) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
+    """Decay the state, add k times v, read with q, for every token.
+
+    Value head h reads key head h // (H / G). log_decay is a natural logarithm, at most 0, per head or per key
+    channel; None is no decay, -inf forgets all. q is used as given: scale it before. document numbers the
+    documents of a row in order; the state is zero at the start of each. Work is O(T K V) per head.
+
+    Raises ValueError for an argument of the wrong shape or dtype.
+    Gated linear attention, arXiv 2312.06635, equation 3; per head it is Mamba-2's duality, 2405.21060.
+    """
+    rows, tokens, key_heads, key_dim = q.shape
+    value_heads, value_dim = v.shape[2:]
+    require(tokens > 0, "q", "at least one token", tuple(q.shape))
+    require(value_heads % key_heads == 0, "v", f"a multiple of {key_heads} heads", value_heads)
+    require(k.shape == q.shape, "k", tuple(q.shape), tuple(k.shape))
+    require(v.shape[:2] == (rows, tokens), "v", (rows, tokens, "H", "V"), tuple(v.shape))
+    for name, x in (("k", k), ("v", v)):
+        require(x.dtype == q.dtype, name, f"dtype {q.dtype}, as q", x.dtype)
+    if log_decay is not None:
+        gates = (rows, tokens, value_heads, key_dim)[: max(3, log_decay.ndim)]
+        require(log_decay.shape == gates, "log_decay", gates, tuple(log_decay.shape))
+    if document is not None:
+        require(document.shape == (rows, tokens), "document", (rows, tokens), tuple(document.shape))
+    if state is not None:
+        expected = (rows, value_heads, key_dim, value_dim)
+        require(state.shape == expected, "state", expected, tuple(state.shape))
+    if log_decay is not None and log_decay.ndim == 4:
+        return linear_attention_by_channel(q, k, v, log_decay, document=document, state=state)
+    return linear_attention_chunked(q, k, v, log_decay, document=document, state=state)

@@ -1,0 +1,54 @@
+"""Selective scan: a diagonal linear state space per channel whose step depends on the token."""
+
+from typing import NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kernels.arguments import require
+from kernels.selective_scan.reference import selective_scan_chunked
+
+
+class Case(NamedTuple):
+    """One shape that tests and benchmarks share."""
+
+    rows: int
+    tokens: int
+    channels: int
+    state_dim: int
+
+
+CASES = (Case(1, 1, 2, 3), Case(2, 15, 4, 2), Case(1, 16, 3, 4), Case(2, 17, 6, 4), Case(1, 100, 5, 8))
+
+
+def selective_scan(
+    x: Float[Tensor, "B T D"],
+    step: Float[Tensor, "B T D"],
+    rate: Float[Tensor, "D K"],
+    k: Float[Tensor, "B T K"],
+    q: Float[Tensor, "B T K"],
+    *,
+    document: Int[Tensor, "B T"] | None = None,
+    state: Float[Tensor, "B D K"] | None = None,
+) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B D K"]]:
+    """Decay the state of each channel, add step times x along k, read with q, for every token.
+
+    A channel forgets by exp(-step rate); steps and rates are at least 0. document numbers the documents of a
+    row in order; the state is zero at the start of each. Work is O(T D K).
+
+    Raises ValueError for an argument of the wrong shape or dtype.
+    Mamba, arXiv 2312.00752, algorithm 2; rate is -A, k is B, q is C.
+    """
+    require(x.shape[1] > 0, "x", "at least one token", tuple(x.shape))
+    require(step.shape == x.shape, "step", tuple(x.shape), tuple(step.shape))
+    require(rate.shape[0] == x.shape[2], "rate", f"{x.shape[2]} channels", tuple(rate.shape))
+    reads = (*x.shape[:2], rate.shape[1])
+    for name, part in (("k", k), ("q", q)):
+        require(part.shape == reads, name, reads, tuple(part.shape))
+        require(part.dtype == x.dtype, name, f"dtype {x.dtype}, as x", part.dtype)
+    if document is not None:
+        require(document.shape == x.shape[:2], "document", tuple(x.shape[:2]), tuple(document.shape))
+    if state is not None:
+        expected = (x.shape[0], *rate.shape)
+        require(state.shape == expected, "state", expected, tuple(state.shape))
+    return selective_scan_chunked(x, step, rate, k, q, document=document, state=state)

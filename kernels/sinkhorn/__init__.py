@@ -1,0 +1,33 @@
+"""Matrices pulled towards doubly stochastic ones, for manifold-constrained hyper-connections."""
+
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from kernels.arguments import require
+from kernels.sinkhorn.reference import sinkhorn_iterated
+
+
+class Case(NamedTuple):
+    """One shape that tests and benchmarks share."""
+
+    matrices: int
+    streams: int
+    iterations: int
+
+
+CASES = (Case(1, 1, 1), Case(3, 2, 4), Case(17, 4, 20))
+
+
+def sinkhorn(logits: Float[Tensor, "*N n n"], *, iterations: int, eps: float) -> Float[Tensor, "*N n n"]:
+    """Matrices whose columns sum to 1 and whose rows nearly do, at least zero everywhere.
+
+    Rows start as softmax(logits) + eps; every division is by the sum + eps. Mind that the last
+    normalisation is that of the columns.
+
+    Raises ValueError for fewer than one iteration.
+    Manifold-constrained hyper-connections, as DeepSeek-V4 computes them.
+    """
+    require(iterations >= 1, "iterations", "at least 1", iterations)
+    return sinkhorn_iterated(logits, iterations=iterations, eps=eps)

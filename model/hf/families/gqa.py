@@ -1,0 +1,232 @@
+"""Families of plain grouped-query attention over softmax or sigmoid experts."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from model.config import Architecture
+from model.hf.family import Family
+from model.hf.fields import Fields, shown
+from model.hf.parts import (
+    SPLIT,
+    AttnNames,
+    attn_of,
+    attn_pieces,
+    experts_apart,
+    feed_forward,
+    layout_lines,
+    plain_layer,
+    rope_parameters,
+    rotary_lines,
+    skeleton,
+)
+from model.hf.pieces import Piece
+
+W_NAMES = ("w1.weight", "w3.weight", "w2.weight")
+SIZES: dict[str, str | tuple[str, Any]] = {
+    "hidden_size": "model.width",
+    "num_hidden_layers": "model.depth",
+    "vocab_size": "model.vocab_size",
+    "tie_word_embeddings": ("model.has_tied_embeddings", False),
+    "initializer_range": ("model.init_std", 0.02),
+    "num_attention_heads": "mixer.attn.num_heads",
+    "num_key_value_heads": "mixer.attn.num_key_heads",
+}
+EXPERTS: dict[str, str | tuple[str, Any]] = {
+    "num_experts_per_tok": "moe.top_k",
+}
+PLAIN = (
+    *("residual=pre_norm", "residual.has_zero_centered_norm=false", "mixer.attn.output_gate=none"),
+    *("moe.shared_hidden=0", "moe.has_shared_gate=false"),
+)
+EXPECTS = {"hidden_act": ("silu",), "attention_dropout": (0.0,)}
+
+
+def head_dim_of(fields: Fields) -> int:
+    """Width over heads where the config does not say."""
+    return fields.take("head_dim", None) or fields.take("hidden_size") // fields.take("num_attention_heads")
+
+
+def full_rotary(theta: float) -> Callable[[Fields], list[str]]:
+    """Overrides for heads that are rotated wholly, in every layer the same attention."""
+
+    def read_more(fields: Fields) -> list[str]:
+        dim, depth = head_dim_of(fields), fields.take("num_hidden_layers")
+        fields.take("router_aux_loss_coef", None)
+        return [
+            f"mixer.attn.head_dim={dim}",
+            f"mixer.attn.rotary_dim={dim}",
+            *rotary_lines(fields, "attn", theta),
+            *layout_lines(["attn"] * depth, ["moe"] * depth),
+        ]
+
+    return read_more
+
+
+def write_rotary(config: Architecture) -> dict[str, Any]:
+    """Head dim and rope parameters."""
+    attn = attn_of(config)
+    return {
+        "head_dim": attn.head_dim,
+        "rope_parameters": rope_parameters(attn.rotary_theta, attn.rotary_scaling),
+        "router_aux_loss_coef": config.moe.balance_loss,
+    }
+
+
+def moe_family(
+    router: str, experts: str, names: tuple[str, str, str] = SPLIT, bias: str | None = None
+) -> Callable[[Architecture], Iterator[Piece]]:
+    """Pieces of a model whose layers are softmax attention and experts, or dense; keys below the layer."""
+
+    def pieces(config: Architecture) -> Iterator[Piece]:
+        yield from skeleton(config)
+        for index, layer in enumerate(config.layers):
+            ours, theirs = f"blocks.{index}.", f"model.layers.{index}."
+            yield from plain_layer(index, layer)
+            attn = attn_of(config, layer.mixer)
+            yield from attn_pieces(f"{ours}mixer.", f"{theirs}self_attn.", attn, AttnNames())
+            if layer.ffn == "dense":
+                hidden = config.model.ffn_hidden
+                yield from feed_forward(f"{ours}ffn.", f"{theirs}mlp.", hidden, config.model.activation)
+                continue
+            yield Piece(f"{ours}moe.router.weight", f"{theirs}{router}.weight")
+            if bias is not None:
+                yield Piece(f"{ours}moe.router.bias", f"{theirs}{bias}")
+            yield from experts_apart(config, f"{ours}moe.experts.", f"{theirs}{experts}.", names)
+
+    return pieces
+
+
+def qwen3_moe_layers(fields: Fields) -> list[str]:
+    """Layers that are dense by position."""
+    depth, dense = fields.take("num_hidden_layers"), fields.take("mlp_only_layers", None) or []
+    sparse_step = fields.take("decoder_sparse_step", 1)
+    ffns = ["dense" if i in dense or (i + 1) % sparse_step else "moe" for i in range(depth)]
+    fields.expect("use_sliding_window", False)
+    fields.take("sliding_window", None)
+    fields.take("max_window_layers", None)
+    bias = f"mixer.attn.has_output_bias={shown(fields.take('attention_bias', False))}"
+    return [*full_rotary(10000.0)(fields), bias, *layout_lines(["attn"] * depth, ffns)]
+
+
+def write_qwen3_moe(config: Architecture) -> dict[str, Any]:
+    """Rotary, and the layers that are dense."""
+    dense = [index for index, layer in enumerate(config.layers) if layer.ffn == "dense"]
+    return write_rotary(config) | {"mlp_only_layers": dense, "decoder_sparse_step": 1}
+
+
+def mistral_layers(fields: Fields) -> list[str]:
+    """A window in every layer, or in none, and dense feed-forwards."""
+    depth = fields.take("num_hidden_layers")
+    return [*full_rotary(10000.0)(fields), *layout_lines(["attn"] * depth, ["dense"] * depth)]
+
+
+def minimax_m2_rotary(fields: Fields) -> list[str]:
+    """Heads rotated in part."""
+    dim = head_dim_of(fields)
+    partial = (fields.take("rope_parameters", None) or {}).get("partial_rotary_factor")
+    rotary = fields.take("rotary_dim", None) or int(dim * (1.0 if partial is None else partial))
+    return [*full_rotary(5e6)(fields), f"mixer.attn.rotary_dim={rotary}"]
+
+
+def write_minimax_m2(config: Architecture) -> dict[str, Any]:
+    """Heads rotated in part."""
+    attn = attn_of(config)
+    rope = rope_parameters(
+        attn.rotary_theta, attn.rotary_scaling, partial_rotary_factor=attn.rotary_dim / attn.head_dim
+    )
+    return write_rotary(config) | {"rope_parameters": rope, "rotary_dim": attn.rotary_dim}
+
+
+FAMILIES = (
+    Family(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        SIZES
+        | EXPERTS
+        | {
+            "num_experts": "moe.num_experts",
+            "moe_intermediate_size": "moe.hidden",
+            "intermediate_size": "model.ffn_hidden",
+            "rms_norm_eps": ("residual.norm_eps", 1e-6),
+            "norm_topk_prob": ("moe.has_normalized_weights", False),
+            "attention_bias": ("mixer.attn.has_bias", False),
+        },
+        moe_family("mlp.gate", "mlp.experts"),
+        fixed=("moe=softmax", *PLAIN, "mixer.attn.qk_norm=head"),
+        expects=EXPECTS,
+        read_more=qwen3_moe_layers,
+        write_more=write_qwen3_moe,
+        aliases={"num_local_experts": "num_experts"},
+    ),
+    Family(
+        "mixtral",
+        "MixtralForCausalLM",
+        SIZES
+        | EXPERTS
+        | {
+            "num_local_experts": "moe.num_experts",
+            "intermediate_size": "moe.hidden",
+            "rms_norm_eps": ("residual.norm_eps", 1e-5),
+            "sliding_window": ("mixer.attn.window", None),
+        },
+        moe_family("block_sparse_moe.gate", "block_sparse_moe.experts", W_NAMES),
+        fixed=("moe=softmax", *PLAIN, "mixer.attn.qk_norm=none"),
+        expects=EXPECTS | {"router_jitter_noise": (0.0,)},
+        read_more=full_rotary(1e6),
+        write_more=write_rotary,
+    ),
+    Family(
+        "mistral",
+        "MistralForCausalLM",
+        SIZES
+        | {
+            "intermediate_size": "model.ffn_hidden",
+            "rms_norm_eps": ("residual.norm_eps", 1e-6),
+            "sliding_window": ("mixer.attn.window", 4096),
+        },
+        moe_family("", ""),
+        fixed=(*PLAIN, "mixer.attn.qk_norm=none"),
+        expects=EXPECTS,
+        read_more=mistral_layers,
+        write_more=write_rotary,
+    ),
+    Family(
+        "olmoe",
+        "OlmoeForCausalLM",
+        SIZES
+        | EXPERTS
+        | {
+            "num_experts": "moe.num_experts",
+            "intermediate_size": "moe.hidden",
+            "rms_norm_eps": ("residual.norm_eps", 1e-5),
+            "norm_topk_prob": ("moe.has_normalized_weights", False),
+            "clip_qkv": ("mixer.attn.clip", None),
+        },
+        moe_family("mlp.gate", "mlp.experts"),
+        fixed=("moe=softmax", *PLAIN, "mixer.attn.qk_norm=all_heads"),
+        expects=EXPECTS | {"attention_bias": (False,)},
+        read_more=full_rotary(10000.0),
+        write_more=write_rotary,
+    ),
+    Family(
+        "minimax_m2",
+        "MiniMaxM2ForCausalLM",
+        SIZES
+        | EXPERTS
+        | {
+            "num_local_experts": "moe.num_experts",
+            "intermediate_size": "moe.hidden",
+            "rms_norm_eps": ("residual.norm_eps", 1e-6),
+        },
+        moe_family(
+            "block_sparse_moe.gate",
+            "block_sparse_moe.experts",
+            W_NAMES,
+            bias="block_sparse_moe.e_score_correction_bias",
+        ),
+        fixed=("moe=sigmoid", *PLAIN, "mixer.attn.qk_norm=all_heads", "moe.weight_scale=1.0"),
+        expects=EXPECTS,
+        read_more=minimax_m2_rotary,
+        write_more=write_minimax_m2,
+    ),
+)

@@ -1,0 +1,72 @@
+"""Fields of a config.json, each read once; what is left over must be harmless."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from conf.errors import CheckpointError
+
+# Fields of every config that say nothing about the function that a model computes.
+SILENT = frozenset(
+    {
+        *("_name_or_path", "architectures", "auto_map", "bos_token_id", "dtype", "eos_token_id"),
+        *("id2label", "is_encoder_decoder", "label2id", "max_position_embeddings", "model_type"),
+        *("output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id"),
+        *("problem_type", "return_dict", "torch_dtype", "transformers_version", "use_cache"),
+        *("chunk_size_feed_forward", "router_jitter_noise", "pretraining_tp"),
+    }
+)
+_MISSING = object()
+
+
+class Fields:
+    """A config.json under translation. Every field that is asked for counts as understood.
+
+    aliases are other names that a field may stand under.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Any], path: str, aliases: Mapping[str, str] | None = None
+    ) -> None:
+        renamed = {(aliases or {}).get(name, name): value for name, value in values.items()}
+        self._values, self._path, self._seen = renamed, path, set[str]()
+
+    def take(self, name: str, default: Any = _MISSING) -> Any:
+        """The field, or the default where it is absent. Raises CheckpointError without either."""
+        self._seen.add(name)
+        value = self._values.get(name, default)
+        if value is _MISSING:
+            raise CheckpointError(f"{self._path}: lacks {name}, which says what the model is")
+        return value
+
+    def expect(self, name: str, *allowed: Any) -> None:
+        """Accepts a field that may only have these values, or be absent.
+
+        Raises CheckpointError for another value.
+        """
+        found = self.take(name, allowed[0])
+        if found not in allowed:
+            options = " or ".join(repr(value) for value in allowed)
+            raise CheckpointError(
+                f"{self._path}: {name} is {found!r}; this architecture is built with {options}"
+            )
+
+    def node(self, name: str) -> "Fields":
+        """A nested object, with fields of its own to read and to finish; empty where it is absent."""
+        return Fields(self.take(name, None) or {}, f"{self._path}: {name}")
+
+    def finish(self, silent: Collection[str] = ()) -> None:
+        """Raises CheckpointError for fields that nobody asked for."""
+        unknown = sorted(set(self._values) - self._seen - SILENT - set(silent))
+        if unknown:
+            raise CheckpointError(
+                f"{self._path}: unknown fields {', '.join(unknown)}; they may change what the model computes"
+            )
+
+
+def shown(value: Any) -> str:
+    """A value as an override has it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(float(value)) if isinstance(value, float) else str(value)

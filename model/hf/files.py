@@ -1,0 +1,160 @@
+"""Directories as on the Hugging Face hub: config.json, safetensors shards, their index."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from conf.errors import CheckpointError, as_storage_error
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+
+
+class HubDirectory:
+    """A checkpoint to read: its config, and which file holds each tensor. Opening it runs no code."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises CheckpointError for what is missing, truncated or not safetensors."""
+        self.path = path
+        self.config = _read_json(path / CONFIG)
+        self.shards = self._shards()
+
+    def _shards(self) -> dict[str, list[str]]:
+        if (self.path / INDEX).exists():
+            index = _read_json(self.path / INDEX).get("weight_map")
+            if not isinstance(index, dict):
+                raise CheckpointError(f"{self.path / INDEX}: lacks weight_map; fetch the file again")
+            shards: dict[str, list[str]] = {}
+            for name, file in index.items():
+                if not isinstance(file, str) or Path(file).name != file:
+                    raise CheckpointError(f"{self.path / INDEX}: {name} is said to be in {file!r}")
+                shards.setdefault(file, []).append(name)
+            missing = sorted(file for file in shards if not (self.path / file).exists())
+            if missing:
+                raise CheckpointError(f"{self.path}: missing {', '.join(missing)}; fetch them again")
+            return shards
+        if (self.path / SINGLE).exists():
+            with self._open(SINGLE) as file:
+                return {SINGLE: list(file.keys())}
+        pickles = sorted(path.name for path in self.path.glob("*.bin")) + sorted(
+            path.name for path in self.path.glob("*.pt*")
+        )
+        if pickles:
+            raise CheckpointError(
+                f"{self.path}: holds {pickles[0]}, a pickle, which can run code; convert it to safetensors"
+            )
+        raise CheckpointError(f"{self.path}: holds neither {SINGLE} nor {INDEX}")
+
+    def _open(self, file: str) -> Any:
+        try:
+            return safe_open(self.path / file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path / file}: {error}; fetch the file again") from error
+
+    @property
+    def names(self) -> set[str]:
+        """All tensors."""
+        return {name for names in self.shards.values() for name in names}
+
+    def check(self) -> None:
+        """Opens every shard. Raises CheckpointError for a truncated one, or one without its tensors."""
+        for shard, names in self.shards.items():
+            with self._open(shard) as file:
+                lost = sorted(set(names) - set(file.keys()))
+                if lost:
+                    raise CheckpointError(f"{self.path / shard}: lacks {shortened(lost)}; fetch it again")
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor with its name, one in memory at a time."""
+        for shard, names in self.shards.items():
+            with self._open(shard) as file:
+                for name in names:
+                    yield name, file.get_tensor(name)
+
+
+def write_directory(
+    path: Path, config: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]], shard_bytes: int
+) -> None:
+    """Writes a checkpoint beside `path` and renames it, one shard in memory at a time.
+
+    Raises StorageError, and CheckpointError when `path` exists.
+    """
+    if path.exists():
+        raise CheckpointError(f"{path}: exists; export to a directory that does not")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        beside.mkdir(parents=True)
+        (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        _write_shards(beside, tensors, shard_bytes)
+        beside.rename(path)
+    except OSError as error:
+        raise as_storage_error(error, path) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write_shards(path: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
+    shards: list[dict[str, int]] = []
+    shard: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if shard and sum(x.nbytes for x in shard.values()) + tensor.nbytes > shard_bytes:
+            shards.append(_write_shard(path, len(shards), shard))
+            shard = {}
+        shard[name] = tensor.contiguous()
+    shards.append(_write_shard(path, len(shards), shard))
+    if len(shards) == 1:
+        (path / _shard_name(0)).rename(path / SINGLE)
+        return
+    weight_map = {}
+    for number, sizes in enumerate(shards):
+        final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (path / _shard_name(number)).rename(path / final)
+        weight_map |= dict.fromkeys(sizes, final)
+    total = sum(size for sizes in shards for size in sizes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number}.safetensors"
+
+
+def _write_shard(path: Path, number: int, shard: dict[str, Tensor]) -> dict[str, int]:
+    save_file(shard, path / _shard_name(number), metadata={"format": "pt"})
+    return {name: tensor.nbytes for name, tensor in shard.items()}
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """Raises CheckpointError for a tensor that is not in a plain floating-point format."""
+    plain = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32)
+    if tensor.dtype not in plain:
+        raise CheckpointError(
+            f"{name}: dtype {tensor.dtype}, expected a plain floating-point format; dequantise it first"
+        )
+
+
+def shortened(names: Iterable[str], limit: int = 8) -> str:
+    """The first names, and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
+    return ", ".join(ordered[:limit]) + more
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON: {error}; fetch the file again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected an object, found {type(value).__name__}")
+    return value

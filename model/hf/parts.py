@@ -1,0 +1,205 @@
+"""What many families share: pieces of projections, feed-forwards and experts, and config fields."""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from conf.errors import CheckpointError
+from model.config import Architecture
+from model.hf.fields import Fields, shown
+from model.hf.pieces import Piece, View, entry, rows, whole
+from model.layout import NONE, Layer
+from model.mixers.attn import AttnConfig
+from model.rotary import RotaryScaling
+from model.shape import ActivationConfig
+
+SPLIT = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+
+
+def skeleton(
+    config: Architecture,
+    *,
+    embed: str = "model.embed_tokens.weight",
+    norm: str = "model.norm.weight",
+    head: str = "lm_head.weight",
+) -> Iterator[Piece]:
+    """Embedding, last norm and head."""
+    yield Piece("embed.weight", embed)
+    yield Piece("norm.weight", norm)
+    if not config.model.has_tied_embeddings:
+        yield Piece("head.weight", head)
+
+
+def joined_rows(ours: str, theirs: dict[str, int]) -> Iterator[Piece]:
+    """One matrix of ours whose rows are several of theirs, in order: names to numbers of rows."""
+    for (name, _), view in zip(theirs.items(), rows(*theirs.values()), strict=True):
+        yield Piece(ours, name, view)
+
+
+def feed_forward(
+    ours: str, theirs: str, hidden: int, activation: ActivationConfig, names: tuple[str, str, str] = SPLIT
+) -> Iterator[Piece]:
+    """A dense feed-forward; an ungated one has no gate."""
+    gate, up, down = names
+    parts = {theirs + gate: hidden, theirs + up: hidden} if activation.is_gated else {theirs + up: hidden}
+    yield from joined_rows(f"{ours}gate_up.weight", parts)
+    yield Piece(f"{ours}down.weight", theirs + down)
+
+
+def experts_apart(
+    config: Architecture, ours: str, theirs: str, names: tuple[str, str, str] = SPLIT
+) -> Iterator[Piece]:
+    """Routed experts with tensors of their own: theirs + "0." + names and so on."""
+    moe = config.moe
+    gate, up, down = names
+    views = rows(moe.hidden, moe.hidden) if moe.activation.is_gated else rows(moe.hidden)
+    for expert in range(moe.num_experts):
+        for name, view in zip((gate, up) if moe.activation.is_gated else (up,), views, strict=True):
+            yield Piece(f"{ours}gate_up", f"{theirs}{expert}.{name}", entry(expert, view))
+        yield Piece(f"{ours}down", f"{theirs}{expert}.{down}", entry(expert))
+
+
+def experts_fused(ours: str, theirs: str, names: tuple[str, str], view: View = whole) -> Iterator[Piece]:
+    """Routed experts in one tensor each way; `view` turns one of ours into the shape of theirs."""
+    for mine, name in zip(("gate_up", "down"), names, strict=True):
+        yield Piece(f"{ours}{mine}", f"{theirs}{name}", view)
+
+
+def lines(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    """Overrides for nested values."""
+    found = []
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            found += lines(value, f"{prefix}{name}.")
+        else:
+            found.append(f"{prefix}{name}={shown(value)}")
+    return found
+
+
+def layout_lines(mixers: Sequence[str], ffns: Sequence[str]) -> list[str]:
+    """Overrides for a layout given layer by layer, as the shortest pattern that repeats."""
+    return [
+        *lines({"layout": {"pattern": pattern_of(mixers), "first": "", "last": ""}}),
+        *lines({"layout": {"ffn": {"pattern": pattern_of(ffns), "first": "", "last": ""}}}),
+    ]
+
+
+def pattern_of(names: Sequence[str]) -> str:
+    """The shortest pattern that gives these names when it is tiled over them."""
+    count = len(names)
+    period = next(n for n in range(1, count + 1) if all(names[i] == names[i % n] for i in range(count)))
+    runs = [(name, len(list(same))) for name, same in groupby(names[:period])]
+    return " ".join(name if length == 1 else f"{length}*{name}" for name, length in runs)
+
+
+def rotary_lines(fields: Fields, key: str, default_theta: float | None = None) -> list[str]:
+    """Overrides for the rotary fields of the mixer `key`, from rope_parameters or older fields."""
+    theta, scaling = fields.take("rope_theta", default_theta), fields.take("rope_scaling", None)
+    found = {"rope_theta": theta, **(scaling or {}), **(fields.take("rope_parameters", None) or {})}
+    return rotary_of(found, key)
+
+
+def rotary_of(found: dict[str, Any], key: str) -> list[str]:
+    """Overrides for the rotary fields of the mixer `key`, from one set of rope parameters.
+
+    Raises CheckpointError for a form that is not built, or a field that is not known.
+    """
+    rest = dict(found)
+    rest.pop("partial_rotary_factor", None)
+    theta, kind = rest.pop("rope_theta", None), rest.pop("rope_type", rest.pop("type", "default"))
+    if theta is None:
+        raise CheckpointError("rope_theta is missing, in rope_parameters or beside it")
+    tree: dict[str, Any] = {"kind": {"default": "none"}.get(kind, kind)}
+    for theirs, ours in SCALING.get(kind, {}).items():
+        if rest.get(theirs) is not None:
+            tree[ours] = rest.pop(theirs)
+    rest = {name: value for name, value in rest.items() if value is not None}
+    if kind not in SCALING or rest:
+        raise CheckpointError(
+            f"rope_parameters: {kind} with {rest} is not built; kinds are {', '.join(SCALING)}"
+        )
+    floats = {"factor", "beta_fast", "beta_slow", "low_frequency", "high_frequency", "attention_factor"}
+    tree = {name: float(value) if name in floats else value for name, value in tree.items()}
+    return lines({"rotary_theta": float(theta), "rotary_scaling": tree}, f"mixer.{key}.")
+
+
+SCALING: dict[str, dict[str, str]] = {
+    "default": {},
+    "yarn": {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_context",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "truncate": "truncates",
+        "attention_factor": "attention_factor",
+        "mscale": "mscale",
+        "mscale_all_dim": "mscale_all_dim",
+    },
+    "llama3": {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_context",
+        "low_freq_factor": "low_frequency",
+        "high_freq_factor": "high_frequency",
+    },
+}
+
+
+def rope_parameters(theta: float, scaling: RotaryScaling, **more: Any) -> dict[str, Any]:
+    """The rope_parameters that `rotary_of` reads back."""
+    kind = "default" if scaling.kind == "none" else scaling.kind
+    values = {theirs: getattr(scaling, ours) for theirs, ours in SCALING[kind].items()}
+    values = {name: value for name, value in values.items() if value is not None}
+    return {"rope_type": kind, "rope_theta": theta, **values, **more}
+
+
+class AttnNames(NamedTuple):
+    """What a family calls the tensors of softmax attention."""
+
+    q: str = "q_proj"
+    k: str = "k_proj"
+    v: str = "v_proj"
+    o: str = "o_proj"
+    gate: str = "g_proj"
+    q_norm: str = "q_norm.weight"
+    k_norm: str = "k_norm.weight"
+    sinks: str = "sinks"
+
+
+def attn_pieces(ours: str, theirs: str, attn: AttnConfig, names: AttnNames) -> Iterator[Piece]:
+    """Queries, gates, keys and values with tensors of their own; a channel gate is another matter."""
+    queries, keys = attn.num_heads * attn.head_dim, attn.num_key_heads * attn.head_dim
+    sizes = {names.q: queries}
+    if attn.output_gate == "head":
+        sizes[names.gate] = attn.num_heads
+    sizes |= {names.k: keys, names.v: attn.num_key_heads * attn.value_dim}
+    kinds = ("weight", "bias") if attn.has_bias else ("weight",)
+    for kind in kinds:
+        parts = {f"{theirs}{name}.{kind}": size for name, size in sizes.items()}
+        yield from joined_rows(f"{ours}in_proj.{kind}", parts)
+    for kind in ("weight", "bias") if attn.has_output_bias else ("weight",):
+        yield Piece(f"{ours}out_proj.{kind}", f"{theirs}{names.o}.{kind}")
+    if attn.qk_norm in ("head", "all_heads"):
+        yield Piece(f"{ours}q_norm.weight", theirs + names.q_norm)
+        yield Piece(f"{ours}k_norm.weight", theirs + names.k_norm)
+    if attn.has_sinks:
+        yield Piece(f"{ours}sinks", theirs + names.sinks)
+
+
+def norms(index: int, layer: Layer, names: tuple[str, str], theirs: str = "model.layers.") -> Iterator[Piece]:
+    """The two norms of a pre-norm layer."""
+    for half, absent, name in (("mixer", layer.mixer, names[0]), ("ffn", layer.ffn, names[1])):
+        if absent != NONE:
+            yield Piece(f"blocks.{index}.{half}_residual.norm.weight", f"{theirs}{index}.{name}")
+
+
+def plain_layer(index: int, layer: Layer, theirs: str = "model.layers.") -> Iterator[Piece]:
+    """The norms of a layer as Llama names them."""
+    yield from norms(index, layer, ("input_layernorm.weight", "post_attention_layernorm.weight"), theirs)
+
+
+def attn_of(config: Architecture, name: str = "attn") -> AttnConfig:
+    """The softmax attention with that name. Raises CheckpointError without it."""
+    found = config.mixer.get(name)
+    if not isinstance(found, AttnConfig):
+        raise CheckpointError(f"mixer.{name} is not softmax attention")
+    return found

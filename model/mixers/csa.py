@@ -1,0 +1,120 @@
+"""Attention with one shared key over a window and chosen, lightly compressed entries (DeepSeek-V4)."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from kernels.compressed_attention import joint_attention, select_entries, selected_scores
+from kernels.document_windows import Windows, document_windows
+from kernels.selection_loss import selection_loss
+from model.linear import Linear
+from model.mixer import Context, Mixed, Sequence, Split
+from model.mixers.hca import Compressor, SharedKeyConfig, SharedKeyMixer, compressor_roles
+from model.rotary import rotate
+
+
+class CsaConfig(SharedKeyConfig):
+    """Fields of compressed sparse attention."""
+
+    kind: Literal["csa"] = "csa"
+    compression: int = Field(ge=1)
+    index_heads: int = Field(ge=1)
+    index_dim: int = Field(ge=2)
+    index_top_k: int = Field(ge=1)
+    index_loss: float = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _index_fits(self) -> "CsaConfig":
+        if self.rotary_dim > self.index_dim:
+            raise ValueError(f"rotary_dim {self.rotary_dim} must be at most index_dim {self.index_dim}")
+        return self
+
+    def build(self, width: int, layer: int, depth: int, init_std: float) -> "Csa":
+        """The module; all layers are alike."""
+        return Csa(self, width, init_std, init_std / (2 * depth) ** 0.5)
+
+    def _extra_params(self, width: int) -> tuple[int, int]:
+        both = self.head_dim + self.index_dim
+        queries = self.index_heads * (self.query_rank * self.index_dim + width)
+        return 4 * width * both + queries, (2 * self.compression + 1) * both
+
+    def _extra_core(self, context: int) -> float:
+        entries = context / (2 * self.compression)
+        index = 2 * self.index_heads * (self.index_dim + 1) * entries
+        chosen = min(self.index_top_k, entries)
+        return index + 4 * self.num_heads * self.head_dim * chosen + 12 * (self.head_dim + self.index_dim)
+
+    def cache_bytes(self, context: int, *, element_bytes: int = 2) -> int:
+        """Keys of the window, entries and index keys, and the compressors' inputs of two windows."""
+        both, window = self.head_dim + self.index_dim, self.head_dim * min(self.window, context)
+        pending = 4 * both * min(2 * self.compression, context)
+        return element_bytes * (window + both * (context // self.compression) + pending)
+
+    def roles(self, width: int) -> Mapping[str, Split]:
+        """As without compression; compressor and indexer are every rank's."""
+        indexer = {f"indexer.{name}.weight": Split(None) for name in ("q_proj", "head_proj")}
+        compressors = compressor_roles("compressor") | compressor_roles("indexer.compressor")
+        return {**super().roles(width), **compressors, **indexer}
+
+    @property
+    def context(self) -> Context:
+        """Entries and index keys are gathered; a compressor reads its window and the one before."""
+        return Context("gather", max(self.window, 2 * self.compression) - 1)
+
+
+class Indexer(nn.Module):
+    """Scores entries by a compressor of its own and many small heads."""
+
+    def __init__(self, config: CsaConfig, width: int, init_std: float) -> None:
+        super().__init__()
+        self.config = config
+        self.q_proj = Linear(config.query_rank, config.index_heads * config.index_dim, init_std)
+        self.head_proj = Linear(width, config.index_heads, init_std)
+        self.compressor = Compressor(
+            config, width, config.index_dim, config.compression, init_std, is_overlapping=True
+        )
+
+    def forward(
+        self, x: Tensor, latent: Tensor, sequence: Sequence, windows: Windows
+    ) -> tuple[Float[Tensor, "B T J I"], Float[Tensor, "B N I"], Float[Tensor, "B T J"]]:
+        """Queries, keys of the entries, and the weights of the heads, scales included."""
+        config = self.config
+        q = self.q_proj(latent).unflatten(-1, (-1, config.index_dim))
+        table = sequence.rotary_table(config.rotary_dim, config.rotary_theta, config.rotary_scaling)
+        q = rotate(q, *table, "interleaved", on_last=True)
+        weight = self.head_proj(x) * (config.index_heads * config.index_dim) ** -0.5
+        return q, self.compressor(x, sequence.position, windows), weight
+
+
+class Csa(SharedKeyMixer):
+    """A window of raw keys, and the entries that an indexer chose, under one softmax with a sink."""
+
+    def __init__(self, config: CsaConfig, width: int, init_std: float, out_std: float) -> None:
+        super().__init__(config, width, init_std, out_std)
+        self.config = config
+        self.compressor = Compressor(
+            config, width, config.head_dim, config.compression, init_std, is_overlapping=True
+        )
+        self.indexer = Indexer(config, width, init_std)
+
+    def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Mixed:
+        """The indexer chooses without a gradient and learns from `index`, which reaches nothing else."""
+        config, position = self.config, sequence.position
+        latent, q, kv = self._read(x, sequence)
+        windows = document_windows(position, config.compression, config.compression)
+        index_q, index_k, weight = self.indexer(x.detach(), latent.detach(), sequence, windows)
+        selected = select_entries(
+            index_q, index_k, weight, windows=windows, position=position, count=config.index_top_k
+        )
+        entries = self.compressor(x, position, windows)
+        options = {"windows": windows, "position": position, "scale": self.scale, "window": config.window}
+        out, mass = joint_attention(q, kv, entries, self.sinks, selected, **options)
+        out = self._write(out, sequence)
+        if not config.index_loss:
+            return Mixed(out)
+        scores = selected_scores(index_q, index_k, weight, selected)
+        loss = selection_loss(scores, mass, selected >= 0)
+        return Mixed(out, {"index": config.index_loss * loss})

@@ -1,0 +1,226 @@
+"""DeepSeek sparse attention: an indexer chooses the keys that a latent attention reads (DeepSeek-V3.2)."""
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from kernels.attention import attention_with_lse
+from kernels.indexer import index_loss, index_loss_of_chosen, index_select, pool_keys, pool_selection
+from kernels.selected_attention import selected_attention
+from model.linear import Initial, LayerNorm, Linear
+from model.mixer import Flops, Mixed, Sequence, Split
+from model.mixers.mla import LatentConfig, LatentMixer, Latents
+from model.rotary import RotaryLayout, rotate
+
+
+class DsaConfig(LatentConfig):
+    """Fields of DeepSeek sparse attention."""
+
+    kind: Literal["dsa"] = "dsa"
+    top_k: int = Field(ge=1)
+    index: Literal["own", "shared"]
+    index_heads: int = Field(ge=1)
+    index_dim: int = Field(ge=1)
+    index_rotary_layout: RotaryLayout
+    index_eps: float = Field(gt=0, lt=1)
+    index_pool: int = Field(ge=1)
+    index_stage: Literal["dense", "selected"]
+    index_loss: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _index_fits(self) -> "DsaConfig":
+        if self.rotary_dim > self.index_dim:
+            raise ValueError(f"index_dim {self.index_dim} must be at least rotary_dim {self.rotary_dim}")
+        if self.top_k % self.index_pool:
+            raise ValueError(f"top_k {self.top_k} must be a multiple of index_pool {self.index_pool}")
+        if self.index_pool > 1 and self.rotary_dim:
+            raise ValueError(f"index_pool {self.index_pool} pools rotated keys; set rotary_dim to 0")
+        return self
+
+    def build(self, width: int, layer: int, depth: int, init_std: float) -> "Dsa":
+        """The module; all layers are alike."""
+        return Dsa(self, width, init_std, init_std / (2 * depth) ** 0.5)
+
+    def _index_parts(self) -> tuple[int, int, int]:
+        # What the indexer makes of the input: keys, head weights, gates of the pools.
+        return self.index_dim, self.index_heads, self.index_dim * (self.index_pool > 1)
+
+    def _index_weights(self, width: int) -> int:
+        if self.index == "shared":
+            return 0
+        inputs = self.query_latent_dim or width
+        return width * sum(self._index_parts()) + inputs * self.index_heads * self.index_dim
+
+    def count_params(self, width: int) -> int:
+        """Those of the attention and of the indexer."""
+        if self.index == "shared":
+            return super().count_params(width)
+        small = 2 * self.index_dim + self.index_pool * self.index_dim * (self.index_pool > 1)
+        return super().count_params(width) + self._index_weights(width) + small
+
+    def flops(self, width: int, context: int) -> Flops:
+        """Index scores of all keys, and attention over the chosen ones in the space of the latent."""
+        dense = super().flops(width, context)
+        projections = dense.projections + 2 * self._index_weights(width)
+        scores = (2 * self.index_dim + 3) * self.index_heads * (context + 1) / (2 * self.index_pool)
+        scores = scores if self.index == "own" else 0.0
+        if self.index_stage == "dense":
+            return Flops(projections, dense.core + scores)
+        reach = min(self.top_k, context)
+        keys = reach - reach * (reach - 1) / (2 * context)
+        core = 2 * self.num_heads * (2 * self.latent_dim + self.shared_key_dim) * keys
+        return Flops(projections, core + scores)
+
+    def cache_bytes(self, context: int, *, element_bytes: int = 2) -> int:
+        """Latents, shared keys and index keys; pooled ones with the keys and gates of the open pool."""
+        latents = super().cache_bytes(context, element_bytes=element_bytes)
+        if self.index == "shared":
+            return latents
+        kept = context // self.index_pool + 2 * (self.index_pool - 1)
+        return latents + self.index_dim * kept * element_bytes
+
+    def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
+        """Those of the attention, queries and outputs in the space of the latent, index parts, the choice."""
+        inside = self.num_heads * (2 * self.latent_dim + self.shared_key_dim)
+        index = 2 * self.index_heads * self.index_dim + 2 * sum(self._index_parts())
+        index = index if self.index == "own" else 0
+        latents = super().activation_bytes(width, element_bytes=element_bytes)
+        return latents + element_bytes * (inside + index) + 12 * self.top_k
+
+    def roles(self, width: int) -> Mapping[str, Split]:
+        """Heads of the attention are the unit; every rank keeps the indexer whole."""
+        roles = dict(super().roles(width))
+        if self.index == "own":
+            names = ["index_q_proj.weight", "index_proj.weight", "index_norm.weight", "index_norm.bias"]
+            names += ["index_places"] * (self.index_pool > 1)
+            roles |= {name: Split(None) for name in names}
+        return roles
+
+
+class Index(NamedTuple):
+    """Queries, keys and head weights of the indexer, and the last token of each key's pool if it pools."""
+
+    q: Float[Tensor, "B T N D"]
+    k: Float[Tensor, "B P D"]
+    weights: Float[Tensor, "B T N"]
+    last: Int[Tensor, "B P"] | None
+
+
+class Dsa(LatentMixer):
+    """Latent attention over chosen keys.
+
+    The indexer learns from its own loss alone: how far the softmax of its scores is from what the attention
+    takes, over all keys while it is warmed up (stage dense), over the chosen ones after (stage selected).
+    Nothing of that reaches the rest of the model.
+    """
+
+    def __init__(self, config: DsaConfig, width: int, init_std: float, out_std: float) -> None:
+        super().__init__(config, width, init_std, out_std)
+        self.config = config
+        self.shares_selection = config.index == "shared"
+        if self.shares_selection:
+            return
+        queries = config.index_heads * config.index_dim
+        self.index_q_proj = Linear(config.query_latent_dim or width, queries, init_std)
+        self.index_proj = Linear(width, sum(config._index_parts()), init_std)
+        self.index_norm = LayerNorm(config.index_dim, config.index_eps, has_bias=True)
+        if config.index_pool > 1:
+            self.index_places = nn.Parameter(torch.empty(config.index_pool, config.index_dim))
+            self.initial = {"index_places": Initial("constant", 0.0)}
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        sequence: Sequence,
+        selection: Int[Tensor, "B T k"] | None = None,
+    ) -> Float[Tensor, "B T D"] | Mixed:
+        """Queries see the keys that this layer, or the one that it shares with, chose in their document.
+
+        Raises ValueError when a layer that shares comes before any that chooses.
+        """
+        latents = self.latents(x, sequence)
+        if self.config.index_stage == "dense":
+            return self._dense(x, latents, sequence)
+        if self.shares_selection:
+            if selection is None:
+                raise ValueError("layout: a layer with index shared must come after one with index own")
+            return self._out(self._attend(latents, selection)[0])
+        index = self._index(x, latents, sequence)
+        entries = index_select(
+            index.q,
+            index.k,
+            index.weights,
+            top_k=self.config.top_k // self.config.index_pool,
+            last=index.last,
+            document=sequence.document,
+        )
+        selection = entries
+        if index.last is not None:
+            selection = pool_selection(entries, index.last, sequence.position, self.config.index_pool)
+        inside, shares = self._attend(latents, selection)
+        if index.last is not None:
+            # The tokens of the open pool, at the end, are no entry.
+            shares = shares[..., : entries.shape[2] * self.config.index_pool]
+            shares = shares.unflatten(2, (-1, self.config.index_pool)).sum(3)
+        loss = index_loss_of_chosen(index.q, index.k, index.weights, entries, shares)
+        return Mixed(self._out(inside), {"index": self.config.index_loss * loss}, selection)
+
+    def _dense(self, x: Tensor, latents: Latents, sequence: Sequence) -> Tensor | Mixed:
+        keys, values = self.keys_values(latents)
+        document, scale = sequence.document, self.config.scale
+        out, lse = attention_with_lse(latents.q, keys, values, scale=scale, document=document)
+        out = self.out_proj(out.flatten(-2))
+        if self.shares_selection:
+            return out
+        index = self._index(x, latents, sequence)
+        loss = index_loss(
+            index.q,
+            index.k,
+            index.weights,
+            latents.q.detach(),
+            keys.detach(),
+            lse.detach(),
+            scale=scale,
+            last=index.last,
+            size=self.config.index_pool,
+            document=document,
+        )
+        return Mixed(out, {"index": self.config.index_loss * loss})
+
+    def _index(self, x: Tensor, latents: Latents, sequence: Sequence) -> Index:
+        config = self.config
+        q = self.index_q_proj(latents.q_latent.detach()).unflatten(-1, (config.index_heads, -1))
+        k, weights, gates = self.index_proj(x.detach()).split(config._index_parts(), dim=-1)
+        k = self.index_norm(k)
+        if config.rotary_dim:
+            table = sequence.rotary_table(config.rotary_dim, config.rotary_theta, config.rotary_scaling)
+            q = rotate(q, *table, config.index_rotary_layout)
+            k = rotate(k[:, :, None], *table, config.index_rotary_layout)[:, :, 0]
+        weights = weights * (config.index_heads * config.index_dim) ** -0.5
+        if config.index_pool == 1:
+            return Index(q, k, weights, None)
+        k, last = pool_keys(k, gates, self.index_places, sequence.position)
+        return Index(q, k, weights, last)
+
+    def _attend(self, latents: Latents, selection: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs in the space of the latent: there all heads read the same keys, gathered once."""
+        config = self.config
+        own, shared = latents.q.split([config.key_dim, config.shared_key_dim], dim=-1)
+        to_latent = self._up(own.dtype)[0]
+        q = torch.cat([torch.einsum("bthk,hkl->bthl", own, to_latent), shared], dim=-1)
+        values = latents.kv_latent[:, :, None]
+        keys = torch.cat([values, latents.shared_key], dim=-1)
+        return selected_attention(q, keys, values, selection, scale=config.scale)
+
+    def _out(self, inside: Float[Tensor, "B T H L"]) -> Float[Tensor, "B T D"]:
+        values = torch.einsum("bthl,hvl->bthv", inside, self._up(inside.dtype)[1])
+        return self.out_proj(values.flatten(-2))
+
+    def _up(self, dtype: torch.dtype) -> list[Tensor]:
+        # What makes keys and values of the latent, head by head.
+        weight = self.kv_proj.weight.to(dtype)
+        return [part.unflatten(0, (self.config.num_heads, -1)) for part in weight.split(self.config._up())]

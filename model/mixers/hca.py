@@ -1,0 +1,239 @@
+"""Attention with one key, which is its value too, over a window and heavily compressed entries (DeepSeek-V4).
+
+Without compression it is the plain windowed form of the same system.
+"""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from kernels.attention import attention
+from kernels.compress import gated_compress
+from kernels.compressed_attention import joint_attention
+from kernels.document_windows import Windows, document_windows
+from kernels.norm import rms_norm
+from model.linear import Initial, Linear, RMSNorm
+from model.mixer import Context, Flops, Mixed, Mixer, MixerConfig, Sequence, Split
+from model.rotary import RotaryScaling, rotary_table, rotate
+
+
+class SharedKeyConfig(MixerConfig):
+    """Fields of attention with one shared key, low-rank queries and a grouped low-rank output."""
+
+    num_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=2)
+    query_rank: int = Field(ge=1)
+    output_groups: int = Field(ge=1)
+    output_rank: int = Field(ge=1)
+    rotary_dim: int = Field(ge=2)
+    rotary_theta: float = Field(gt=1)
+    rotary_scaling: RotaryScaling
+    window: int = Field(ge=1)
+    norm_eps: float = Field(gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "SharedKeyConfig":
+        if self.num_heads % self.output_groups:
+            raise ValueError(
+                f"num_heads {self.num_heads} must be a multiple of output_groups {self.output_groups}"
+            )
+        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise ValueError(f"rotary_dim {self.rotary_dim} must be even and at most {self.head_dim}")
+        return self
+
+    @abstractmethod
+    def _extra_params(self, width: int) -> tuple[int, int]:
+        """Parameters beyond those of the window: in projections of each token, and others."""
+
+    @abstractmethod
+    def _extra_core(self, context: int) -> float:
+        """Operations per token beyond those of the window."""
+
+    def _base_projections(self, width: int) -> int:
+        size = self.num_heads * self.head_dim
+        joined = width * (self.query_rank + self.head_dim) + self.query_rank * size
+        return joined + size * self.output_rank + self.output_groups * self.output_rank * width
+
+    def count_params(self, width: int) -> int:
+        """Projections, norms of the query latent and of the key, sinks, and what compression adds."""
+        small = self.query_rank + self.head_dim + self.num_heads
+        return self._base_projections(width) + small + sum(self._extra_params(width))
+
+    def flops(self, width: int, context: int) -> Flops:
+        """Scores and weighted values of the window and of the entries."""
+        window = min(self.window, context)
+        keys = window - window * (window - 1) / (2 * context)
+        core = 4 * self.num_heads * self.head_dim * keys + self._extra_core(context)
+        return Flops(2 * (self._base_projections(width) + self._extra_params(width)[0]), core)
+
+    def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
+        """Queries before and after norm and rotary, outputs, latents, keys, and the compressor's inputs."""
+        size, latent = self.num_heads * self.head_dim, self.output_groups * self.output_rank
+        compressing = self._extra_params(width)[0] // width
+        kept = 4 * size + latent + 2 * self.query_rank + 3 * self.head_dim + compressing
+        return element_bytes * kept + 8 * self.num_heads
+
+    def roles(self, width: int) -> Mapping[str, Split]:
+        """Groups of heads that share an output latent are the unit; the key is every rank's."""
+        return {
+            "in_proj.weight": Split(None),
+            "q_norm.weight": Split(None),
+            "q_proj.weight": Split(0, "output_groups"),
+            "kv_norm.weight": Split(None),
+            "sinks": Split(0, "output_groups"),
+            "group_proj.weight": Split(0, "output_groups"),
+            "out_proj.weight": Split(1, "output_groups"),
+        }
+
+
+class HcaConfig(SharedKeyConfig):
+    """Fields of heavily compressed attention."""
+
+    kind: Literal["hca"] = "hca"
+    compression: int | None = Field(ge=1)
+
+    def build(self, width: int, layer: int, depth: int, init_std: float) -> "Hca":
+        """The module; all layers are alike."""
+        return Hca(self, width, init_std, init_std / (2 * depth) ** 0.5)
+
+    def _extra_params(self, width: int) -> tuple[int, int]:
+        if self.compression is None:
+            return 0, 0
+        return 2 * width * self.head_dim, (self.compression + 1) * self.head_dim
+
+    def _extra_core(self, context: int) -> float:
+        if self.compression is None:
+            return 0.0
+        seen = 4 * self.num_heads * self.head_dim * context / (2 * self.compression)
+        return seen + 6 * self.head_dim
+
+    def cache_bytes(self, context: int, *, element_bytes: int = 2) -> int:
+        """Keys of the window, entries, and the compressor's inputs of the window that is not complete."""
+        size = self.head_dim * element_bytes
+        if self.compression is None:
+            return size * min(self.window, context)
+        pending = 2 * min(self.compression, context)
+        return size * (min(self.window, context) + context // self.compression + pending)
+
+    def roles(self, width: int) -> Mapping[str, Split]:
+        """As without compression; the compressor is every rank's."""
+        roles = dict(super().roles(width))
+        return roles if self.compression is None else roles | compressor_roles("compressor")
+
+    @property
+    def context(self) -> Context:
+        """Entries are gathered; the window and the compressor read the left neighbour's tail."""
+        return Context("gather", max(self.window, self.compression or 1) - 1)
+
+
+def compressor_roles(name: str) -> dict[str, Split]:
+    """Copies on every rank."""
+    return {f"{name}.{part}": Split(None) for part in ("in_proj.weight", "bias", "norm.weight")}
+
+
+class Compressor(nn.Module):
+    """One normed and rotated entry for each complete window of tokens, by gates per channel."""
+
+    def __init__(
+        self,
+        config: SharedKeyConfig,
+        width: int,
+        dim: int,
+        size: int,
+        init_std: float,
+        *,
+        is_overlapping: bool,
+    ) -> None:
+        super().__init__()
+        self.config, self.is_overlapping = config, is_overlapping
+        channels = dim * (1 + is_overlapping)
+        self.in_proj = Linear(width, 2 * channels, init_std)
+        self.bias = nn.Parameter(torch.empty(size, channels))
+        self.norm = RMSNorm(dim, config.norm_eps, is_zero_centered=False)
+        self.initial = {"bias": Initial("constant", 0.0)}
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], position: Int[Tensor, "B T"], windows: Windows
+    ) -> Float[Tensor, "B N K"]:
+        """Entries by slot; an entry stands at the position of its window's first token."""
+        values, gates = self.in_proj(x).chunk(2, dim=-1)
+        entries = gated_compress(
+            values, gates, self.bias, windows, position=position, is_overlapping=self.is_overlapping
+        )
+        config, last = self.config, position.shape[1] - 1
+        at = position.gather(1, windows.start.clamp(max=last))
+        table = rotary_table(at, config.rotary_dim, config.rotary_theta, config.rotary_scaling)
+        return rotate(self.norm(entries)[:, :, None], *table, "interleaved", on_last=True)[:, :, 0]
+
+
+class SharedKeyMixer(Mixer):
+    """What all forms share: latents, queries, key, inverse rotation and the grouped output."""
+
+    def __init__(self, config: SharedKeyConfig, width: int, init_std: float, out_std: float) -> None:
+        super().__init__()
+        self.shared, self.scale = config, config.head_dim**-0.5
+        size = config.num_heads * config.head_dim
+        self.in_proj = Linear(width, config.query_rank + config.head_dim, init_std)
+        self.q_norm = RMSNorm(config.query_rank, config.norm_eps, is_zero_centered=False)
+        self.q_proj = Linear(config.query_rank, size, init_std)
+        self.kv_norm = RMSNorm(config.head_dim, config.norm_eps, is_zero_centered=False)
+        self.sinks = nn.Parameter(torch.empty(config.num_heads))
+        groups, rank = config.output_groups, config.output_rank
+        self.group_proj = Linear(size // groups, groups * rank, init_std)
+        self.out_proj = Linear(groups * rank, width, out_std)
+        self.initial = {"sinks": Initial("constant", 0.0)}
+
+    def _read(self, x: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:
+        """The query latent, rotated queries [B T H K] and the rotated key [B T K]."""
+        config, table = self.shared, self._table(sequence)
+        latent, kv = self.in_proj(x).split([config.query_rank, config.head_dim], dim=-1)
+        latent = self.q_norm(latent)
+        q = self.q_proj(latent).unflatten(-1, (-1, config.head_dim))
+        # Queries are normed per head without a weight.
+        q = rms_norm(q, torch.ones_like(self.kv_norm.weight), config.norm_eps)
+        q = rotate(q, *table, "interleaved", on_last=True)
+        kv = rotate(self.kv_norm(kv)[:, :, None], *table, "interleaved", on_last=True)[:, :, 0]
+        return latent, q, kv
+
+    def _write(self, out: Tensor, sequence: Sequence) -> Tensor:
+        """The output: values came rotated, so they are turned back at the query's position first."""
+        cos, sin = self._table(sequence)
+        out = rotate(out, cos, -sin, "interleaved", on_last=True)
+        groups = self.shared.output_groups
+        weight = self.group_proj.weight.to(out.dtype).unflatten(0, (groups, -1))
+        grouped = torch.einsum("btge,gre->btgr", out.flatten(2).unflatten(-1, (groups, -1)), weight)
+        return self.out_proj(grouped.flatten(2))
+
+    def _table(self, sequence: Sequence) -> tuple[Tensor, Tensor]:
+        config = self.shared
+        return sequence.rotary_table(config.rotary_dim, config.rotary_theta, config.rotary_scaling)
+
+
+class Hca(SharedKeyMixer):
+    """A window of raw keys, and all entries of complete windows, under one softmax with a sink."""
+
+    def __init__(self, config: HcaConfig, width: int, init_std: float, out_std: float) -> None:
+        super().__init__(config, width, init_std, out_std)
+        self.config = config
+        if config.compression is not None:
+            self.compressor = Compressor(
+                config, width, config.head_dim, config.compression, init_std, is_overlapping=False
+            )
+
+    def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"] | Mixed:
+        """Windows count from each document's start; what they leave over is in reach of the raw keys."""
+        config, position = self.config, sequence.position
+        _, q, kv = self._read(x, sequence)
+        if config.compression is None:
+            key, sinks = kv[:, :, None], self.sinks.to(q.dtype)
+            options = {"window": config.window, "document": sequence.document}
+            return self._write(attention(q, key, key, scale=self.scale, sinks=sinks, **options), sequence)
+        windows = document_windows(position, config.compression, config.compression)
+        entries = self.compressor(x, position, windows)
+        options = {"windows": windows, "position": position, "scale": self.scale, "window": config.window}
+        return self._write(joint_attention(q, kv, entries, self.sinks, None, **options)[0], sequence)

@@ -1,0 +1,151 @@
+"""Kimi Delta Attention: the delta rule with a decay per key channel (Kimi-Linear's and GLM-5.3's forms)."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from kernels.delta_rule import gated_delta_rule
+from model.linear import Initial, Linear, RMSNorm
+from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
+from model.mixers.gdn import ConvWeight, unit
+
+
+class KdaConfig(MixerConfig):
+    """Fields of Kimi Delta Attention."""
+
+    kind: Literal["kda"] = "kda"
+    num_heads: int = Field(ge=1)
+    key_dim: int = Field(ge=1)
+    value_dim: int = Field(ge=1)
+    conv_width: int = Field(ge=1)
+    decay: Literal["softplus", "bounded_sigmoid"]
+    decay_bound: float = Field(lt=0)
+    decay_rank: int = Field(ge=1)
+    gate_rank: int = Field(ge=1)
+    norm_eps: float = Field(gt=0, lt=1)
+    dt_min: float = Field(gt=0)
+    dt_max: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "KdaConfig":
+        if self.dt_min >= self.dt_max:
+            raise ValueError(f"dt_min {self.dt_min} must be below dt_max {self.dt_max}")
+        return self
+
+    def build(self, width: int, layer: int, depth: int, init_std: float) -> "Kda":
+        """The module; all layers are alike."""
+        return Kda(self, width, init_std, init_std / (2 * depth) ** 0.5)
+
+    def _parts(self) -> tuple[int, int, int, int]:
+        keys, values = self.num_heads * self.key_dim, self.num_heads * self.value_dim
+        return keys, keys, values, self.num_heads
+
+    def _matrices(self, width: int) -> int:
+        keys, _, values, _ = self._parts()
+        low_rank = (width + keys) * self.decay_rank + (width + values) * self.gate_rank
+        return width * (sum(self._parts()) + values) + low_rank
+
+    def count_params(self, width: int) -> int:
+        """Projections, convolution taps, decay rates and biases, output norm."""
+        taps = sum(self._parts()[:3]) * self.conv_width
+        return self._matrices(width) + taps + self.num_heads + self._parts()[0] + self.value_dim
+
+    def flops(self, width: int, context: int) -> Flops:
+        """The recurrence: decay, read by key, write, read by query; independent of the context."""
+        core = 7 * self.num_heads * self.key_dim * self.value_dim
+        return Flops(2 * self._matrices(width), core + 2 * self.conv_width * sum(self._parts()[:3]))
+
+    def cache_bytes(self, context: int, *, element_bytes: int = 2) -> int:
+        """The state in float32, and the tail of the convolutions."""
+        state = 4 * self.num_heads * self.key_dim * self.value_dim
+        return state + (self.conv_width - 1) * sum(self._parts()[:3]) * element_bytes
+
+    def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
+        """Convolutions in and out, output, gate, normed output, decays in float32, the triangular solve."""
+        keys, _, values, heads = self._parts()
+        mixed = sum(self._parts()[:3])
+        thin = self.decay_rank + self.gate_rank
+        return element_bytes * (2 * mixed + 3 * values + keys + thin) + 4 * keys + heads * (8 + 2 * 64)
+
+    def roles(self, width: int) -> Mapping[str, Split]:
+        """Heads are the unit; the narrow halves of the low-rank projections are copied."""
+        return {
+            "in_proj.weight": Split(0, "heads", self._parts()),
+            "decay_down_proj.weight": Split(None),
+            "decay_up_proj.weight": Split(0, "heads"),
+            "gate_down_proj.weight": Split(None),
+            "gate_up_proj.weight": Split(0, "heads"),
+            "conv.weight": Split(0, "heads", self._parts()[:3]),
+            "decay.log_rate": Split(0, "heads"),
+            "decay.bias": Split(0, "heads"),
+            "out_norm.weight": Split(None),
+            "out_proj.weight": Split(1, "heads"),
+        }
+
+    @property
+    def context(self) -> Context:
+        """Chunk summaries of the state are passed on; the convolutions read a few tokens to the left."""
+        return Context("state", self.conv_width - 1)
+
+
+class ChannelDecay(nn.Module):
+    """Log decay per key channel, in float32 at least.
+
+    softplus: -exp(log_rate) softplus(x + bias). bounded_sigmoid: bound sigmoid(exp(log_rate) (x + bias)).
+    """
+
+    # In bfloat16 a rate near 1 would round the memory length by percents.
+    needs_full_precision = True
+
+    def __init__(self, config: KdaConfig) -> None:
+        super().__init__()
+        self.bound = config.decay_bound if config.decay == "bounded_sigmoid" else None
+        self.log_rate = nn.Parameter(torch.empty(config.num_heads))
+        self.bias = nn.Parameter(torch.empty(config.num_heads * config.key_dim))
+        rates = Initial("log_of_uniform", 1.0, 16.0) if self.bound is None else Initial("constant", 0.0)
+        steps = Initial("inverse_softplus_of_log_uniform", config.dt_min, config.dt_max)
+        self.initial = {"log_rate": rates, "bias": steps}
+
+    def forward(self, x: Float[Tensor, "B T HK"]) -> Float[Tensor, "B T H K"]:
+        """At most zero."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        rate = self.log_rate.to(dtype).exp()[:, None]
+        x = (x.to(dtype) + self.bias.to(dtype)).unflatten(-1, (len(rate), -1))
+        return -rate * softplus(x) if self.bound is None else self.bound * (rate * x).sigmoid()
+
+
+class Kda(Mixer):
+    """Kimi Delta Attention; one projection makes queries, keys, values and betas, narrow ones the gates."""
+
+    def __init__(self, config: KdaConfig, width: int, init_std: float, out_std: float) -> None:
+        super().__init__()
+        self.config, self.parts = config, config._parts()
+        keys, _, values, _ = self.parts
+        self.in_proj = Linear(width, sum(self.parts), init_std)
+        self.decay_down_proj = Linear(width, config.decay_rank, init_std)
+        self.decay_up_proj = Linear(config.decay_rank, keys, init_std)
+        self.gate_down_proj = Linear(width, config.gate_rank, init_std)
+        self.gate_up_proj = Linear(config.gate_rank, values, init_std)
+        self.conv = ConvWeight(sum(self.parts[:3]), config.conv_width)
+        self.decay = ChannelDecay(config)
+        self.out_norm = RMSNorm(config.value_dim, config.norm_eps, is_zero_centered=False)
+        self.out_proj = Linear(values, width, out_std)
+
+    def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"]:
+        """The state starts at zero in every document."""
+        config = self.config
+        mixed, beta = self.in_proj(x).split([sum(self.parts[:3]), self.parts[3]], dim=-1)
+        q, k, v = self.conv(mixed, sequence).split(self.parts[:3], dim=-1)
+        q, k = (unit(part.unflatten(-1, (-1, config.key_dim))) for part in (q, k))
+        v = v.unflatten(-1, (-1, config.value_dim))
+        q, k = (q * config.key_dim**-0.5).to(x.dtype), k.to(x.dtype)
+        log_decay = self.decay(self.decay_up_proj(self.decay_down_proj(x)))
+        out, _ = gated_delta_rule(q, k, v, log_decay, beta.sigmoid(), document=sequence.document)
+        gate = self.gate_up_proj(self.gate_down_proj(x))
+        out = self.out_norm(out) * gate.sigmoid().view(out.shape)
+        return self.out_proj(out.flatten(-2))

@@ -1,0 +1,176 @@
+"""Linear attention with decay: MiniMax's lightning attention, RetNet, and gated linear attention."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid, silu
+
+from kernels.linear_attention import linear_attention
+from model.linear import Initial, Linear, RMSNorm
+from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
+from model.rotary import rotate
+
+
+class LightningConfig(MixerConfig):
+    """Fields of linear attention with decay."""
+
+    kind: Literal["lightning"] = "lightning"
+    num_heads: int = Field(ge=1)
+    key_dim: int = Field(ge=1)
+    value_dim: int = Field(ge=1)
+    decay: Literal["alibi_like", "retnet", "learned", "channel"]
+    decay_rank: int = Field(ge=1)
+    decay_temper: float = Field(gt=0)
+    rotary_dim: int = Field(ge=0)
+    rotary_theta: float = Field(gt=1)
+    has_scale: bool
+    has_silu: bool
+    norm: Literal["all_heads", "per_head"]
+    norm_eps: float = Field(gt=0, lt=1)
+    output_gate: Literal["sigmoid", "silu", "none"]
+
+    @model_validator(mode="after")
+    def _fits(self) -> "LightningConfig":
+        rotary, keys = self.rotary_dim, self.key_dim
+        if rotary % 2 or rotary > keys:
+            raise ValueError(f"rotary_dim {rotary} must be even and at most key_dim {keys}")
+        return self
+
+    def build(self, width: int, layer: int, depth: int, init_std: float) -> "Lightning":
+        """The module; with alibi_like decay the later the layer, the longer its memory."""
+        return Lightning(self, width, layer, depth, init_std)
+
+    def _parts(self) -> tuple[int, ...]:
+        keys, values = self.num_heads * self.key_dim, self.num_heads * self.value_dim
+        gate = values * (self.output_gate != "none")
+        return keys, keys, values, gate, self.num_heads * (self.decay == "learned")
+
+    def _matrices(self, width: int) -> int:
+        keys, _, values, *_ = self._parts()
+        low_rank = (width + keys) * self.decay_rank * (self.decay == "channel")
+        return width * (sum(self._parts()) + values) + low_rank
+
+    def _decay_biases(self) -> int:
+        return {"learned": self.num_heads, "channel": self._parts()[0]}.get(self.decay, 0)
+
+    def _norm_dim(self) -> int:
+        return self._parts()[2] if self.norm == "all_heads" else self.value_dim
+
+    def count_params(self, width: int) -> int:
+        """Projections, biases of data-dependent decays, output norm."""
+        return self._matrices(width) + self._decay_biases() + self._norm_dim()
+
+    def flops(self, width: int, context: int) -> Flops:
+        """The recurrence: decay, write, read; independent of the context."""
+        return Flops(2 * self._matrices(width), 5 * self.num_heads * self.key_dim * self.value_dim)
+
+    def cache_bytes(self, context: int, *, element_bytes: int = 2) -> int:
+        """The state in float32."""
+        return 4 * self.num_heads * self.key_dim * self.value_dim
+
+    def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
+        """Projections before and after SiLU and rotary, output, normed output, gate, decays in float32."""
+        keys, _, values, gate, _ = self._parts()
+        copies = 1 + self.has_silu
+        mixed = copies * (2 * keys + values) + 2 * keys * (self.rotary_dim > 0)
+        return element_bytes * (mixed + 2 * values + 2 * gate) + 4 * self._decay_biases()
+
+    def roles(self, width: int) -> Mapping[str, Split]:
+        """Heads are the unit; the narrow half of a low-rank decay is copied."""
+        roles = {
+            "in_proj.weight": Split(0, "heads", self._parts()),
+            "out_norm.weight": Split(0, "heads") if self.norm == "all_heads" else Split(None),
+            "out_proj.weight": Split(1, "heads"),
+        }
+        if self.decay == "channel":
+            roles |= {"decay_down_proj.weight": Split(None), "decay_up_proj.weight": Split(0, "heads")}
+        return roles | ({"decay.bias": Split(0, "heads")} if self._decay_biases() else {})
+
+    @property
+    def context(self) -> Context:
+        """Chunk summaries of the state are passed on."""
+        return Context("state", 0)
+
+
+def fixed_log_decay(
+    kind: Literal["alibi_like", "retnet"], heads: int, layer: int, depth: int, like: Tensor
+) -> Float[Tensor, "H"]:
+    """Log decay of each head, in the dtype and on the device of `like`.
+
+    alibi_like: -2^(-8 h / H) for h = 1 to H, times 1 in the first layer and down to 1e-5 in the last
+    (MiniMax-01, arXiv 2501.08313). retnet: log(1 - 2^(-5 - h)) for h = 0 to H - 1 (arXiv 2307.08621).
+    """
+    head = torch.arange(heads, device=like.device, dtype=torch.float64)
+    if kind == "retnet":
+        return torch.log1p(-(2.0 ** (-5.0 - head))).to(like.dtype)
+    # Modules that predict further ahead stand behind the last layer and share its decay.
+    place = min(layer, depth - 1) / (depth - 1 + 1e-5)
+    return -(2.0 ** (-8.0 * (head + 1.0) / heads) * (1.0 - place + 1e-5)).to(like.dtype)
+
+
+class GateDecay(nn.Module):
+    """Log decay from data: log sigmoid(x + bias) over a temper, in float32 at least."""
+
+    # In bfloat16 a factor near 1 would round the memory length by percents.
+    needs_full_precision = True
+
+    def __init__(self, size: int, temper: float) -> None:
+        super().__init__()
+        self.temper = temper
+        self.bias = nn.Parameter(torch.empty(size))
+        self.initial = {"bias": Initial("constant", 0.0)}
+
+    def forward(self, x: Float[Tensor, "B T X"]) -> Float[Tensor, "B T X"]:
+        """At most zero. Gated linear attention, arXiv 2312.06635, section 4.4."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return logsigmoid(x.to(dtype) + self.bias.to(dtype)) / self.temper
+
+
+class Lightning(Mixer):
+    """Linear attention with decay; one projection makes queries, keys, values, gates and decays per head."""
+
+    def __init__(self, config: LightningConfig, width: int, layer: int, depth: int, init_std: float) -> None:
+        super().__init__()
+        self.config, self.parts = config, config._parts()
+        self.layer, self.depth = layer, depth
+        self.in_proj = Linear(width, sum(self.parts), init_std)
+        if config.decay == "channel":
+            self.decay_down_proj = Linear(width, config.decay_rank, init_std)
+            self.decay_up_proj = Linear(config.decay_rank, self.parts[0], init_std)
+        if config._decay_biases():
+            self.decay = GateDecay(config._decay_biases(), config.decay_temper)
+        self.out_norm = RMSNorm(config._norm_dim(), config.norm_eps, is_zero_centered=False)
+        self.out_proj = Linear(self.parts[2], width, init_std / (2 * depth) ** 0.5)
+
+    def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"]:
+        """The state starts at zero in every document."""
+        config = self.config
+        mixed, gate, rate = self.in_proj(x).split([sum(self.parts[:3]), *self.parts[3:]], dim=-1)
+        q, k, v = (silu(mixed) if config.has_silu else mixed).split(self.parts[:3], dim=-1)
+        q, k = (part.unflatten(-1, (-1, config.key_dim)) for part in (q, k))
+        v = v.unflatten(-1, (-1, config.value_dim))
+        if config.rotary_dim:
+            table = sequence.rotary_table(config.rotary_dim, config.rotary_theta)
+            q, k = rotate(q, *table), rotate(k, *table)
+        if config.has_scale:
+            q = q * config.key_dim**-0.5
+        out, _ = linear_attention(q, k, v, self._log_decay(x, rate), document=sequence.document)
+        out = self.out_norm(out.flatten(-2) if config.norm == "all_heads" else out).view(*x.shape[:2], -1)
+        if config.output_gate != "none":
+            out = out * (silu(gate) if config.output_gate == "silu" else gate.sigmoid())
+        return self.out_proj(out)
+
+    def _log_decay(
+        self, x: Float[Tensor, "B T D"], rate: Float[Tensor, "B T R"]
+    ) -> Float[Tensor, "B T H"] | Float[Tensor, "B T H K"]:
+        kind, heads = self.config.decay, self.config.num_heads
+        if kind == "learned":
+            return self.decay(rate)
+        if kind == "channel":
+            return self.decay(self.decay_up_proj(self.decay_down_proj(x))).unflatten(-1, (heads, -1))
+        wide = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
+        return fixed_log_decay(kind, heads, self.layer, self.depth, wide).expand(*x.shape[:2], -1)

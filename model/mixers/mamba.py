@@ -1,0 +1,150 @@
+"""Mamba: a diagonal linear state space per channel whose step depends on the token (Jamba's form)."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.functional import silu, softplus
+
+from kernels.selective_scan import selective_scan
+from model.linear import Initial, Linear, RMSNorm
+from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
+from model.mixers.gdn import ConvWeight
+
+
+class MambaConfig(MixerConfig):
+    """Fields of Mamba."""
+
+    kind: Literal["mamba"] = "mamba"
+    num_channels: int = Field(ge=1)
+    state_dim: int = Field(ge=1)
+    dt_rank: int = Field(ge=1)
+    conv_width: int = Field(ge=1)
+    has_conv_bias: bool
+    has_inner_norm: bool
+    norm_eps: float = Field(gt=0, lt=1)
+    dt_min: float = Field(gt=0)
+    dt_max: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "MambaConfig":
+        if self.dt_min >= self.dt_max:
+            raise ValueError(f"dt_min {self.dt_min} must be below dt_max {self.dt_max}")
+        return self
+
+    def build(self, width: int, layer: int, depth: int, init_std: float) -> "Mamba":
+        """The module; all layers are alike."""
+        return Mamba(self, width, init_std, init_std / (2 * depth) ** 0.5)
+
+    def _inner(self) -> tuple[int, int, int]:
+        return self.dt_rank, self.state_dim, self.state_dim
+
+    def _matrices(self, width: int) -> int:
+        return self.num_channels * (3 * width + sum(self._inner()) + self.dt_rank)
+
+    def count_params(self, width: int) -> int:
+        """Projections, convolution taps and biases, rates, step biases and skips, inner norms."""
+        per_channel = self.conv_width + self.has_conv_bias + self.state_dim + 2
+        norms = sum(self._inner()) * self.has_inner_norm
+        return self._matrices(width) + self.num_channels * per_channel + norms
+
+    def flops(self, width: int, context: int) -> Flops:
+        """The recurrence: factor, decay, write, read; independent of the context."""
+        core = self.num_channels * (7 * self.state_dim + 2 * self.conv_width)
+        return Flops(2 * self._matrices(width), core)
+
+    def cache_bytes(self, context: int, *, element_bytes: int = 2) -> int:
+        """The state in float32, and the tail of the convolution."""
+        return self.num_channels * (4 * self.state_dim + (self.conv_width - 1) * element_bytes)
+
+    def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
+        """Convolution in and out, gate, output, gated output, and steps in float32."""
+        return element_bytes * (5 * self.num_channels + 2 * sum(self._inner())) + 8 * self.num_channels
+
+    def roles(self, width: int) -> Mapping[str, Split]:
+        """Channels are the unit; what all channels share, between them, is summed and copied."""
+        split = Split(0, "channels")
+        roles = {
+            "in_proj.weight": Split(0, "channels", (self.num_channels, self.num_channels)),
+            "conv.weight": split,
+            "x_proj.weight": Split(1, "channels"),
+            "dt_proj.weight": split,
+            "step.log_rate": split,
+            "step.bias": split,
+            "skip": split,
+            "out_proj.weight": Split(1, "channels"),
+        }
+        if self.has_inner_norm:
+            roles |= {f"{name}_norm.weight": Split(None) for name in ("dt", "k", "q")}
+        return roles | ({"conv.bias": split} if self.has_conv_bias else {})
+
+    @property
+    def context(self) -> Context:
+        """Chunk summaries of the state are passed on; the convolution reads a few tokens to the left."""
+        return Context("state", self.conv_width - 1)
+
+
+class LogOfIndex(Initial):
+    """log 1, log 2, ... along the last dim: rates that spread the memory of a channel (S4D-real)."""
+
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> Float[Tensor, "..."]:
+        """Values in float32 on the generator's device; nothing is random."""
+        return torch.arange(1, shape[-1] + 1, device=generator.device).float().log().expand(shape)
+
+
+class ChannelStep(nn.Module):
+    """Step of each channel, softplus(x + bias), and the rates of its states, exp(log_rate)."""
+
+    # In bfloat16 a rate near 1 would round the memory length by percents.
+    needs_full_precision = True
+
+    def __init__(self, channels: int, state_dim: int, dt_min: float, dt_max: float) -> None:
+        super().__init__()
+        self.log_rate = nn.Parameter(torch.empty(channels, state_dim))
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.initial = {
+            "log_rate": LogOfIndex("log_of_index", 0.0),
+            "bias": Initial("inverse_softplus_of_log_uniform", dt_min, dt_max),
+        }
+
+    def forward(self, x: Float[Tensor, "B T X"]) -> tuple[Float[Tensor, "B T X"], Float[Tensor, "X K"]]:
+        """Both above zero, in float32 at least."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return softplus(x.to(dtype) + self.bias.to(dtype)), self.log_rate.to(dtype).exp()
+
+
+class Mamba(Mixer):
+    """Mamba; steps, keys and queries come from the convolved channels."""
+
+    def __init__(self, config: MambaConfig, width: int, init_std: float, out_std: float) -> None:
+        super().__init__()
+        self.config = config
+        channels, rank, states = config.num_channels, config.dt_rank, config.state_dim
+        self.in_proj = Linear(width, 2 * channels, init_std)
+        self.conv = ConvWeight(channels, config.conv_width, has_bias=config.has_conv_bias)
+        self.x_proj = Linear(channels, sum(config._inner()), init_std)
+        if config.has_inner_norm:
+            self.dt_norm = RMSNorm(rank, config.norm_eps, is_zero_centered=False)
+            self.k_norm = RMSNorm(states, config.norm_eps, is_zero_centered=False)
+            self.q_norm = RMSNorm(states, config.norm_eps, is_zero_centered=False)
+        self.dt_proj = Linear(rank, channels, rank**-0.5)
+        self.step = ChannelStep(channels, states, config.dt_min, config.dt_max)
+        self.skip = nn.Parameter(torch.empty(channels))
+        self.initial = {"skip": Initial("constant", 1.0)}
+        self.out_proj = Linear(channels, width, out_std)
+
+    def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"]:
+        """The state starts at zero in every document."""
+        config = self.config
+        mixed, gate = self.in_proj(x).chunk(2, dim=-1)
+        mixed = self.conv(mixed, sequence)
+        dt, k, q = self.x_proj(mixed).split(config._inner(), dim=-1)
+        if config.has_inner_norm:
+            dt, k, q = self.dt_norm(dt), self.k_norm(k), self.q_norm(q)
+        step, rate = self.step(self.dt_proj(dt))
+        out, _ = selective_scan(mixed, step, rate, k, q, document=sequence.document)
+        out = out + mixed * self.skip.to(x.dtype)
+        return self.out_proj(out * silu(gate))

@@ -1,0 +1,108 @@
+"""Mixture of block attention: each query head attends to its own block and the best earlier ones (MoBA)."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from kernels.block_attention import block_attention
+from kernels.block_selection import select_by_mean
+from model.linear import Linear
+from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
+from model.rotary import rotate
+
+
+class MobaConfig(MixerConfig):
+    """Fields of mixture of block attention."""
+
+    kind: Literal["moba"] = "moba"
+    num_heads: int = Field(ge=1)
+    num_key_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=2)
+    rotary_dim: int = Field(ge=0)
+    rotary_theta: float = Field(gt=1)
+    block: int = Field(ge=1)
+    num_blocks: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "MobaConfig":
+        heads, key_heads = self.num_heads, self.num_key_heads
+        if heads % key_heads:
+            raise ValueError(f"num_heads {heads} must be a multiple of num_key_heads {key_heads}")
+        rotary, head = self.rotary_dim, self.head_dim
+        if rotary % 2 or rotary > head:
+            raise ValueError(f"rotary_dim {rotary} must be even and at most head_dim {head}")
+        return self
+
+    def build(self, width: int, layer: int, depth: int, init_std: float) -> "Moba":
+        """The module; all layers are alike."""
+        return Moba(self, width, init_std, init_std / (2 * depth) ** 0.5)
+
+    def _parts(self) -> tuple[int, int, int]:
+        keys = self.num_key_heads * self.head_dim
+        return self.num_heads * self.head_dim, keys, keys
+
+    def count_params(self, width: int) -> int:
+        """Projections; the gate has no parameters."""
+        return width * (sum(self._parts()) + self._parts()[0])
+
+    def flops(self, width: int, context: int) -> Flops:
+        """Gate scores over block means, then attention over the chosen blocks."""
+        size = self.num_heads * self.head_dim
+        core = 2 * size * context / (2 * self.block) + 4 * size * keys_seen(
+            context, self.block, self.num_blocks
+        )
+        return Flops(2 * width * (sum(self._parts()) + self._parts()[0]), core)
+
+    def cache_bytes(self, context: int, *, element_bytes: int = 2) -> int:
+        """Keys and values of all tokens, and the mean key of each block."""
+        keys = self._parts()[1]
+        return (2 * keys * context + keys * (context // self.block)) * element_bytes
+
+    def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
+        """Projections, output, log-sum-exp and the chosen blocks."""
+        queries, keys, values = self._parts()
+        return element_bytes * (2 * queries + keys + values) + self.num_heads * (4 + 8 * self.num_blocks)
+
+    def roles(self, width: int) -> Mapping[str, Split]:
+        """Heads are the unit; a key head is shared by its group of query heads."""
+        return {"in_proj.weight": Split(0, "heads", self._parts()), "out_proj.weight": Split(1, "heads")}
+
+    @property
+    def context(self) -> Context:
+        """Keys and values are gathered; block means follow from them."""
+        return Context("gather", 0)
+
+
+class Moba(Mixer):
+    """Block attention whose gate is the product of a query with the mean of a block's keys."""
+
+    def __init__(self, config: MobaConfig, width: int, init_std: float, out_std: float) -> None:
+        super().__init__()
+        self.config, self.parts = config, config._parts()
+        self.in_proj = Linear(width, sum(self.parts), init_std)
+        self.out_proj = Linear(self.parts[0], width, out_std)
+
+    def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"]:
+        """Blocks count from each document's start; the own block is always among the chosen."""
+        config, position = self.config, sequence.position
+        q, k, v = self.in_proj(x).split(self.parts, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, config.head_dim)) for part in (q, k, v))
+        if config.rotary_dim:
+            table = sequence.rotary_table(config.rotary_dim, config.rotary_theta)
+            q, k = rotate(q, *table), rotate(k, *table)
+        selected = select_by_mean(q, k, block=config.block, count=config.num_blocks - 1, position=position)
+        scale = config.head_dim**-0.5
+        out, _ = block_attention(q, k, v, selected, scale=scale, block=config.block, position=position)
+        return self.out_proj(out.flatten(-2))
+
+
+def keys_seen(context: int, block: int, num_blocks: int) -> float:
+    """Keys that a query attends to on average: half its own block, and the chosen ones that there are."""
+    # Query block i has i blocks before it, of which num_blocks - 1 at most are chosen.
+    blocks, chosen = max(1, context // block), num_blocks - 1
+    full = max(0, blocks - chosen)
+    earlier = (chosen * full + sum(range(min(blocks, chosen)))) / blocks
+    return min(block, context) / 2 + earlier * block

@@ -1,0 +1,163 @@
+"""Block-sparse attention: an indexer chooses blocks by their best index key (MiniMax-M3)."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from kernels.block_attention import block_attention
+from kernels.block_selection import select_by_peak
+from kernels.selection_loss import selection_loss
+from model.linear import Linear, RMSNorm
+from model.mixer import Context, Flops, Mixed, Mixer, MixerConfig, Sequence, Split
+from model.mixers.moba import keys_seen
+from model.rotary import rotate
+
+
+class MsaConfig(MixerConfig):
+    """Fields of block-sparse attention with an indexer."""
+
+    kind: Literal["msa"] = "msa"
+    num_heads: int = Field(ge=1)
+    num_key_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=2)
+    rotary_dim: int = Field(ge=0)
+    rotary_theta: float = Field(gt=1)
+    index_dim: int = Field(ge=2)
+    block: int = Field(ge=1)
+    num_blocks: int = Field(ge=1)
+    num_local_blocks: int = Field(ge=1)
+    index_loss: float = Field(ge=0)
+    norm_eps: float = Field(gt=0, lt=1)
+    has_zero_centered_norm: bool
+
+    @model_validator(mode="after")
+    def _fits(self) -> "MsaConfig":
+        heads, key_heads = self.num_heads, self.num_key_heads
+        if heads % key_heads:
+            raise ValueError(f"num_heads {heads} must be a multiple of num_key_heads {key_heads}")
+        rotary, dims = self.rotary_dim, (self.head_dim, self.index_dim)
+        if rotary % 2 or rotary > min(dims):
+            raise ValueError(f"rotary_dim {rotary} must be even and at most head_dim and index_dim {dims}")
+        if self.num_local_blocks > self.num_blocks:
+            raise ValueError(f"num_local_blocks {self.num_local_blocks} exceeds num_blocks {self.num_blocks}")
+        return self
+
+    def build(self, width: int, layer: int, depth: int, init_std: float) -> "Msa":
+        """The module; all layers are alike."""
+        return Msa(self, width, init_std, init_std / (2 * depth) ** 0.5)
+
+    def _parts(self) -> tuple[int, int, int]:
+        keys = self.num_key_heads * self.head_dim
+        return self.num_heads * self.head_dim, keys, keys
+
+    def _projected(self) -> int:
+        return sum(self._parts()) + self._parts()[0] + (self.num_key_heads + 1) * self.index_dim
+
+    def count_params(self, width: int) -> int:
+        """Projections of attention and indexer, and their norms per head."""
+        return width * self._projected() + 2 * (self.head_dim + self.index_dim)
+
+    def flops(self, width: int, context: int) -> Flops:
+        """Index scores of all pairs, then attention over the chosen blocks."""
+        index = 2 * self.num_key_heads * self.index_dim * (context + 1) / 2
+        core = 4 * self._parts()[0] * keys_seen(context, self.block, self.num_blocks)
+        return Flops(2 * width * self._projected(), index + core)
+
+    def cache_bytes(self, context: int, *, element_bytes: int = 2) -> int:
+        """Keys, values and index keys of all tokens."""
+        return (2 * self._parts()[1] + self.index_dim) * context * element_bytes
+
+    def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
+        """Projections, normed copies, output, log-sum-exp, chosen blocks and their best index keys."""
+        queries, keys, values = self._parts()
+        index = (self.num_key_heads + 1) * self.index_dim
+        chosen = self.num_key_heads * self.num_blocks * (16 + element_bytes * self.index_dim)
+        return element_bytes * (3 * queries + 2 * keys + values + 2 * index) + 4 * self.num_heads + chosen
+
+    def roles(self, width: int) -> Mapping[str, Split]:
+        """Heads are the unit; a key head and its index head are shared by a group of query heads."""
+        norms = ("q_norm", "k_norm", "indexer.q_norm", "indexer.k_norm")
+        return {
+            "in_proj.weight": Split(0, "heads", self._parts()),
+            "indexer.q_proj.weight": Split(0, "heads"),
+            "indexer.k_proj.weight": Split(None),
+            "out_proj.weight": Split(1, "heads"),
+        } | {f"{name}.weight": Split(None) for name in norms}
+
+    @property
+    def context(self) -> Context:
+        """Keys, values and index keys are gathered; block scores follow from them."""
+        return Context("gather", 0)
+
+
+class Indexer(nn.Module):
+    """Index queries for each key head and one index key, normed and rotated."""
+
+    def __init__(self, config: MsaConfig, width: int, init_std: float) -> None:
+        super().__init__()
+        self.config = config
+        self.q_proj = Linear(width, config.num_key_heads * config.index_dim, init_std)
+        self.k_proj = Linear(width, config.index_dim, init_std)
+        is_zero_centered = config.has_zero_centered_norm
+        self.q_norm = RMSNorm(config.index_dim, config.norm_eps, is_zero_centered=is_zero_centered)
+        self.k_norm = RMSNorm(config.index_dim, config.norm_eps, is_zero_centered=is_zero_centered)
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], sequence: Sequence
+    ) -> tuple[Float[Tensor, "B T J K"], Float[Tensor, "B T 1 K"]]:
+        """Queries and key of every token."""
+        config = self.config
+        q, k = (part.unflatten(-1, (-1, config.index_dim)) for part in (self.q_proj(x), self.k_proj(x)))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if config.rotary_dim:
+            table = sequence.rotary_table(config.rotary_dim, config.rotary_theta)
+            q, k = rotate(q, *table), rotate(k, *table)
+        return q, k
+
+
+class Msa(Mixer):
+    """Attention over the own block and the best earlier ones; the query heads of a key head share them."""
+
+    def __init__(self, config: MsaConfig, width: int, init_std: float, out_std: float) -> None:
+        super().__init__()
+        self.config, self.parts = config, config._parts()
+        self.in_proj = Linear(width, sum(self.parts), init_std)
+        self.out_proj = Linear(self.parts[0], width, out_std)
+        is_zero_centered = config.has_zero_centered_norm
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps, is_zero_centered=is_zero_centered)
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps, is_zero_centered=is_zero_centered)
+        self.indexer = Indexer(config, width, init_std)
+
+    def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Mixed:
+        """The indexer chooses without a gradient and learns from `index`, which reaches nothing else."""
+        config, position = self.config, sequence.position
+        q, k, v = self.in_proj(x).split(self.parts, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, config.head_dim)) for part in (q, k, v))
+        q, k = self.q_norm(q), self.k_norm(k)
+        if config.rotary_dim:
+            table = sequence.rotary_table(config.rotary_dim, config.rotary_theta)
+            q, k = rotate(q, *table), rotate(k, *table)
+        index_q, index_k = self.indexer(x.detach(), sequence)
+        count, local = config.num_blocks - 1, config.num_local_blocks - 1
+        options = {"block": config.block, "position": position}
+        selected, peaks = select_by_peak(index_q, index_k, count=count, local=local, **options)
+        out, mass = block_attention(q, k, v, selected, scale=config.head_dim**-0.5, **options)
+        out = self.out_proj(out.flatten(-2))
+        if not config.index_loss:
+            return Mixed(out)
+        # Scaled as in attention: unscaled, the first softmax would be nearly one-hot.
+        scores = _scores_at(index_q, index_k, peaks) * config.index_dim**-0.5
+        is_seen = torch.nn.functional.pad(selected >= 0, (1, 0), value=True)
+        return Mixed(out, {"index": config.index_loss * selection_loss(scores, mass, is_seen)})
+
+
+def _scores_at(
+    q: Float[Tensor, "B T J K"], k: Float[Tensor, "B T 1 K"], peaks: Int[Tensor, "B T J m"]
+) -> Float[Tensor, "B T J m"]:
+    index = peaks.flatten(1)[..., None].expand(-1, -1, k.shape[-1])
+    best = k[:, :, 0].gather(1, index).view(*peaks.shape, -1)
+    return (q[:, :, :, None] * best).sum(-1)

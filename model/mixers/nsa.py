@@ -1,0 +1,201 @@
+"""Native sparse attention: compressed, selected and windowed keys, each under a gate per head."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from kernels.attention import attention
+from kernels.block_attention import block_attention
+from kernels.compress import mean_compress, mlp_compress
+from kernels.compressed_attention import entry_attention
+from kernels.document_windows import Windows, document_windows
+from model.linear import Initial, Linear
+from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
+from model.mixers.moba import keys_seen
+from model.rotary import rotate
+
+
+class NsaConfig(MixerConfig):
+    """Fields of native sparse attention."""
+
+    kind: Literal["nsa"] = "nsa"
+    num_heads: int = Field(ge=1)
+    num_key_heads: int = Field(ge=1)
+    key_dim: int = Field(ge=2)
+    value_dim: int = Field(ge=1)
+    rotary_dim: int = Field(ge=0)
+    rotary_theta: float = Field(gt=1)
+    has_shared_keys: bool
+    compressor: Literal["mlp", "mean"]
+    compressor_hidden: int = Field(ge=1)
+    entry_length: int = Field(ge=1)
+    entry_stride: int = Field(ge=1)
+    block: int = Field(ge=1)
+    num_blocks: int = Field(ge=1)
+    num_initial_blocks: int = Field(ge=0)
+    num_local_blocks: int = Field(ge=1)
+    window: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "NsaConfig":
+        heads, key_heads = self.num_heads, self.num_key_heads
+        if heads % key_heads:
+            raise ValueError(f"num_heads {heads} must be a multiple of num_key_heads {key_heads}")
+        if self.rotary_dim % 2 or self.rotary_dim > self.key_dim:
+            raise ValueError(f"rotary_dim {self.rotary_dim} must be even and at most key_dim {self.key_dim}")
+        stride = self.entry_stride
+        if self.entry_length % stride or self.block % stride:
+            lengths = (self.entry_length, self.block)
+            raise ValueError(f"entry_length and block {lengths} must be multiples of entry_stride {stride}")
+        forced = self.num_initial_blocks + self.num_local_blocks
+        if forced > self.num_blocks:
+            raise ValueError(f"initial and local blocks, {forced}, exceed num_blocks {self.num_blocks}")
+        return self
+
+    def build(self, width: int, layer: int, depth: int, init_std: float) -> "Nsa":
+        """The module; all layers are alike."""
+        return Nsa(self, width, init_std, init_std / (2 * depth) ** 0.5)
+
+    @property
+    def num_branches(self) -> int:
+        """How many keys and values a token has: one for each branch, or one for all."""
+        return 1 if self.has_shared_keys else 3
+
+    def _parts(self) -> tuple[int, ...]:
+        keys, values = self.num_key_heads * self.key_dim, self.num_key_heads * self.value_dim
+        branches = self.num_branches
+        return (
+            self.num_heads * self.key_dim,
+            *[keys] * branches,
+            *[values] * branches,
+            *[self.num_heads] * 3,
+        )
+
+    def _compressor_params(self) -> int:
+        if self.compressor == "mean":
+            return 0
+        size, hidden = self.key_dim + self.value_dim, self.compressor_hidden
+        return self.num_key_heads * size * (self.entry_length + hidden * (self.entry_length + 1))
+
+    def count_params(self, width: int) -> int:
+        """Projections and compressors."""
+        out = self.num_heads * self.value_dim
+        return width * (sum(self._parts()) + out) + self._compressor_params()
+
+    def flops(self, width: int, context: int) -> Flops:
+        """Compressors once per stride; scores and weighted values of the three branches."""
+        out = self.num_heads * self.value_dim
+        window = min(self.window, context)
+        seen = window - window * (window - 1) / (2 * context)
+        seen += context / (2 * self.entry_stride) + keys_seen(context, self.block, self.num_blocks)
+        core = 2 * self.num_heads * (self.key_dim + self.value_dim) * seen
+        compressing = 2 * self._compressor_params() / self.entry_stride
+        return Flops(2 * width * (sum(self._parts()) + out), core + compressing)
+
+    def cache_bytes(self, context: int, *, element_bytes: int = 2) -> int:
+        """Keys and values of all tokens for selection, compressed entries, and those of the window."""
+        size = self.num_key_heads * (self.key_dim + self.value_dim) * element_bytes
+        window = 0 if self.has_shared_keys else min(self.window, context)
+        pending = 0 if self.has_shared_keys else min(self.entry_length, context)
+        return size * (context + context // self.entry_stride + window + pending)
+
+    def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
+        """Projections, the outputs of the branches with their log-sum-exp, entries and chosen blocks."""
+        values = self.num_heads * self.value_dim
+        entries = self._parts()[1] * 2 * self.entry_length // self.entry_stride
+        chosen = 8 * self.num_key_heads * self.num_blocks
+        return element_bytes * (sum(self._parts()) + 4 * values + entries) + 12 * self.num_heads + chosen
+
+    def roles(self, width: int) -> Mapping[str, Split]:
+        """Heads are the unit; a key head and its compressor are shared by a group of query heads."""
+        roles = {
+            "in_proj.weight": Split(0, "heads", self._parts()),
+            "out_proj.weight": Split(1, "heads"),
+        }
+        if self.compressor == "mean":
+            return roles
+        names = ("place", "first", "second")
+        return roles | {f"{part}.{name}": Split(0, "heads") for part in ("phi_k", "phi_v") for name in names}
+
+    @property
+    def context(self) -> Context:
+        """Keys, values and entries are gathered; entries and the window read the left neighbour's tail."""
+        return Context("gather", max(self.window, self.entry_length) - 1)
+
+
+class Perceptron(nn.Module):
+    """Compresses the tokens of a window to one entry, with weights of its own for each head."""
+
+    def __init__(self, heads: int, dim: int, hidden: int, length: int, init_std: float) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.empty(heads, length, dim))
+        self.first = nn.Parameter(torch.empty(heads, hidden, length * dim))
+        self.second = nn.Parameter(torch.empty(heads, dim, hidden))
+        self.initial = {
+            "place": Initial("normal", 0.0, init_std),
+            "first": Initial("normal", 0.0, (length * dim) ** -0.5),
+            "second": Initial("normal", 0.0, hidden**-0.5),
+        }
+
+    def forward(self, x: Float[Tensor, "B T G K"], windows: Windows) -> Float[Tensor, "B N G K"]:
+        """An entry for each window."""
+        place, first, second = (weight.to(x.dtype) for weight in (self.place, self.first, self.second))
+        return mlp_compress(x, place, first, second, windows)
+
+
+class Nsa(Mixer):
+    """Three branches over the same queries; the compressed one chooses blocks for the selected one."""
+
+    def __init__(self, config: NsaConfig, width: int, init_std: float, out_std: float) -> None:
+        super().__init__()
+        self.config, self.parts = config, config._parts()
+        self.in_proj = Linear(width, sum(self.parts), init_std)
+        self.out_proj = Linear(config.num_heads * config.value_dim, width, out_std)
+        if config.compressor == "mlp":
+            sizes = (config.compressor_hidden, config.entry_length, init_std)
+            self.phi_k = Perceptron(config.num_key_heads, config.key_dim, *sizes)
+            self.phi_v = Perceptron(config.num_key_heads, config.value_dim, *sizes)
+
+    def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"]:
+        """Entries and blocks count from each document's start; keys are compressed after rotary."""
+        config, branches = self.config, self.config.num_branches
+        q, *rest = self.in_proj(x).split(self.parts, dim=-1)
+        q = q.unflatten(-1, (-1, config.key_dim))
+        keys = [part.unflatten(-1, (-1, config.key_dim)) for part in rest[:branches]]
+        values = [part.unflatten(-1, (-1, config.value_dim)) for part in rest[branches : 2 * branches]]
+        if config.rotary_dim:
+            table = sequence.rotary_table(config.rotary_dim, config.rotary_theta)
+            q, keys = rotate(q, *table), [rotate(k, *table) for k in keys]
+        outs = self._branches(q, keys * (4 - len(keys)), values * (4 - len(values)), sequence)
+        gates = [gate.sigmoid()[..., None] for gate in rest[2 * branches :]]
+        out = gates[0] * outs[0] + gates[1] * outs[1] + gates[2] * outs[2]
+        return self.out_proj(out.flatten(-2))
+
+    def _branches(
+        self, q: Tensor, keys: list[Tensor], values: list[Tensor], sequence: Sequence
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        config, position, scale = self.config, sequence.position, self.config.key_dim**-0.5
+        entries = document_windows(position, config.entry_length, config.entry_stride)
+        compressed, selected = entry_attention(
+            q,
+            self.phi_k(keys[0], entries) if config.compressor == "mlp" else mean_compress(keys[0], entries),
+            self.phi_v(values[0], entries)
+            if config.compressor == "mlp"
+            else mean_compress(values[0], entries),
+            entries=entries,
+            blocks=document_windows(position, config.block, config.block),
+            position=position,
+            scale=scale,
+            count=config.num_blocks - 1,
+            initial=config.num_initial_blocks,
+            local=config.num_local_blocks - 1,
+        )
+        chosen, _ = block_attention(
+            q, keys[1], values[1], selected, scale=scale, block=config.block, position=position
+        )
+        near = attention(q, keys[2], values[2], scale=scale, window=config.window, document=sequence.document)
+        return compressed, chosen, near

@@ -1,0 +1,143 @@
+"""Sparse attention trained along with full attention: one is passed on, the other kept close (SSA)."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.nn.functional import smooth_l1_loss
+
+from kernels.attention import attention
+from kernels.block_attention import block_attention
+from kernels.compress import mean_compress
+from kernels.compressed_attention import select_by_entries
+from kernels.document_windows import document_windows
+from model.linear import Linear
+from model.mixer import Context, Flops, Mixed, Mixer, MixerConfig, Sequence, Split
+from model.mixers.moba import keys_seen
+from model.rotary import rotate
+
+
+class SsaConfig(MixerConfig):
+    """Fields of sparse attention trained along with full attention."""
+
+    kind: Literal["ssa"] = "ssa"
+    num_heads: int = Field(ge=1)
+    num_key_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=2)
+    rotary_dim: int = Field(ge=0)
+    rotary_theta: float = Field(gt=1)
+    block: int = Field(ge=1)
+    num_blocks: int = Field(ge=1)
+    num_initial_blocks: int = Field(ge=0)
+    num_local_blocks: int = Field(ge=1)
+    stream: Literal["full", "sparse"]
+    sparse_share: float = Field(ge=0, le=1)
+    alignment_loss: float = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "SsaConfig":
+        heads, key_heads = self.num_heads, self.num_key_heads
+        if heads % key_heads:
+            raise ValueError(f"num_heads {heads} must be a multiple of num_key_heads {key_heads}")
+        rotary, head = self.rotary_dim, self.head_dim
+        if rotary % 2 or rotary > head:
+            raise ValueError(f"rotary_dim {rotary} must be even and at most head_dim {head}")
+        forced = self.num_initial_blocks + self.num_local_blocks
+        if forced > self.num_blocks:
+            raise ValueError(f"initial and local blocks, {forced}, exceed num_blocks {self.num_blocks}")
+        return self
+
+    def build(self, width: int, layer: int, depth: int, init_std: float) -> "Ssa":
+        """The module; the alignment loss is a mean over the layers of the model."""
+        return Ssa(self, width, depth, init_std, init_std / (2 * depth) ** 0.5)
+
+    def _parts(self) -> tuple[int, int, int, int]:
+        keys = self.num_key_heads * self.head_dim
+        return self.num_heads * self.head_dim, keys, keys, self.num_heads
+
+    def count_params(self, width: int) -> int:
+        """Projections and gate."""
+        return width * (sum(self._parts()) + self._parts()[0])
+
+    def flops(self, width: int, context: int) -> Flops:
+        """Both streams, as in training: all keys, then block scores and the chosen blocks."""
+        size = self._parts()[0]
+        full, chosen = (context + 1) / 2, keys_seen(context, self.block, self.num_blocks)
+        core = 4 * size * (full + chosen) + 2 * size * context / (2 * self.block)
+        return Flops(2 * width * (sum(self._parts()) + size), core)
+
+    def cache_bytes(self, context: int, *, element_bytes: int = 2) -> int:
+        """Keys and values of all tokens, and the mean key of each block."""
+        keys = self._parts()[1]
+        return (2 * keys * context + keys * (context // self.block)) * element_bytes
+
+    def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
+        """Projections, both outputs before and after the gate, log-sum-exps and the chosen blocks."""
+        queries, keys, values, gates = self._parts()
+        chosen = 8 * self.num_key_heads * self.num_blocks
+        return element_bytes * (5 * queries + keys + values + gates) + 8 * self.num_heads + chosen
+
+    def roles(self, width: int) -> Mapping[str, Split]:
+        """Heads are the unit; a key head is shared by its group of query heads."""
+        return {"in_proj.weight": Split(0, "heads", self._parts()), "out_proj.weight": Split(1, "heads")}
+
+    @property
+    def context(self) -> Context:
+        """Keys and values are gathered; both streams share them."""
+        return Context("gather", 0)
+
+
+class Ssa(Mixer):
+    """One set of queries, keys, values and gates, read by full attention and by block attention."""
+
+    def __init__(self, config: SsaConfig, width: int, depth: int, init_std: float, out_std: float) -> None:
+        super().__init__()
+        self.config, self.parts, self.depth = config, config._parts(), depth
+        self.in_proj = Linear(width, sum(self.parts), init_std)
+        self.out_proj = Linear(self.parts[0], width, out_std)
+
+    def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"] | Mixed:
+        """The stream that the sequence draws, and the alignment of both; without a draw, the config's."""
+        config = self.config
+        q, k, v, gate = self.in_proj(x).split(self.parts, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, config.head_dim)) for part in (q, k, v))
+        gate = gate.sigmoid()[..., None]
+        if config.rotary_dim:
+            table = sequence.rotary_table(config.rotary_dim, config.rotary_theta)
+            q, k = rotate(q, *table), rotate(k, *table)
+        if sequence.draw is None:
+            stream = self._full if config.stream == "full" else self._sparse
+            return self.out_proj((gate * stream(q, k, v, sequence)).flatten(-2))
+        full, sparse = (gate * stream(q, k, v, sequence) for stream in (self._full, self._sparse))
+        drawn = sparse if sequence.draw < config.sparse_share else full
+        losses = {"alignment": config.alignment_loss / self.depth * _apart(full, sparse)}
+        return Mixed(self.out_proj(drawn.flatten(-2)), losses)
+
+    def _full(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
+        return attention(q, k, v, scale=self.config.head_dim**-0.5, document=sequence.document)
+
+    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
+        config, position, scale = self.config, sequence.position, self.config.head_dim**-0.5
+        blocks = document_windows(position, config.block, config.block)
+        selected = select_by_entries(
+            q,
+            mean_compress(k, blocks),
+            entries=blocks,
+            blocks=blocks,
+            position=position,
+            scale=scale,
+            count=config.num_blocks - 1,
+            initial=config.num_initial_blocks,
+            local=config.num_local_blocks - 1,
+        )
+        return block_attention(q, k, v, selected, scale=scale, block=config.block, position=position)[0]
+
+
+def _apart(full: Float[Tensor, "B T H V"], sparse: Float[Tensor, "B T H V"]) -> Float[Tensor, ""]:
+    """Smooth L1 of each stream to the other at rest: mean over heads and dims, sum over tokens."""
+    full, sparse = full.float() if full.dtype.itemsize < 4 else full, sparse.to(full.dtype)
+    both = smooth_l1_loss(full, sparse.detach(), reduction="sum")
+    both = both + smooth_l1_loss(sparse, full.detach(), reduction="sum")
+    return both / (full.shape[2] * full.shape[3])

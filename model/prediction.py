@@ -1,0 +1,57 @@
+"""Multi-token prediction: modules that predict tokens further ahead, each from the one before."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from model.block import Block, Carry, Notes
+from model.config import Architecture
+from model.layout import Layer
+from model.linear import Linear
+from model.mixer import Sequence
+from model.residual import build_collapse, build_norm, open_streams
+
+
+class Prediction(nn.Module):
+    """One more token ahead: a projection of hidden state and next embedding, a block, a norm.
+
+    DeepSeek-V3, arXiv 2412.19437 equations 21 to 23; embedding and head are the model's own.
+    """
+
+    def __init__(self, config: Architecture, ahead: int) -> None:
+        super().__init__()
+        shape, settings = config.model, config.model.prediction
+        self.puts_hidden_first = settings.puts_hidden_first
+        self.embed_norm = build_norm(shape.width, config.residual)
+        self.hidden_norm = build_norm(shape.width, config.residual)
+        self.in_proj = Linear(2 * shape.width, shape.width, shape.init_std)
+        self.block = Block(config, shape.depth + ahead, Layer(settings.mixer, settings.ffn))
+        self.residual = config.residual
+        self.collapse = build_collapse(shape.width, config.residual)
+        self.norm = build_norm(shape.width, config.residual)
+
+    def forward(
+        self, hidden: Float[Tensor, "B T D"], embedded: Float[Tensor, "B T D"], sequence: Sequence
+    ) -> tuple[Float[Tensor, "B T D"], Notes]:
+        """What the head reads to predict one token further than `hidden` does.
+
+        embedded are the tokens that `hidden` predicts.
+        """
+        parts = [self.embed_norm(embedded), self.hidden_norm(hidden)]
+        if self.puts_hidden_first:
+            parts.reverse()
+        stream = open_streams(self.in_proj(torch.cat(parts, dim=-1)), self.residual)
+        stream, _, notes = self.block(stream, sequence, Carry())
+        return self.norm(stream if self.collapse is None else self.collapse(stream)), notes
+
+
+def targets_ahead(
+    targets: Int[Tensor, "B T"], sequence: Sequence, ahead: int, ignored: int
+) -> Int[Tensor, "B T"]:
+    """The targets `ahead` tokens later, in the same document; `ignored` where there are none."""
+    later = torch.full_like(targets, ignored)
+    later[:, :-ahead] = targets[:, ahead:]
+    if sequence.document is not None:
+        same = sequence.document[:, ahead:] == sequence.document[:, :-ahead]
+        later[:, :-ahead] = later[:, :-ahead].masked_fill(~same, ignored)
+    return later

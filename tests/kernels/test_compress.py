@@ -1,0 +1,93 @@
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.compress import CASES, Case, gated_compress, mean_compress, mlp_compress
+from kernels.compress.reference import gated_compress_direct, mlp_compress_direct
+from kernels.document_windows import Windows, document_windows
+from tests.closeness import assert_close, outputs_and_grads
+from tests.kernels.test_block_attention import positions_of
+
+PRECISIONS = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
+
+
+def only_filled(out: Tensor, windows: Windows) -> Tensor:
+    return out[windows.is_filled]
+
+
+def compare(fast, direct, inputs: list[Tensor], windows: Windows, dtype: torch.dtype, limit: float) -> None:
+    ours = outputs_and_grads(lambda *x: only_filled(fast(*x), windows), [x.to(dtype) for x in inputs])
+    # Without any window the direct form's result depends on nothing.
+    theirs = outputs_and_grads(
+        lambda *x: only_filled(direct(*x), windows) + 0 * sum(y.sum() for y in x), inputs
+    )
+    assert_close(ours, theirs, limit)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("starts", [0.0, 0.05, 0.4])
+@pytest.mark.parametrize(("dtype", "limit"), PRECISIONS)
+def test_perceptron_equals_window_by_window(case: Case, starts: float, dtype, limit: float) -> None:
+    windows = document_windows(positions_of(case.rows, case.tokens, starts), case.length, case.stride)
+    heads, dim, size = case.heads, case.dim, case.length * case.dim
+    shapes = [
+        (case.rows, case.tokens, heads, dim),
+        (heads, case.length, dim),
+        (heads, 7, size),
+        (heads, dim, 7),
+    ]
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    compare(
+        lambda *x: mlp_compress(*x, windows),
+        lambda *x: mlp_compress_direct(*x, windows),
+        inputs,
+        windows,
+        dtype,
+        limit,
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("starts", [0.0, 0.05, 0.4])
+@pytest.mark.parametrize("is_overlapping", [False, True])
+@pytest.mark.parametrize(("dtype", "limit"), PRECISIONS)
+def test_gated_equals_window_by_window(case: Case, starts, is_overlapping, dtype, limit) -> None:
+    position = positions_of(case.rows, case.tokens, starts)
+    windows = document_windows(position, case.length, case.length)
+    shape = (case.rows, case.tokens, 2 * case.dim)
+    inputs = [torch.randn(shape, dtype=torch.float64) for _ in range(2)]
+    inputs.append(torch.randn(case.length, 2 * case.dim, dtype=torch.float64))
+    inputs[1] = inputs[1] * 30
+    options = {"windows": windows, "position": position, "is_overlapping": is_overlapping}
+    compare(
+        lambda *x: gated_compress(*x, **options),
+        lambda *x: gated_compress_direct(*x, **options),
+        inputs,
+        windows,
+        dtype,
+        limit,
+    )
+
+
+def test_mean_is_that_of_the_window() -> None:
+    x = torch.arange(14.0)[None, :, None, None]
+    position = torch.cat([torch.arange(5), torch.arange(9)])[None]
+    windows = document_windows(position, 4, 2)
+    means = mean_compress(x, windows)[windows.is_filled].flatten().tolist()
+    assert means == [1.5, 6.5, 8.5, 10.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("gates", {"gates": torch.zeros(1, 8, 3)}), ("bias", {"bias": torch.zeros(3, 4)})],
+)
+def test_wrong_arguments_are_named(name: str, change: dict) -> None:
+    position = torch.arange(8)[None]
+    arguments = {"values": torch.zeros(1, 8, 4), "gates": torch.zeros(1, 8, 4), "bias": torch.zeros(2, 4)}
+    with pytest.raises(Exception, match=name):
+        gated_compress(
+            **{**arguments, **change},
+            windows=document_windows(position, 2, 2),
+            position=position,
+            is_overlapping=True,
+        )

@@ -1,0 +1,74 @@
+import pytest
+import torch
+from torch import Tensor
+
+from kernels.compressed_attention import CASES, Case, entry_attention, select_by_entries
+from kernels.compressed_attention.entries import entry_attention_direct
+from kernels.document_windows import document_windows
+from tests.closeness import assert_close, outputs_and_grads
+from tests.kernels.test_block_attention import positions_of
+
+PRECISIONS = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
+
+
+def windows_of(case: Case, position: Tensor) -> dict:
+    return {
+        "entries": document_windows(position, case.length, case.stride),
+        "blocks": document_windows(position, case.block, case.block),
+        "position": position,
+        "scale": 0.4,
+    }
+
+
+def inputs_of(case: Case, slots: int) -> list[Tensor]:
+    q = torch.randn(case.rows, case.tokens, case.heads, case.key_dim, dtype=torch.float64)
+    shape = (case.rows, slots, case.key_heads)
+    return [q, *(torch.randn(*shape, dim, dtype=torch.float64) for dim in (case.key_dim, case.value_dim))]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("starts", [0.0, 0.1])
+@pytest.mark.parametrize(("dtype", "limit"), PRECISIONS)
+@pytest.mark.parametrize("slab", [400, 1 << 30])
+def test_entry_attention_equals_one_query_at_a_time(case, starts, dtype, limit, slab, monkeypatch) -> None:
+    monkeypatch.setattr("kernels.compressed_attention.entries.SLAB", slab)
+    options = windows_of(case, positions_of(case.rows, case.tokens, starts))
+    choice = {"count": case.chosen, "initial": 1, "local": 1}
+    inputs = inputs_of(case, options["entries"].start.shape[1])
+    typed = [x.to(dtype) for x in inputs]
+    ours = outputs_and_grads(lambda *x: entry_attention(*x, **options, **choice)[0], typed)
+    theirs = outputs_and_grads(
+        lambda *x: entry_attention_direct(*x, **options, choice=choice)[0] + 0 * sum(y.sum() for y in x),
+        inputs,
+    )
+    assert_close(ours, theirs, limit)
+    if dtype == torch.float64:
+        expected = entry_attention_direct(*inputs, **options, choice=choice)[1].sort(-1).values
+        for slots in (
+            entry_attention(*inputs, **options, **choice)[1],
+            select_by_entries(*inputs[:2], **options, **choice),
+        ):
+            assert torch.equal(slots.sort(-1).values, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("k", {"k": torch.zeros(1, 3, 2, 5)}),
+        ("v", {"v": torch.zeros(1, 2, 2, 4)}),
+        ("position", {"position": torch.zeros(1, 7, dtype=torch.long)}),
+        ("blocks", {"blocks": document_windows(torch.arange(8)[None], 3, 3)}),
+    ],
+)
+def test_wrong_arguments_are_named(name: str, change: dict) -> None:
+    position = torch.arange(8)[None]
+    arguments = {
+        "q": torch.zeros(1, 8, 4, 4),
+        "k": torch.zeros(1, 3, 2, 4),
+        "v": torch.zeros(1, 3, 2, 4),
+        "entries": document_windows(position, 4, 2),
+        "blocks": document_windows(position, 4, 4),
+        "position": position,
+    }
+    with pytest.raises(Exception, match=name):
+        entry_attention(**{**arguments, **change}, scale=1.0, count=1, initial=0, local=0)
