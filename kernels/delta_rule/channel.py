@@ -1,4 +1,4 @@
-"""Gated delta rule with a decay per key channel, in plain torch: the recurrence, and the chunked form.
+"""Gated delta rule with a decay per key channel, in plain torch: the chunked form.
 
 Letters: B rows, T tokens, G key heads, H value heads, K key dim, V value dim, C chunk, N chunks.
 Recurrence, Kimi Delta Attention, arXiv 2510.26692 equation 1, with the state laid out as keys by values:
@@ -16,34 +16,6 @@ from kernels.linear_attention.channel import channel_factors, pair_products
 from kernels.linear_attention.chunks import from_chunks, per_head, to_chunks
 
 CHUNK = 32
-
-
-def channel_delta_rule_recurrent(
-    q: Float[Tensor, "B T G K"],
-    k: Float[Tensor, "B T G K"],
-    v: Float[Tensor, "B T H V"],
-    log_decay: Float[Tensor, "B T H K"],
-    beta: Float[Tensor, "B T H"],
-    *,
-    document: Int[Tensor, "B T"] | None = None,
-    state: Float[Tensor, "B H K V"] | None = None,
-) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
-    """Outputs and final state, by the recurrence in the caller's dtype."""
-    repeat = v.shape[2] // q.shape[2]
-    q, k = (x.repeat_interleave(repeat, dim=2) for x in (q, k))
-    if state is None:
-        state = v.new_zeros(v.shape[0], v.shape[2], q.shape[-1], v.shape[-1])
-    outputs = []
-    for t in range(v.shape[1]):
-        if document is not None and t > 0:
-            is_same = document[:, t] == document[:, t - 1]
-            state = torch.where(is_same[:, None, None, None], state, torch.zeros_like(state))
-        state = state * log_decay[:, t].exp()[..., None]
-        recalled = torch.einsum("bhkv,bhk->bhv", state, k[:, t])
-        update = beta[:, t, :, None] * (v[:, t] - recalled)
-        state = state + k[:, t, :, :, None] * update[:, :, None, :]
-        outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
-    return torch.stack(outputs, dim=1), state
 
 
 def channel_delta_rule_chunked(

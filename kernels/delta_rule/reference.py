@@ -4,6 +4,8 @@ Letters: B rows, T tokens, G key heads, H value heads, K key dim, V value dim, C
 Recurrence, arXiv 2412.06464 equation 10, with the state laid out as keys by values:
 
     S_t = a_t S_{t-1} + k_t u_t^T      u_t = beta_t (v_t - a_t S_{t-1}^T k_t)      o_t = S_t^T q_t
+
+a_t is a number per head, or diagonal with one per key channel (Kimi Delta Attention, arXiv 2510.26692).
 """
 
 from typing import cast
@@ -29,7 +31,7 @@ def gated_delta_rule_recurrent(
     q: Float[Tensor, "B T G K"],
     k: Float[Tensor, "B T G K"],
     v: Float[Tensor, "B T H V"],
-    log_decay: Float[Tensor, "B T H"],
+    log_decay: Float[Tensor, "B T H"] | Float[Tensor, "B T H K"],
     beta: Float[Tensor, "B T H"],
     *,
     document: Int[Tensor, "B T"] | None = None,
@@ -45,7 +47,8 @@ def gated_delta_rule_recurrent(
         if document is not None and t > 0:
             is_same = document[:, t] == document[:, t - 1]
             state = torch.where(is_same[:, None, None, None], state, torch.zeros_like(state))
-        state = state * log_decay[:, t].exp()[..., None, None]
+        factor = log_decay[:, t].exp()
+        state = state * (factor[..., None] if factor.ndim == 3 else factor[..., None, None])
         recalled = torch.einsum("bhkv,bhk->bhv", state, k[:, t])
         update = beta[:, t, :, None] * (v[:, t] - recalled)
         state = state + k[:, t, :, :, None] * update[:, :, None, :]

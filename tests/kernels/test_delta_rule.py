@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from kernels.delta_rule import CASES, Case, gated_delta_rule
-from kernels.delta_rule.channel import channel_delta_rule_chunked, channel_delta_rule_recurrent
+from kernels.delta_rule.channel import channel_delta_rule_chunked
 from kernels.delta_rule.reference import gated_delta_rule_chunked, gated_delta_rule_recurrent
 from tests.closeness import assert_close, outputs_and_grads
 
@@ -124,7 +124,7 @@ def compare_by_channel(inputs: list[Tensor], document: Tensor | None, limit: flo
         return lambda q, k, v, g, b, s: rule(q, k, v, g, b, document=document, state=s)
 
     ours = outputs_and_grads(call(gated_delta_rule), inputs)
-    reference = outputs_and_grads(call(channel_delta_rule_recurrent), [x.double() for x in inputs])
+    reference = outputs_and_grads(call(gated_delta_rule_recurrent), [x.double() for x in inputs])
     is_finite = torch.isfinite(inputs[3])
     for grads in (ours, reference):
         grads[5] = grads[5].where(is_finite, 0.0)
