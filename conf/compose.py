@@ -1,18 +1,28 @@
 """Hydra composes the groups of conf/; one typed, frozen tree comes out, or every violation at once."""
 
+import copy
 import difflib
+import json
+import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from conf.errors import ConfigError, Violation
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
 CONF_DIR = Path(__file__).parent
+# The name of the option that an architecture from elsewhere stands as.
+_GIVEN = "_given"
 
 
 class Config(BaseModel):
@@ -37,9 +47,14 @@ def compose(overrides: Sequence[str], root: type[T]) -> T:
     return validate(root, compose_known(overrides, root))
 
 
-def compose_known(overrides: Sequence[str], root: type[BaseModel]) -> dict[str, Any]:
-    """The composed tree cut to what `root` names and what was typed, unchecked. Raises ConfigError."""
-    tree = compose_tree(overrides)
+def compose_known(
+    overrides: Sequence[str], root: type[BaseModel], model: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The composed tree cut to what `root` names and what was typed, unchecked. Raises ConfigError.
+
+    model is as in `compose_tree`.
+    """
+    tree = compose_tree(overrides, model)
     typed = {override.lstrip("+~").split("=", 1)[0].split(".")[0] for override in overrides}
     return {
         name: value
@@ -48,29 +63,101 @@ def compose_known(overrides: Sequence[str], root: type[BaseModel]) -> dict[str, 
     }
 
 
-def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
+def compose_tree(overrides: Sequence[str], model: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The composed config as plain containers, interpolations resolved, types unchecked.
+
+    model is an architecture that stands where an option of the group `model` would, so that recipes and
+    overrides change it.
 
     Raises ConfigError when a group, an option or the syntax of an override is unknown.
     """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
+    if model is None or any(override.startswith("model=") for override in overrides):
+        return _compose_lines(hydra_overrides(overrides))
+    with TemporaryDirectory() as directory:
+        layout = model.get("layout")
+        rest = {name: value for name, value in model.items() if name != "layout"}
+        # As a layout of its own, so that layout=... wins over it as over that of any model.
+        given = {"layout": layout, "model": {"defaults": ["_self_", {"override /layout": _GIVEN}], **rest}}
+        for group, tree in given.items():
+            (Path(directory) / group).mkdir()
+            package = "# @package _global_\n" if group == "model" else ""
+            (Path(directory) / group / f"{_GIVEN}.yaml").write_text(package + json.dumps(tree))
+        lines = [f"hydra.searchpath=[file://{directory}]", f"model={_GIVEN}"]
+        return _compose_lines([*lines, *hydra_overrides(overrides)], _compose_groups.__wrapped__)
+
+
+def _compose_lines(lines: list[str], groups: "Callable[..., DictConfig] | None" = None) -> dict[str, Any]:
+    """Lines of `hydra_overrides` as a tree: those of groups by Hydra, then values as Hydra would set them."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    lines = hydra_overrides(overrides)
+    parser = OverridesParser.create()
+    values = [parser.parse_override(line) for line in lines if line.startswith("++")]
+    swept = [parsed for parsed in values if parsed.is_sweep_override()]
+    if swept:
+        message = "is several values: a sweep over them needs -m, quotes make them one"
+        raise ConfigError([Violation(parsed.key_or_group, message) for parsed in swept])
     try:
-        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            composed = hydra_compose("config", overrides=lines)
-        tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        # Composing groups is the slow part, and most compositions of a process differ in values only.
+        chosen = (groups or _compose_groups)(tuple(line for line in lines if not line.startswith("++")))
+        composed = copy.deepcopy(chosen)
+        for parsed in values:
+            OmegaConf.update(composed, parsed.key_or_group, parsed.value(), merge=True, force_add=True)
+        tree = _resolved(composed)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "config"
         raise ConfigError([Violation(str(key), _first_line(error))]) from error
     except HydraException as error:
         raise ConfigError([Violation("config", _first_line(error))]) from error
-    assert isinstance(tree, dict), f"{type(tree)=}"
     return {str(name): value for name, value in tree.items()}
+
+
+def _resolved(composed: "DictConfig") -> dict[Any, Any]:
+    """A composed config as plain containers.
+
+    Raises OmegaConfBaseException for what is missing or refers to nothing.
+    """
+    from omegaconf import OmegaConf
+
+    tree = OmegaConf.to_container(composed, throw_on_missing=True)
+    assert isinstance(tree, dict), f"{type(tree)=}"
+    try:
+        return _referred(tree, tree)
+    except (LookupError, RecursionError):
+        # More than a plain reference to a key, or a wrong one: the grammar of OmegaConf, which is slow.
+        slow = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        assert isinstance(slow, dict), f"{type(slow)=}"
+        return slow
+
+
+def _referred(node: Any, tree: dict[Any, Any]) -> Any:
+    """The node with every ${a.b} replaced by what stands there. Raises LookupError for any other ${."""
+    if isinstance(node, dict):
+        return {name: _referred(value, tree) for name, value in node.items()}
+    if isinstance(node, list):
+        return [_referred(value, tree) for value in node]
+    if not isinstance(node, str) or "${" not in node:
+        return node
+    match = re.fullmatch(r"\$\{([A-Za-z_][\w.]*)\}", node)
+    if match is None:
+        raise LookupError(node)
+    found: Any = tree
+    for name in match[1].split("."):
+        if not isinstance(found, dict):
+            raise LookupError(node)
+        found = found[name]
+    return _referred(found, tree)
+
+
+@cache
+def _compose_groups(lines: tuple[str, ...]) -> "DictConfig":
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return hydra_compose("config", overrides=list(lines))
 
 
 def hydra_overrides(overrides: Sequence[str]) -> list[str]:
@@ -101,6 +188,19 @@ def hydra_overrides(overrides: Sequence[str]) -> list[str]:
         raise ConfigError(violations)
     mixers = ",".join(group_options("mixer"))
     return [f"mixer=[{mixers}]", *lines]
+
+
+def overrides_of(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """A plain tree as the overrides that give it."""
+    found = []
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value:
+            found += overrides_of(value, f"{key}.")
+        else:
+            # JSON is what Hydra's grammar reads, but for quotes within a string, which it escapes otherwise.
+            found.append(f"{key}={json.dumps(value)}")
+    return found
 
 
 def group_options(group: str) -> list[str]:

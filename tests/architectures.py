@@ -30,6 +30,7 @@ SMALL = (
     "mixer.dsa.top_k=4",
     "mixer.dsa.index_heads=2",
     "mixer.dsa.index_dim=6",
+    "mixer.dsa_pooled.top_k=4",
     "mixer.dsa_pooled.index_pool=2",
     "mixer.zigzag.block=3",
     "mixer.gdn.num_key_heads=2",

@@ -36,6 +36,8 @@ class TrainConfig(Config):
     evaluate_every: int = Field(ge=1)
     evaluate_rows: int = Field(ge=1)
     max_skipped: int = Field(ge=0)
+    start: str | None = Field(min_length=1)
+    fresh: list[str]
 
 
 class SampleConfig(Config):

@@ -1,7 +1,9 @@
 """From overrides to the checked config of a run, without torch until nothing cheap is wrong."""
 
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from conf.compose import compose_known, validate
 from conf.errors import ConfigError, Violation
@@ -16,7 +18,7 @@ def load_config(overrides: Sequence[str], world_size: int | None) -> "RunConfig"
 
     Raises ConfigError with all violations.
     """
-    tree = compose_known(overrides, RunDraft)
+    tree = compose_known(overrides, RunDraft, started_architecture(overrides))
     found = list(draft_violations(tree, world_size))
     if found and not any(override.lstrip("+").startswith("mixer.") for override in overrides):
         # What the mixers hold then comes from conf/ alone; looking into it would import torch for seconds.
@@ -30,6 +32,28 @@ def load_config(overrides: Sequence[str], world_size: int | None) -> "RunConfig"
     if found:
         raise ConfigError(found)
     return config
+
+
+def started_architecture(overrides: Sequence[str]) -> dict[str, Any] | None:
+    """The architecture of the weights in train.start, where that is typed.
+
+    Raises ConfigError for a directory that does not hold weights of ours.
+    """
+    for override in reversed(overrides):
+        key, _, value = override.partition("=")
+        if key.lstrip("+") == "train.start" and value not in ("null", ""):
+            path = Path(value.strip("'\"")) / "config.json"
+            try:
+                found = json.loads(path.read_text())
+            except (OSError, ValueError) as error:
+                raise ConfigError([Violation("train.start", f"cannot read {path}: {error}")]) from error
+            if not isinstance(found, dict) or not isinstance(found.get("architecture"), dict):
+                hint = (
+                    f"{path} is not ours; convert it: python -m model.hf import {path.parent} NEW_DIRECTORY"
+                )
+                raise ConfigError([Violation("train.start", hint)])
+            return found["architecture"]
+    return None
 
 
 def draft_violations(tree: dict, world_size: int | None) -> Sequence[Violation]:

@@ -24,6 +24,7 @@ from train.finish import finish
 from train.interrupt import PREEMPT, REQUEUE, Interrupt
 from train.measure import Meter
 from train.optimizer import build_optimizer
+from train.start import start_from
 from train.state import TrainState
 from train.step import StepResult, train_step
 from train.track.tracker import Tracker
@@ -59,7 +60,13 @@ def run_in_world(config: RunConfig, world: World, interrupt: Interrupt) -> None:
     store = CheckpointStore(
         directory / CHECKPOINTS, keep=config.checkpoint.keep, rank=world.rank, size=world.size
     )
-    resume(state, store, loader, world)
+    if not resume(state, store, loader, world) and config.train.start is not None:
+        fresh = start_from(state.model, Path(config.train.start), config.train.fresh)
+        if world.rank == 0:
+            print(
+                f"began from {config.train.start}, {len(fresh)} parameters from their first values",
+                flush=True,
+            )
     run_id = read_run_id(directory) if world.rank == 0 else ""
     tracker = Tracker(config.track, directory, run_id, config.model_dump(), world.rank, config.train.steps)
     is_well = False
@@ -182,8 +189,8 @@ def save(state: TrainState, store: CheckpointStore, loader: Loader, world: World
     store.save(state.step, state.tensors(world), extra)
 
 
-def resume(state: TrainState, store: CheckpointStore, loader: Loader, world: World) -> None:
-    """Takes over the newest good checkpoint, if there is one. Mutates the state.
+def resume(state: TrainState, store: CheckpointStore, loader: Loader, world: World) -> bool:
+    """Takes over the newest good checkpoint; False when there is none. Mutates the state.
 
     Raises CheckpointError when none is usable, ConfigError when the data is other than the run's.
     """
@@ -192,13 +199,14 @@ def resume(state: TrainState, store: CheckpointStore, loader: Loader, world: Wor
     if loaded is None:
         # Asking for the optimizer's tensors made it allocate them; the first step must find none.
         state.optimizer.state.clear()
-        return
+        return False
     if loaded.extra["data"] != loader.fingerprint:
         message = f"{loaded.path} was trained on {loaded.extra['data']}; found {loader.fingerprint}"
         raise ConfigError([Violation("data.directory", message + "; point it back to that dataset")])
     state.restore(tensors, loaded.extra["counters"], world)
     if world.rank == 0:
         print(f"resumed at step {state.step} from {loaded.path}", flush=True)
+    return True
 
 
 def digest_samples(batch: Batch, world: World) -> str:

@@ -2,8 +2,9 @@
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -23,6 +24,23 @@ def _no_fields(_: Architecture) -> dict[str, Any]:
     return {}
 
 
+def _no_copies(_: Architecture) -> dict[str, str]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Nested:
+    """The text model's place in the config.json of a model with more parts, such as a vision tower.
+
+    model_types: of the fields that stand within `field`; the first is written. silent: fields beside it that
+    speak of the other parts.
+    """
+
+    model_types: tuple[str, ...]
+    field: str = "text_config"
+    silent: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Family:
     """One model_type. A file of model/hf/families/ lists its families as FAMILIES.
@@ -32,8 +50,15 @@ class Family:
     values that we build. read_more, write_more: what is not a plain value. pieces: where the tensors stand.
     aliases: other names of fields, to the names in pairs.
     ignored: patterns of tensors that carry nothing of the model, such as buffers that follow from the config.
-    prediction: the pattern of the tensors of modules that predict ahead; transformers drops these, and a
-    directory without them loads without them.
+    prediction: the pattern of the tensors of modules that predict ahead, where {depth} is the number of layers;
+    transformers drops these, and a directory without them loads without them.
+    copies: names of tensors that repeat another one, to its name; written, and to be among those ignored.
+    surplus: names of tensors that transformers writes though nothing reads them; ignored.
+    nested: where the fields stand when they are not the config.json itself.
+    left_out: patterns of tensors of other parts, such as a vision tower; {beyond} is the index of any layer
+    behind the last. Loading says how many it leaves out.
+    instead: other pieces of some of our tensors, such as fused experts. A tensor is read by the first that a
+    directory has all names of; it is written by `pieces`.
     """
 
     model_type: str
@@ -47,9 +72,48 @@ class Family:
     aliases: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     prediction: str | None = None
+    copies: Callable[[Architecture], Mapping[str, str]] = _no_copies
+    surplus: Callable[[Architecture], Iterable[str]] = _no_copies
+    nested: Nested | None = None
+    left_out: tuple[str, ...] = ()
+    instead: tuple[Callable[[Architecture], Iterable[Piece]], ...] = ()
+
+    def leaves_out(self, config: Architecture, names: Iterable[str]) -> set[str]:
+        """Those of the names that belong to other parts."""
+        depth = config.model.depth
+        beyond = "|".join(str(depth + ahead) for ahead in range(MOST_AHEAD))
+        patterns = [pattern.replace("{beyond}", f"(?:{beyond})") for pattern in self.left_out]
+        return {name for name in names if any(re.fullmatch(pattern, name) for pattern in patterns)}
+
+    def pieces_found(self, config: Architecture, names: Collection[str]) -> Iterator[Piece]:
+        """Where every tensor stands in a directory with these names."""
+        chosen: dict[str, list[Piece]] = {}
+        for pieces in self.instead:
+            found: dict[str, list[Piece]] = {}
+            for piece in pieces(config):
+                found.setdefault(piece.ours, []).append(piece)
+            for ours, parts in found.items():
+                if all(part.theirs in names for part in parts):
+                    chosen.setdefault(ours, parts)
+        yield from (piece for piece in self.pieces(config) if piece.ours not in chosen)
+        for parts in chosen.values():
+            yield from parts
 
     def read(self, fields: Fields) -> list[str]:
         """Overrides for our config groups. Raises CheckpointError for fields that we cannot build."""
+        if self.nested is None:
+            return self._read(fields)
+        within = fields.node(self.nested.field, self.aliases)
+        within.expect("model_type", *self.nested.model_types)
+        for name in self.nested.silent:
+            fields.take(name, None)
+        if (tied := fields.take(TIED, None)) is not None:
+            within.settle(TIED, tied)
+        found = self._read(within)
+        within.finish()
+        return found
+
+    def _read(self, fields: Fields) -> list[str]:
         found = list(self.fixed)
         for name, key in self.pairs.items():
             key, default = (key, ()) if isinstance(key, str) else (key[0], key[1:])
@@ -60,6 +124,13 @@ class Family:
 
     def write(self, config: Architecture) -> dict[str, Any]:
         """Fields of a config.json. Raises CheckpointError for an architecture of another family."""
+        found = self._write(config)
+        if self.nested is None:
+            return found
+        outside = {TIED: found[TIED]} if TIED in found else {}
+        return {self.nested.field: {"model_type": self.nested.model_types[0], **found}, **outside}
+
+    def _write(self, config: Architecture) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, key in self.pairs.items():
             value: Any = config
@@ -73,22 +144,52 @@ class Family:
 
 
 _ABSENT = object()
+TIED = "tie_word_embeddings"
+MOST_AHEAD = 16
+
+
+def inside(
+    text: Family,
+    model_type: str,
+    class_name: str,
+    nested: Nested,
+    prefixes: Mapping[str, str],
+    **changes: Any,
+) -> Family:
+    """The family of a model that holds `text` beside other parts.
+
+    prefixes: how the names of its tensors start, to how they start here; "" takes those that no other takes.
+    changes: other fields of the family, such as left_out; patterns are of whole names as they are here.
+    """
+
+    def moved(
+        pieces: Callable[[Architecture], Iterable[Piece]],
+    ) -> Callable[[Architecture], Iterator[Piece]]:
+        def found(config: Architecture) -> Iterator[Piece]:
+            for piece in pieces(config):
+                start = max((start for start in prefixes if piece.theirs.startswith(start)), key=len)
+                yield piece._replace(theirs=prefixes[start] + piece.theirs.removeprefix(start))
+
+        return found
+
+    instead = tuple(moved(pieces) for pieces in text.instead)
+    changes = {"pieces": moved(text.pieces), "instead": instead, "nested": nested} | changes
+    return replace(text, model_type=model_type, class_name=class_name, **changes)
 
 
 @cache
 def families() -> dict[str, Family]:
-    """Every family by model_type: the files of model/hf/families/."""
+    """Every family by model_type: the files of model/hf/families/. Those of plain text models come first."""
     found = {}
     for module in pkgutil.iter_modules(model.hf.families.__path__):
         for family in importlib.import_module(f"model.hf.families.{module.name}").FAMILIES:
             found[family.model_type] = family
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items(), key=lambda item: (item[1].nested is not None, item[0])))
 
 
-def family_of(model_type: Any, path: str) -> Family:
+def family_of(known: Mapping[str, Family], model_type: Any, where: str) -> Family:
     """The family with that name. Raises CheckpointError that lists those there are."""
-    if not isinstance(model_type, str) or model_type not in families():
-        hint = did_you_mean(str(model_type), families())
-        known = ", ".join(families())
-        raise CheckpointError(f"{path}: model_type {model_type!r} is not one of {known}{hint}")
-    return families()[model_type]
+    if not isinstance(model_type, str) or model_type not in known:
+        hint = did_you_mean(str(model_type), known)
+        raise CheckpointError(f"{where}: {model_type!r} is not one of {', '.join(known)}{hint}")
+    return known[model_type]

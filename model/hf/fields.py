@@ -12,7 +12,7 @@ SILENT = frozenset(
         *("id2label", "is_encoder_decoder", "label2id", "max_position_embeddings", "model_type"),
         *("output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id"),
         *("problem_type", "return_dict", "torch_dtype", "transformers_version", "use_cache"),
-        *("chunk_size_feed_forward", "router_jitter_noise", "pretraining_tp"),
+        *("chunk_size_feed_forward", "router_jitter_noise", "pretraining_tp", "quantization_config"),
     }
 )
 _MISSING = object()
@@ -50,9 +50,14 @@ class Fields:
                 f"{self._path}: {name} is {found!r}; this architecture is built with {options}"
             )
 
-    def node(self, name: str) -> "Fields":
+    def settle(self, name: str, value: Any) -> None:
+        """Gives a field that is absent this value. Raises CheckpointError where it has another one."""
+        self._values.setdefault(name, value)
+        self.expect(name, value)
+
+    def node(self, name: str, aliases: Mapping[str, str] | None = None) -> "Fields":
         """A nested object, with fields of its own to read and to finish; empty where it is absent."""
-        return Fields(self.take(name, None) or {}, f"{self._path}: {name}")
+        return Fields(self.take(name, None) or {}, f"{self._path}: {name}", aliases)
 
     def finish(self, silent: Collection[str] = ()) -> None:
         """Raises CheckpointError for fields that nobody asked for."""

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -16,6 +15,8 @@ from conf.errors import CheckpointError, as_storage_error
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
+# What a tensor may be stored as, in safetensors' words; integers are tables, such as of hashed experts.
+PLAIN_DTYPES = ("F64", "F32", "BF16", "F16", "I64", "I32")
 
 
 class HubDirectory:
@@ -26,6 +27,7 @@ class HubDirectory:
         self.path = path
         self.config = _read_json(path / CONFIG)
         self.shards = self._shards()
+        self._shard_of: dict[str, str] | None = None
 
     def _shards(self) -> dict[str, list[str]]:
         if (self.path / INDEX).exists():
@@ -64,13 +66,21 @@ class HubDirectory:
         """All tensors."""
         return {name for names in self.shards.values() for name in names}
 
-    def check(self) -> None:
-        """Opens every shard. Raises CheckpointError for a truncated one, or one without its tensors."""
+    def forms(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype of every tensor, from the heads of all shards.
+
+        Raises CheckpointError for a truncated shard, or one without its tensors.
+        """
+        found = {}
         for shard, names in self.shards.items():
             with self._open(shard) as file:
                 lost = sorted(set(names) - set(file.keys()))
                 if lost:
                     raise CheckpointError(f"{self.path / shard}: lacks {shortened(lost)}; fetch it again")
+                for name in names:
+                    tensor = file.get_slice(name)
+                    found[name] = (tuple(tensor.get_shape()), tensor.get_dtype())
+        return found
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor with its name, one in memory at a time."""
@@ -78,6 +88,13 @@ class HubDirectory:
             with self._open(shard) as file:
                 for name in names:
                     yield name, file.get_tensor(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor."""
+        if self._shard_of is None:
+            self._shard_of = {name: shard for shard, names in self.shards.items() for name in names}
+        with self._open(self._shard_of[name]) as file:
+            return file.get_tensor(name)
 
 
 def write_directory(
@@ -129,16 +146,9 @@ def _shard_name(number: int) -> str:
 
 def _write_shard(path: Path, number: int, shard: dict[str, Tensor]) -> dict[str, int]:
     save_file(shard, path / _shard_name(number), metadata={"format": "pt"})
+    # It is written for its owner alone; those who may read the config may read the weights.
+    (path / _shard_name(number)).chmod((path / CONFIG).stat().st_mode)
     return {name: tensor.nbytes for name, tensor in shard.items()}
-
-
-def check_dtype(name: str, tensor: Tensor) -> None:
-    """Raises CheckpointError for a tensor that is not in a plain floating-point format."""
-    plain = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32)
-    if tensor.dtype not in plain:
-        raise CheckpointError(
-            f"{name}: dtype {tensor.dtype}, expected a plain floating-point format; dequantise it first"
-        )
 
 
 def shortened(names: Iterable[str], limit: int = 8) -> str:

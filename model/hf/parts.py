@@ -1,6 +1,7 @@
 """What many families share: pieces of projections, feed-forwards and experts, and config fields."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from model.mixers.attn import AttnConfig
 from model.rotary import RotaryScaling
 from model.shape import ActivationConfig
 
+# What the layer_types of a config call our mixers.
+WINDOWS = {"sliding_attention": "swa", "full_attention": "attn"}
 SPLIT = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
 
@@ -90,6 +93,31 @@ def pattern_of(names: Sequence[str]) -> str:
     period = next(n for n in range(1, count + 1) if all(names[i] == names[i % n] for i in range(count)))
     runs = [(name, len(list(same))) for name, same in groupby(names[:period])]
     return " ".join(name if length == 1 else f"{length}*{name}" for name, length in runs)
+
+
+def mixers_of(fields: Fields, every: Sequence[str], names: Mapping[str, str] = WINDOWS) -> list[str]:
+    """Our mixers of the layer_types, or of `every` where the config has none.
+
+    Raises CheckpointError for a kind that is not among names.
+    """
+    kinds = fields.take("layer_types", None) or every
+    if unknown := sorted(set(kinds) - names.keys()):
+        raise CheckpointError(f"layer_types has {', '.join(unknown)}; built are {', '.join(names)}")
+    return [names[kind] for kind in kinds]
+
+
+def layer_types(config: Architecture, names: Mapping[str, str] = WINDOWS) -> list[str]:
+    """The layer_types that `mixers_of` reads back. Raises CheckpointError for a mixer that is not there."""
+    kinds = {mixer: kind for kind, mixer in names.items()}
+    if unknown := sorted({layer.mixer for layer in config.layers} - kinds.keys()):
+        raise CheckpointError(f"has no layers with mixer {', '.join(unknown)}; there are {', '.join(kinds)}")
+    return [kinds[layer.mixer] for layer in config.layers]
+
+
+def rotary_share(rotary_dim: int, head_dim: int) -> float:
+    """The partial_rotary_factor that gives rotary_dim when its product with head_dim is cut to an int."""
+    share = rotary_dim / head_dim
+    return share if int(head_dim * share) == rotary_dim else math.nextafter(share, 1.0)
 
 
 def rotary_lines(fields: Fields, key: str, default_theta: float | None = None) -> list[str]:

@@ -47,6 +47,11 @@ def _rows(start: int, end: int) -> View:
     return lambda x: x[start:end]
 
 
+def head_rows(heads: int, stride: int, start: int, size: int, *, first: int = 0) -> View:
+    """From row `first` on, heads of `stride` rows; of each, `size` rows from `start`."""
+    return lambda x: x[first : first + heads * stride].unflatten(0, (heads, stride))[:, start : start + size]
+
+
 def entry(index: int, then: View = whole) -> View:
     """`then` of one entry along the first dim, such as one expert."""
     return lambda x: then(x[index])
@@ -96,6 +101,14 @@ class Mapped:
             raise CheckpointError(f"{name}: shape {tuple(theirs.shape)}, expected {expected}")
         for piece in self.by_theirs[name]:
             piece.ours_view(ours[piece.ours]).copy_(piece.theirs_view(theirs))
+
+    def by_ours(self) -> dict[str, dict[str, list[Piece]]]:
+        """For each of our tensors the pieces of it, by the tensor of theirs that holds them."""
+        found: dict[str, dict[str, list[Piece]]] = {}
+        for name, parts in self.by_theirs.items():
+            for piece in parts:
+                found.setdefault(piece.ours, {}).setdefault(name, []).append(piece)
+        return found
 
     def write(self, name: str, ours: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """One of their tensors, made from ours."""

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,24 +13,45 @@ from conf.errors import CheckpointError, ConfigError
 from model.config import Architecture
 from model.hf.family import Family, families, family_of
 from model.hf.fields import Fields
-from model.hf.files import CONFIG, SHARD_BYTES, HubDirectory, check_dtype, shortened, write_directory
+from model.hf.files import CONFIG, PLAIN_DTYPES, SHARD_BYTES, HubDirectory, shortened, write_directory
+from model.hf.own import OWN
 from model.hf.pieces import Mapped
 from model.language_model import LanguageModel
 
+# How the names of quantised tensors and of their scales end on the hub.
+_QUANTISED = re.compile(r".*(_blocks|_scales|_scale_inv|_packed|\.(weight_scale|scale|qweight|qzeros|g_idx))")
 
-def load_pretrained(directory: str | Path, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """The model in a hub directory, its weights in `dtype`. Reads one tensor at a time.
 
-    Raises CheckpointError, before anything is loaded, for missing, unexpected, misshaped or quantised
-    tensors, lost experts, unknown config fields, truncated files and pickles. Tensors of modules that predict
-    ahead may be missing as a whole: transformers drops them; the model then has none, and says so.
+class Opened(NamedTuple):
+    """A checkpoint whose config and tensors fit each other; no tensor is read yet.
+
+    model stands on the meta device. mapped may lack tensors that the directory has and that say nothing.
+    """
+
+    hub: HubDirectory
+    family: Family
+    model: LanguageModel
+    mapped: Mapped
+
+
+def open_pretrained(directory: str | Path, dtype: torch.dtype = torch.float32) -> Opened:
+    """The checkpoint in a directory, checked as a whole.
+
+    Raises CheckpointError for missing, unexpected, misshaped or quantised tensors, lost experts, unknown
+    config fields, truncated files and pickles. Tensors of modules that predict ahead may be missing as a
+    whole: transformers drops them; the model then has none, and says so.
     """
     hub = HubDirectory(Path(directory))
-    family = family_of(hub.config.get("model_type"), str(hub.path / CONFIG))
+    where = f"{hub.path / CONFIG}: model_type"
+    family = family_of(every_family(), hub.config.get("model_type"), where)
     config = read_config(hub, family)
-    hub.check()
-    names = {name for name in hub.names if not _is_like(name, family.ignored)}
-    pattern = family.prediction
+    forms = hub.forms()
+    left_out = family.leaves_out(config, forms)
+    if left_out:
+        print(f"{hub.path}: leaves out {len(left_out)} tensors of other parts, such as {min(left_out)}")
+    surplus = left_out | set(family.surplus(config))
+    names = {name for name in forms.keys() - surplus if not _is_like(name, family.ignored)}
+    pattern = family.prediction and family.prediction.replace("{depth}", str(config.model.depth))
     if pattern and config.model.prediction.depth and not any(re.fullmatch(pattern, name) for name in names):
         print(
             f"{hub.path}: has no tensors for model.prediction.depth={config.model.prediction.depth}; without"
@@ -37,10 +59,23 @@ def load_pretrained(directory: str | Path, dtype: torch.dtype = torch.float32) -
         config = without_prediction(config)
     with torch.device("meta"):
         model = LanguageModel(config, dtype)
-    mapped = Mapped(family.pieces(config), state_of(model))
+    mapped = Mapped(family.pieces_found(config, names), state_of(model))
     expected = set(mapped.by_theirs)
+    quantised = sorted(name for name in names - expected if _QUANTISED.fullmatch(name))
+    if quantised:
+        raise CheckpointError(f"{hub.path}: quantised tensors: {shortened(quantised)}; dequantise them first")
     _refuse(hub, "missing", expected - names)
     _refuse(hub, "unexpected", names - expected)
+    _refuse_forms(hub, mapped, forms)
+    return Opened(hub, family, model, mapped)
+
+
+def load_pretrained(directory: str | Path, dtype: torch.dtype = torch.float32) -> LanguageModel:
+    """The model in a directory of the hub or of our own, its weights in `dtype`. Reads one tensor at a time.
+
+    Raises CheckpointError, before anything is loaded, for all that `open_pretrained` refuses.
+    """
+    hub, _, model, mapped = open_pretrained(directory, dtype)
     model.to(dtype).to_empty(device="cpu")
     for module in model.modules():
         if next(module.buffers(recurse=False), None) is not None:
@@ -48,8 +83,7 @@ def load_pretrained(directory: str | Path, dtype: torch.dtype = torch.float32) -
     ours = state_of(model)
     with torch.no_grad():
         for name, tensor in hub.tensors():
-            if name in expected:
-                check_dtype(name, tensor)
+            if name in mapped.by_theirs:
                 mapped.read(name, tensor, ours)
     return model
 
@@ -60,10 +94,10 @@ def save_pretrained(
     *,
     model_type: str | None = None,
     shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Writes the model as a hub directory that transformers opens.
+) -> str:
+    """Writes the model as a hub directory that transformers opens; gives the name of its family.
 
-    `model_type` picks among families that can hold the architecture; None takes the first.
+    `model_type` picks among families that can hold the architecture; None takes the first; weft is our own.
 
     Raises CheckpointError when the directory exists, or no family holds the architecture or a buffer that is
     not zero, StorageError.
@@ -74,21 +108,36 @@ def save_pretrained(
     lost = [name for name in mapped.uncovered if bool(ours[name].any())]
     if lost:
         raise CheckpointError(f"{family.model_type} has no place for {shortened(lost)}, which are not zero")
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    common = {"model_type": family.model_type, "architectures": [family.class_name], "dtype": dtype}
-    # Special tokens belong to a tokenizer. Left out they would take the family's own, out of range here.
-    common |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    dtype = next(model.parameters()).dtype
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in sorted(mapped.by_theirs):
             yield name, mapped.write(name, ours)
+        for name, source in family.copies(model.config).items():
+            yield name, mapped.write(source, ours)
 
     with torch.no_grad():
-        write_directory(Path(directory), common | config, tensors(), shard_bytes)
+        write_directory(Path(directory), full_config(family, config, dtype), tensors(), shard_bytes)
+    return family.model_type
+
+
+def full_config(family: Family, fields: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A config.json: the family's fields and those that every one has."""
+    name = str(dtype).removeprefix("torch.")
+    common = {"model_type": family.model_type, "architectures": [family.class_name], "dtype": name}
+    # Special tokens belong to a tokenizer. Left out they would take the family's own, out of range here.
+    return common | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | fields
 
 
 def read_config(hub: HubDirectory, family: Family) -> Architecture:
     """The architecture that the directory's config describes. Raises CheckpointError."""
+    for part in (hub.config, *hub.config.values()):
+        if isinstance(part, dict) and (quantised := part.get("quantization_config")):
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+            raise CheckpointError(
+                f"{hub.path / CONFIG}: quantization_config says that tensors are quantised ({method}); "
+                "dequantise them first, and drop the field"
+            )
     fields = Fields(hub.config, str(hub.path / CONFIG), family.aliases)
     overrides = family.read(fields)
     fields.finish()
@@ -98,15 +147,20 @@ def read_config(hub: HubDirectory, family: Family) -> Architecture:
         raise CheckpointError(f"{hub.path / CONFIG}: {error}") from error
 
 
+def every_family() -> dict[str, Family]:
+    """Families of the hub and our own form."""
+    return families() | {OWN.model_type: OWN}
+
+
 def family_for(config: Architecture, model_type: str | None) -> tuple[Family, dict]:
     """The family that holds the architecture, and its config.json.
 
     Raises CheckpointError with what each family lacks.
     """
     reasons = []
-    for name, family in families().items():
-        if model_type not in (None, name):
-            continue
+    chosen = [*families()] if model_type is None else [model_type]
+    for name in chosen:
+        family = family_of(every_family(), name, "model_type")
         try:
             written = family.write(config)
             again = compose(family.read(Fields(written, name, family.aliases)), Architecture)
@@ -131,11 +185,17 @@ def used(config: Architecture) -> dict:
     if not ffns - {"dense", "none"}:
         del tree["moe"]
     if not ffns & {"dense", "shortcut"}:
-        del tree["model"]["ffn_hidden"]
+        del tree["model"]["ffn_hidden"], tree["model"]["activation"]
     if not ahead.depth:
         del tree["model"]["prediction"]
+    else:
+        del tree["model"]["prediction"]["coefficient"]
     for name in ("balance_loss", "balance_scope", "z_loss", "bias_rate"):
         tree.get("moe", {}).pop(name, None)
+    for mixer in tree["mixer"].values():
+        mixer.pop("index_loss", None)
+        if mixer.get("rotary_scaling", {}).get("kind") == "none":
+            mixer["rotary_scaling"] = {"kind": "none"}
     del tree["model"]["init_std"], tree["residual"]["dropout"]
     return tree
 
@@ -164,6 +224,22 @@ def state_of(model: LanguageModel) -> dict[str, Tensor]:
 
 def _is_like(name: str, patterns: tuple[str, ...]) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in patterns)
+
+
+def _refuse_forms(hub: HubDirectory, mapped: Mapped, forms: dict[str, tuple[tuple[int, ...], str]]) -> None:
+    wrong = [
+        f"{name} (found {list(forms[name][0])}, expected {list(shape)})"
+        for name, shape in mapped.shapes.items()
+        if forms[name][0] != shape
+    ]
+    if wrong:
+        raise CheckpointError(f"{hub.path}: misshaped tensors: {shortened(wrong)}")
+    wrong = [f"{name} ({forms[name][1]})" for name in mapped.shapes if forms[name][1] not in PLAIN_DTYPES]
+    if wrong:
+        raise CheckpointError(
+            f"{hub.path}: tensors that are in no plain floating-point format: {shortened(wrong)}; "
+            "dequantise them first"
+        )
 
 
 def _refuse(hub: HubDirectory, what: str, names: set[str]) -> None:

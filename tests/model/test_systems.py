@@ -12,7 +12,8 @@ from model.mixer import Sequence
 
 # Billions of parameters, in all and active with embedding and head, of transformers' classes in published
 # sizes, modules that predict ahead left out. Two classes lack a head, which is added here: Step-3.5 0.53,
-# GLM-5.3 0.63. LongCat-Flash: 741.05 less the 180.39 of zero experts, which have no weights.
+# GLM-5.3 0.63. LongCat-Flash: 741.05 less the 180.39 of zero experts, which have no weights. NSA's model has no
+# such class: 27 B is what its paper says.
 PUBLISHED = {
     "dbrx": (131.60, 36.47),
     "deepseek_v2": (235.74, 21.38),
@@ -42,6 +43,7 @@ PUBLISHED = {
     "mixtral_8x22b": (140.62, 39.15),
     "mixtral_8x7b": (46.70, 12.88),
     "nemotron_3_nano": (31.58, 3.58),
+    "nsa_27b_a3b": (27.00, None),
     "olmoe_1b_7b": (6.92, 1.28),
     "qwen3_235b_a22b": (235.09, 22.19),
     "qwen3_30b_a3b": (30.53, 3.35),

@@ -1,0 +1,88 @@
+"""From one form of checkpoint to another, without ever holding the model."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from conf.errors import CheckpointError
+from model.hf.files import SHARD_BYTES, shortened, write_directory
+from model.hf.own import ORIGIN, OWN
+from model.hf.pieces import Mapped
+from model.hf.pretrained import Opened, family_for, full_config, open_pretrained, state_of
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    model_type: str | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> str:
+    """Writes the checkpoint in `source` to `target` as a family of the hub, or as our own; gives its name.
+
+    `model_type` as in `save_pretrained`, but None takes the family that our own form was made from. A `dtype`
+    of None keeps every tensor's own. Memory holds one shard of the target and one tensor of ours, such as all
+    experts of a layer.
+
+    Raises CheckpointError as `open_pretrained` and `save_pretrained` do, StorageError.
+    """
+    opened = open_pretrained(source)
+    config = opened.model.config
+    family, fields = family_for(config, model_type or opened.hub.config.get(ORIGIN))
+    if family is OWN:
+        fields |= {ORIGIN: opened.hub.config.get(ORIGIN, opened.family.model_type)}
+    mapped = Mapped(family.pieces(config), state_of(opened.model))
+    ours = _Ours(opened, dtype)
+    lost = [name for name in mapped.uncovered if bool(ours[name].any())]
+    if lost:
+        raise CheckpointError(f"{family.model_type} has no place for {shortened(lost)}, which are not zero")
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        # Those made of one tensor of ours follow each other.
+        for name in sorted(mapped.by_theirs, key=lambda name: (mapped.by_theirs[name][0].ours, name)):
+            yield name, mapped.write(name, ours)
+
+    with torch.no_grad():
+        said = dtype or ours[next(iter(opened.mapped.by_ours()))].dtype
+        write_directory(Path(target), full_config(family, fields, said), tensors(), shard_bytes)
+    return family.model_type
+
+
+class _Ours(dict[str, Tensor]):
+    """Our tensors by name, made when asked for; the last one is kept."""
+
+    def __init__(self, opened: Opened, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.opened, self.dtype = opened, dtype
+        self.shapes = {name: tensor.shape for name, tensor in state_of(opened.model).items()}
+        self.sources = opened.mapped.by_ours()
+
+    def __missing__(self, name: str) -> Tensor:
+        self.clear()
+        self[name] = tensor = self._made(name)
+        return tensor
+
+    def _made(self, name: str) -> Tensor:
+        if name in self.opened.mapped.uncovered:
+            return self._reset(name)
+        tensor = None
+        for theirs, pieces in self.sources[name].items():
+            value = self.opened.hub.tensor(theirs)
+            if tensor is None:
+                keeps = self.dtype is None or not value.is_floating_point()
+                tensor = torch.empty(self.shapes[name], dtype=value.dtype if keeps else self.dtype)
+            for piece in pieces:
+                piece.ours_view(tensor).copy_(piece.theirs_view(value))
+        assert tensor is not None, name
+        return tensor
+
+    def _reset(self, name: str) -> Tensor:
+        """A buffer as a new model has it."""
+        owner, _, leaf = name.rpartition(".")
+        module = self.opened.model.get_submodule(owner)
+        module.to_empty(device="cpu", recurse=False)
+        module.reset_buffers()  # pyright: ignore[reportCallIssue]
+        return module.get_buffer(leaf)

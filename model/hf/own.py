@@ -1,0 +1,39 @@
+"""Weights as we keep them: a directory in the form of the hub, our own names, the whole architecture."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from conf.compose import overrides_of
+from model.config import Architecture
+from model.hf.family import Family
+from model.hf.fields import Fields
+from model.hf.pieces import Piece
+from model.language_model import LanguageModel
+
+# The field for the family that weights were imported from, which they are exported to again.
+ORIGIN = "origin"
+
+
+def _read(fields: Fields) -> list[str]:
+    fields.take(ORIGIN, None)
+    return overrides_of(fields.take("architecture"))
+
+
+def _write(config: Architecture) -> dict[str, Any]:
+    tree = config.model_dump(mode="json")
+    ahead = config.model.prediction
+    used = {layer.mixer for layer in config.layers} | ({ahead.mixer} if ahead.depth else set())
+    tree["mixer"] = {name: entry for name, entry in tree["mixer"].items() if name in used}
+    return {"architecture": tree}
+
+
+def _pieces(config: Architecture) -> Iterator[Piece]:
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    for name in model.state_dict():
+        yield Piece(name, name)
+
+
+OWN = Family("weft", "LanguageModel", {}, _pieces, read_more=_read, write_more=_write)
