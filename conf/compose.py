@@ -103,7 +103,9 @@ def _compose_lines(lines: list[str], groups: "Callable[..., DictConfig] | None" 
         # Composing groups is the slow part, and most compositions of a process differ in values only.
         chosen = (groups or _compose_groups)(tuple(line for line in lines if not line.startswith("++")))
         composed = copy.deepcopy(chosen)
-        for parsed in values:
+        # What a reference stands for is complete before one leaf of the copy is set.
+        for parsed in sorted(values, key=lambda parsed: _is_referred(composed, parsed.key_or_group)):
+            _open_references(composed, parsed.key_or_group)
             OmegaConf.update(composed, parsed.key_or_group, parsed.value(), merge=True, force_add=True)
         tree = _resolved(composed)
     except OmegaConfBaseException as error:
@@ -112,6 +114,33 @@ def _compose_lines(lines: list[str], groups: "Callable[..., DictConfig] | None" 
     except HydraException as error:
         raise ConfigError([Violation("config", _first_line(error))]) from error
     return {str(name): value for name, value in tree.items()}
+
+
+def _is_referred(composed: "DictConfig", key: str) -> bool:
+    """Whether the key lies within a node that is a reference to another node."""
+    return any(True for _ in _references(composed, key))
+
+
+def _open_references(composed: "DictConfig", key: str) -> None:
+    """Puts a copy in the place of every reference to a node on the way to a key. Mutates composed."""
+    from omegaconf import OmegaConf
+
+    for node, name in _references(composed, key):
+        node[name] = OmegaConf.create(OmegaConf.to_container(node[name]))
+
+
+def _references(composed: "DictConfig", key: str) -> Iterator[tuple["DictConfig", str]]:
+    from omegaconf import DictConfig, OmegaConf
+
+    node = composed
+    for name in key.split(".")[:-1]:
+        if name not in node:
+            return
+        if OmegaConf.is_interpolation(node, name) and isinstance(node[name], DictConfig):
+            yield node, name
+        node = node[name]
+        if not isinstance(node, DictConfig):
+            return
 
 
 def _resolved(composed: "DictConfig") -> dict[Any, Any]:

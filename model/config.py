@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from pydantic import model_validator
 
 from conf.compose import Config, did_you_mean
-from model.layout import DENSE, MOE, Layer, LayoutConfig, expand_layers
+from model.layout import DENSE, MOE, NONE, Layer, LayoutConfig, expand_layers
 from model.mixer import MixerConfig, mixer_entries_type
 from model.moe.config import MoeConfig
 from model.shape import ModelConfig, ResidualConfig
@@ -27,7 +27,8 @@ class Architecture(Config):
 
     @model_validator(mode="after")
     def _fits(self) -> "Architecture":
-        expand_layers(self.layout, self.model.depth, self.mixer)
+        layers = expand_layers(self.layout, self.model.depth, self.mixer)
+        self._check_selections(layers)
         ahead = self.model.prediction
         if ahead.depth:
             for key, name, known in (("mixer", ahead.mixer, self.mixer), ("ffn", ahead.ffn, (MOE, DENSE))):
@@ -35,7 +36,20 @@ class Architecture(Config):
                     hint = did_you_mean(name, known)
                     message = f"{name!r} is not one of {', '.join(sorted(known))}{hint}"
                     raise ValueError(f"model.prediction.{key}: {message}")
+            if self.mixer[ahead.mixer].selection == "reads":
+                message = "shares the keys that an earlier layer chose; a module ahead has none"
+                raise ValueError(f"model.prediction.mixer: {ahead.mixer} {message}")
         return self
+
+    def _check_selections(self, layers: tuple[Layer, ...]) -> None:
+        has_choice = False
+        for index, layer in enumerate(layers):
+            selection = None if layer.mixer == NONE else self.mixer[layer.mixer].selection
+            if selection == "reads" and not has_choice:
+                makers = [name for name, config in self.mixer.items() if config.selection == "makes"]
+                message = f"layer {index}, {layer.mixer}, shares the keys that an earlier layer chose"
+                raise ValueError(f"layout: {message}; put one of {', '.join(makers)} before it")
+            has_choice |= selection == "makes"
 
     @property
     def layers(self) -> tuple[Layer, ...]:

@@ -142,6 +142,11 @@ class MixerConfig(Config, ABC):
     def context(self) -> Context:
         """How the mixer works on a sequence cut over ranks."""
 
+    @property
+    def selection(self) -> Literal["makes", "reads"] | None:
+        """Whether the module chooses keys that later layers may share, or reads the last choice."""
+        return None
+
 
 @cache
 def mixer_kinds() -> dict[str, type[MixerConfig]]:

@@ -44,6 +44,8 @@ def convert(
         # Those made of one tensor of ours follow each other.
         for name in sorted(mapped.by_theirs, key=lambda name: (mapped.by_theirs[name][0].ours, name)):
             yield name, mapped.write(name, ours)
+        for name, original in family.copies(config).items():
+            yield name, mapped.write(original, ours)
 
     with torch.no_grad():
         said = dtype or ours[next(iter(opened.mapped.by_ours()))].dtype

@@ -50,8 +50,8 @@ class Family:
     values that we build. read_more, write_more: what is not a plain value. pieces: where the tensors stand.
     aliases: other names of fields, to the names in pairs.
     ignored: patterns of tensors that carry nothing of the model, such as buffers that follow from the config.
-    prediction: the pattern of the tensors of modules that predict ahead, where {depth} is the number of layers;
-    transformers drops these, and a directory without them loads without them.
+    prediction: the pattern of the tensors of modules that predict ahead, where {depth} is the number of
+    layers; transformers drops these, and a directory without them loads without them.
     copies: names of tensors that repeat another one, to its name; written, and to be among those ignored.
     surplus: names of tensors that transformers writes though nothing reads them; ignored.
     nested: where the fields stand when they are not the config.json itself.

@@ -91,6 +91,13 @@ class DsaConfig(LatentConfig):
         latents = super().activation_bytes(width, element_bytes=element_bytes)
         return latents + element_bytes * (inside + index) + 12 * self.top_k
 
+    @property
+    def selection(self) -> Literal["makes", "reads"] | None:
+        """The indexer's, once it no longer warms up."""
+        if self.index_stage == "dense":
+            return None
+        return "reads" if self.index == "shared" else "makes"
+
     def roles(self, width: int) -> Mapping[str, Split]:
         """Heads of the attention are the unit; every rank keeps the indexer whole."""
         roles = dict(super().roles(width))
@@ -138,16 +145,12 @@ class Dsa(LatentMixer):
         sequence: Sequence,
         selection: Int[Tensor, "B T k"] | None = None,
     ) -> Float[Tensor, "B T D"] | Mixed:
-        """Queries see the keys that this layer, or the one that it shares with, chose in their document.
-
-        Raises ValueError when a layer that shares comes before any that chooses.
-        """
+        """Queries see the keys that this layer, or the one that it shares with, chose in their document."""
         latents = self.latents(x, sequence)
         if self.config.index_stage == "dense":
             return self._dense(x, latents, sequence)
         if self.shares_selection:
-            if selection is None:
-                raise ValueError("layout: a layer with index shared must come after one with index own")
+            assert selection is not None, "the layout has a layer that chooses before this one"
             return self._out(self._attend(latents, selection)[0])
         index = self._index(x, latents, sequence)
         entries = index_select(

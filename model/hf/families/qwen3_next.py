@@ -1,6 +1,6 @@
 """Qwen3-Next: 3:1 Gated DeltaNet and gated attention, softmax experts, shared expert with a gate."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from model.config import Architecture
@@ -10,17 +10,22 @@ from model.hf.parts import (
     attn_of,
     experts_apart,
     feed_forward,
+    layer_types,
     layout_lines,
-    plain_layer,
+    lines,
+    mixers_of,
     rope_parameters,
-    rotary_lines,
+    rotary_of,
+    rotary_share,
     skeleton,
 )
-from model.hf.pieces import Piece, View
+from model.hf.pieces import Piece, View, head_rows
+from model.layout import Layer
 from model.mixers.attn import AttnConfig
 from model.mixers.gdn import GdnConfig
 
 KINDS = {"linear_attention": "gdn", "full_attention": "attn"}
+GdnPieces = Callable[[str, str, GdnConfig, int], Iterator[Piece]]
 PAIRS: dict[str, str | tuple[str, Any]] = {
     "hidden_size": "model.width",
     "num_hidden_layers": "model.depth",
@@ -47,39 +52,54 @@ FIXED = (
     *("moe=softmax", "residual=pre_norm", "residual.has_zero_centered_norm=true"),
     *("mixer.attn.qk_norm=head", "mixer.attn.output_gate=channel", "moe.has_shared_gate=true"),
 )
+PREDICTION = {"mixer": "attn", "ffn": "moe", "puts_hidden_first": False}
+EXPECTS = {"hidden_act": ("silu",), "attention_bias": (False,), "attention_dropout": (0.0,)}
 
 
 def read_more(fields: Fields) -> list[str]:
-    """Layout and rotary."""
+    """Layout, rotary and the module that predicts ahead, which the config need not mention."""
     depth = fields.take("num_hidden_layers")
-    interval = fields.take("full_attention_interval", 4)
-    every = [
-        "full_attention" if (layer + 1) % interval == 0 else "linear_attention" for layer in range(depth)
-    ]
-    kinds = fields.take("layer_types", None) or every
-    dense, sparse_step = fields.take("mlp_only_layers", []), fields.take("decoder_sparse_step", 1)
+    dense, sparse_step = fields.take("mlp_only_layers", None) or [], fields.take("decoder_sparse_step", 1)
     ffns = ["dense" if i in dense or (i + 1) % sparse_step else "moe" for i in range(depth)]
-    partial = fields.take("partial_rotary_factor", None)
-    partial = (fields.take("rope_parameters", None) or {}).get("partial_rotary_factor", partial or 1.0)
-    rotary_dim = int(fields.take("head_dim", 256) * partial)
-    fields.take("router_aux_loss_coef", None)
+    fields.expect("use_sliding_window", False)
+    fields.expect("num_nextn_predict_layers", 1, 0)
     return [
-        f"mixer.attn.rotary_dim={rotary_dim}",
-        *rotary_lines(fields, "attn", 10000.0),
-        *layout_lines([KINDS.get(kind, kind) for kind in kinds], ffns),
+        *read_mixers(fields, ffns),
+        *lines({"model": {"prediction": PREDICTION}}),
+        f"model.prediction.depth={fields.take('num_nextn_predict_layers', 1)}",
     ]
+
+
+def read_mixers(fields: Fields, ffns: list[str]) -> list[str]:
+    """Layout and rotary. Sections of positions in an image are all one position in text."""
+    interval = fields.take("full_attention_interval", 4)
+    every = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(len(ffns))]
+    mixers = mixers_of(fields, every, KINDS)
+    partial = fields.take("partial_rotary_factor", 0.25)
+    rope = {"rope_theta": fields.take("rope_theta", 10000.0), **(fields.take("rope_scaling", None) or {})}
+    rope |= fields.take("rope_parameters", None) or {}
+    rotary_dim = int(fields.take("head_dim", 256) * rope.get("partial_rotary_factor", partial))
+    rope = {name: value for name, value in rope.items() if not name.startswith("mrope_")}
+    fields.take("router_aux_loss_coef", None)
+    return [f"mixer.attn.rotary_dim={rotary_dim}", *rotary_of(rope, "attn"), *layout_lines(mixers, ffns)]
 
 
 def write_more(config: Architecture) -> dict[str, Any]:
-    """Layout and rotary."""
-    attn, names = attn_of(config), {ours: theirs for theirs, ours in KINDS.items()}
-    partial = attn.rotary_dim / attn.head_dim
+    """Layout, rotary and the module that predicts ahead."""
     return {
-        "layer_types": [names.get(layer.mixer, layer.mixer) for layer in config.layers],
+        **write_mixers(config),
         "mlp_only_layers": [i for i, layer in enumerate(config.layers) if layer.ffn == "dense"],
-        "rope_parameters": rope_parameters(
-            attn.rotary_theta, attn.rotary_scaling, partial_rotary_factor=partial
-        ),
+        "num_nextn_predict_layers": config.model.prediction.depth,
+    }
+
+
+def write_mixers(config: Architecture, **rope: Any) -> dict[str, Any]:
+    """Layout and rotary, with `rope` among its parameters."""
+    attn = attn_of(config)
+    rope["partial_rotary_factor"] = rotary_share(attn.rotary_dim, attn.head_dim)
+    return {
+        "layer_types": layer_types(config, KINDS),
+        "rope_parameters": rope_parameters(attn.rotary_theta, attn.rotary_scaling, **rope),
         "router_aux_loss_coef": config.moe.balance_loss,
     }
 
@@ -87,20 +107,50 @@ def write_more(config: Architecture) -> dict[str, Any]:
 def pieces(config: Architecture) -> Iterator[Piece]:
     """Where every tensor stands."""
     yield from skeleton(config)
+    for ours, theirs, layer in places(config):
+        yield from layer_pieces(ours, theirs, layer, config, gdn_pieces)
+        if layer.ffn == "moe":
+            yield from experts_apart(config, f"{ours}moe.experts.", f"{theirs}mlp.experts.")
+    yield from prediction_pieces(config)
+
+
+def places(config: Architecture) -> Iterator[tuple[str, str, Layer]]:
+    """Every layer, also those that predict ahead: how its tensors start, ours and theirs."""
     for index, layer in enumerate(config.layers):
-        ours, theirs = f"blocks.{index}.", f"model.layers.{index}."
-        yield from plain_layer(index, layer)
-        mixer, width = config.mixer[layer.mixer], config.model.width
-        if isinstance(mixer, GdnConfig):
-            yield from gdn_pieces(f"{ours}mixer.", f"{theirs}linear_attn.", mixer, width)
-        else:
-            assert isinstance(mixer, AttnConfig), f"{type(mixer)=}"
-            yield from gated_attn_pieces(f"{ours}mixer.", f"{theirs}self_attn.", mixer, width)
-        if layer.ffn == "dense":
-            hidden = config.model.ffn_hidden
-            yield from feed_forward(f"{ours}ffn.", f"{theirs}mlp.", hidden, config.model.activation)
-        else:
-            yield from moe_pieces(f"{ours}moe.", f"{theirs}mlp.", config)
+        yield f"blocks.{index}.", f"model.layers.{index}.", layer
+    ahead = config.model.prediction
+    for index in range(ahead.depth):
+        yield f"predictions.{index}.block.", f"mtp.layers.{index}.", Layer(ahead.mixer, ahead.ffn)
+
+
+def prediction_pieces(config: Architecture) -> Iterator[Piece]:
+    """What stands around the layer that predicts ahead; embedding and head are the model's own."""
+    names = {"embed_norm": "pre_fc_norm_embedding", "hidden_norm": "pre_fc_norm_hidden"}
+    for index in range(config.model.prediction.depth):
+        for mine, name in (names | {"in_proj": "fc", "norm": "norm"}).items():
+            yield Piece(f"predictions.{index}.{mine}.weight", f"mtp.{name}.weight")
+
+
+def layer_pieces(
+    ours: str, theirs: str, layer: Layer, config: Architecture, gdn: GdnPieces
+) -> Iterator[Piece]:
+    """All of a layer but its routed experts."""
+    yield Piece(f"{ours}mixer_residual.norm.weight", f"{theirs}input_layernorm.weight")
+    yield Piece(f"{ours}ffn_residual.norm.weight", f"{theirs}post_attention_layernorm.weight")
+    mixer, width = config.mixer[layer.mixer], config.model.width
+    if isinstance(mixer, GdnConfig):
+        yield from gdn(f"{ours}mixer.", f"{theirs}linear_attn.", mixer, width)
+    else:
+        assert isinstance(mixer, AttnConfig), f"{type(mixer)=}"
+        yield from gated_attn_pieces(f"{ours}mixer.", f"{theirs}self_attn.", mixer, width)
+    if layer.ffn == "dense":
+        hidden = config.model.ffn_hidden
+        yield from feed_forward(f"{ours}ffn.", f"{theirs}mlp.", hidden, config.model.activation)
+        return
+    shared, activation = f"{theirs}mlp.shared_expert.", config.moe.shared_activation
+    yield Piece(f"{ours}moe.router.weight", f"{theirs}mlp.gate.weight")
+    yield from feed_forward(f"{ours}moe.shared.", shared, config.moe.shared_hidden, activation)
+    yield Piece(f"{ours}moe.shared_gate.weight", f"{theirs}mlp.shared_expert_gate.weight")
 
 
 def gdn_pieces(ours: str, theirs: str, gdn: GdnConfig, width: int) -> Iterator[Piece]:
@@ -113,8 +163,8 @@ def gdn_pieces(ours: str, theirs: str, gdn: GdnConfig, width: int) -> Iterator[P
     totals = {"in_proj_qkvz": 2 * gdn.key_dim + 2 * values, "in_proj_ba": 2 * repeat}
     row = 0
     for name, size, start in zip(names, sizes, starts, strict=True):
-        mine = _heads_of(row, heads, size, 0, size)
-        other = _heads_of(0, heads, totals[name], start, size)
+        mine = head_rows(heads, size, 0, size, first=row)
+        other = head_rows(heads, totals[name], start, size)
         shape = (heads * totals[name], width)
         yield Piece(f"{ours}in_proj.weight", f"{theirs}{name}.weight", mine, other, shape)
         row += heads * size
@@ -130,8 +180,8 @@ def gated_attn_pieces(ours: str, theirs: str, attn: AttnConfig, width: int) -> I
     heads, dim = attn.num_heads, attn.head_dim
     shape = (2 * heads * dim, width)
     for place in (0, 1):
-        mine = _heads_of(place * heads * dim, heads, dim, 0, dim)
-        other = _heads_of(0, heads, 2 * dim, place * dim, dim)
+        mine = head_rows(heads, dim, 0, dim, first=place * heads * dim)
+        other = head_rows(heads, 2 * dim, place * dim, dim)
         yield Piece(f"{ours}in_proj.weight", f"{theirs}q_proj.weight", mine, other, shape)
     start, keys = 2 * heads * dim, attn.num_key_heads * dim
     for name, at in (("k_proj", start), ("v_proj", start + keys)):
@@ -139,20 +189,6 @@ def gated_attn_pieces(ours: str, theirs: str, attn: AttnConfig, width: int) -> I
     yield Piece(f"{ours}out_proj.weight", f"{theirs}o_proj.weight")
     yield Piece(f"{ours}q_norm.weight", f"{theirs}q_norm.weight")
     yield Piece(f"{ours}k_norm.weight", f"{theirs}k_norm.weight")
-
-
-def moe_pieces(ours: str, theirs: str, config: Architecture) -> Iterator[Piece]:
-    """Router, experts with tensors of their own, shared expert with its gate."""
-    yield Piece(f"{ours}router.weight", f"{theirs}gate.weight")
-    yield from experts_apart(config, f"{ours}experts.", f"{theirs}experts.")
-    shared, activation = f"{theirs}shared_expert.", config.moe.shared_activation
-    yield from feed_forward(f"{ours}shared.", shared, config.moe.shared_hidden, activation)
-    yield Piece(f"{ours}shared_gate.weight", f"{theirs}shared_expert_gate.weight")
-
-
-def _heads_of(row: int, heads: int, stride: int, start: int, size: int) -> View:
-    """From `row` on, heads of `stride` rows; of each, `size` rows from `start`."""
-    return lambda x: x[row : row + heads * stride].unflatten(0, (heads, stride))[:, start : start + size]
 
 
 def _slice(start: int, size: int) -> View:
@@ -166,7 +202,7 @@ FAMILIES = (
         PAIRS,
         pieces,
         fixed=FIXED,
-        expects={"hidden_act": ("silu",), "attention_bias": (False,), "attention_dropout": (0.0,)},
+        expects=EXPECTS,
         read_more=read_more,
         write_more=write_more,
         prediction=r"mtp\..*",

@@ -1,0 +1,122 @@
+"""Qwen3.5 with experts, its text model: Qwen3-Next with plain projections, alone or inside the whole model.
+
+The hub has the routed experts of the model fused and those of the module that predicts ahead one by one;
+transformers writes all of them one by one. Both ways are read, for each layer on its own.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from model.config import Architecture
+from model.hf.families.qwen3_next import (
+    EXPECTS,
+    FIXED,
+    PAIRS,
+    PREDICTION,
+    layer_pieces,
+    places,
+    prediction_pieces,
+    read_mixers,
+    write_mixers,
+)
+from model.hf.family import Family, Nested, inside
+from model.hf.fields import Fields
+from model.hf.parts import attn_of, experts_apart, experts_fused, joined_rows, lines, skeleton
+from model.hf.pieces import Piece
+from model.mixers.gdn import GdnConfig
+
+OWN_FIELDS = ("intermediate_size", "norm_topk_prob")
+FUSED = ("gate_up_proj", "down_proj")
+AHEAD = "predictions."
+
+
+def read_more(fields: Fields) -> list[str]:
+    """Layout, rotary and the module that predicts ahead."""
+    # No layer is dense, and states are kept in float32 while decoding.
+    for name in ("intermediate_size", "mamba_ssm_dtype"):
+        fields.take(name, None)
+    fields.expect("mlp_only_layers", [], None)
+    fields.expect("mtp_num_hidden_layers", 0, 1)
+    fields.expect("mtp_use_dedicated_embeddings", False)
+    fields.expect("attn_output_gate", True)
+    return [
+        *read_mixers(fields, ["moe"] * fields.take("num_hidden_layers")),
+        *lines({"model": {"prediction": PREDICTION}}),
+        f"model.prediction.depth={fields.take('mtp_num_hidden_layers', 0)}",
+    ]
+
+
+def write_more(config: Architecture) -> dict[str, Any]:
+    """Layout, rotary with the sections of image positions, and the module that predicts ahead."""
+    half = attn_of(config).rotary_dim // 2
+    sections = [(half + 2) // 3, (half + 1) // 3, half // 3]
+    return {
+        **write_mixers(config, mrope_interleaved=True, mrope_section=sections),
+        "mtp_num_hidden_layers": config.model.prediction.depth,
+        "mtp_use_dedicated_embeddings": False,
+    }
+
+
+def pieces(config: Architecture) -> Iterator[Piece]:
+    """Where every tensor stands."""
+    yield from skeleton(config)
+    for ours, theirs, layer in places(config):
+        yield from layer_pieces(ours, theirs, layer, config, plain_gdn_pieces)
+        yield from expert_pieces(config, ours, theirs, is_fused=not ours.startswith(AHEAD))
+    yield from prediction_pieces(config)
+
+
+def other_experts(config: Architecture) -> Iterator[Piece]:
+    """Routed experts in the form that `pieces` does not have."""
+    for ours, theirs, _ in places(config):
+        yield from expert_pieces(config, ours, theirs, is_fused=ours.startswith(AHEAD))
+
+
+def expert_pieces(config: Architecture, ours: str, theirs: str, *, is_fused: bool) -> Iterator[Piece]:
+    """Routed experts in one tensor each way, or with tensors of their own."""
+    mine, other = f"{ours}moe.experts.", f"{theirs}mlp.experts."
+    yield from experts_fused(mine, other, FUSED) if is_fused else experts_apart(config, mine, other)
+
+
+def plain_gdn_pieces(ours: str, theirs: str, gdn: GdnConfig, width: int) -> Iterator[Piece]:
+    """Projections one after the other, each with all its heads."""
+    keys, values = gdn.num_key_heads * gdn.key_dim, gdn.num_value_heads * gdn.value_dim
+    sizes = {"qkv": 2 * keys + values, "z": values, "b": gdn.num_value_heads, "a": gdn.num_value_heads}
+    parts = {f"{theirs}in_proj_{name}.weight": size for name, size in sizes.items()}
+    yield from joined_rows(f"{ours}in_proj.weight", parts)
+    yield Piece(f"{ours}conv.weight", f"{theirs}conv1d.weight", lambda x: x[:, None])
+    yield Piece(f"{ours}decay.log_rate", f"{theirs}A_log")
+    yield Piece(f"{ours}decay.bias", f"{theirs}dt_bias")
+    yield Piece(f"{ours}out_norm.weight", f"{theirs}norm.weight")
+    yield Piece(f"{ours}out_proj.weight", f"{theirs}out_proj.weight")
+
+
+TEXT = Family(
+    "qwen3_5_moe_text",
+    "Qwen3_5MoeForCausalLM",
+    {name: key for name, key in PAIRS.items() if name not in OWN_FIELDS},
+    pieces,
+    fixed=(*FIXED, "moe.has_normalized_weights=true"),
+    expects=EXPECTS | {"norm_topk_prob": (True,)},
+    read_more=read_more,
+    write_more=write_more,
+    prediction=r"mtp\..*",
+    instead=(other_experts,),
+)
+WHOLE = inside(
+    TEXT,
+    "qwen3_5_moe",
+    "Qwen3_5MoeForConditionalGeneration",
+    Nested(
+        ("qwen3_5_moe_text",),
+        silent=(
+            *("vision_config", "image_token_id", "video_token_id"),
+            *("vision_start_token_id", "vision_end_token_id"),
+        ),
+    ),
+    {"": "", "model.": "model.language_model."},
+    left_out=(r"model\.visual\..*",),
+)
+# A text model that transformers took out of a whole one keeps the names that it had there.
+FAMILIES = (replace(TEXT, instead=(*TEXT.instead, WHOLE.pieces, *WHOLE.instead)), WHOLE)
