@@ -1,8 +1,9 @@
-"""Times a training step of the small Qwen3-Next, ours and transformers', in turn on the same machine.
+"""Times a training step of small models, ours and transformers', in turn on the same machine.
 
-`python -m bench.step [key=value]` prints both, the share of the machine's peak, and the ratio, and writes
-bench/results/step-DEVICE.json. All have the same weights and read the same tokens; each step is forward,
-backward and AdamW. Each runs in a process of its own, set up as its users' runs are, while the others wait.
+`python -m bench.step [only=NAME,NAME] [key=value]` prints both, the share of the machine's peak, and the ratio
+for each model, and writes bench/results/step-cpu.json. Both have the same weights and read the same tokens; each
+step is forward, backward and AdamW. Each runs in a process of its own, set up as its users' runs are, while the
+others wait.
 """
 
 import json
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.optim import AdamW
@@ -34,25 +36,54 @@ from train.track.report import print_table
 
 ROUNDS = 9
 OURS, PEER, PEER_FLUSHED = "weft", "transformers", "transformers, denormals flushed"
+# Transformers has no modules that predict ahead, and turns whole heads in MiniMax-Text-01.
+SAME = ("moe.balance_loss=0.0", "model.prediction.depth=0")
+MODELS = {
+    "qwen3_next_small": ("qwen3_next", ()),
+    "deepseek_v3_2_small": ("deepseek_v32", ()),
+    "deepseek_v4_flash_small": ("deepseek_v4", ()),
+    "kimi_linear_small": ("kimi_linear", ()),
+    "minimax_text_01_small": ("minimax", ("mixer.attn.rotary_dim=${mixer.attn.head_dim}",)),
+}
 
 
 def main(arguments: list[str]) -> None:
-    """Prints and writes the comparison."""
-    config = load_config(["moe.balance_loss=0.0", *arguments], 1)
+    """Prints and writes the comparison. Raises ConfigError."""
+    chosen = [argument.removeprefix("only=") for argument in arguments if argument.startswith("only=")]
+    names = chosen[0].split(",") if chosen else list(MODELS)
+    overrides = [argument for argument in arguments if not argument.startswith("only=")]
     peak = measured_peak(torch.device("cpu"), torch.float32)
+    results = {}
+    for name in names:
+        model_type, same = MODELS[name]
+        config = load_config([f"model={name}", *SAME, *same, *overrides], 1)
+        results[name] = compare(name, config, model_type, peak)
+    summary = {
+        name: f"{1e3 * result['median_seconds'][OURS]:,.0f} ms, transformers "
+        f"{1e3 * result['median_seconds'][PEER]:,.0f} ms: {result['ratios'][PEER]:.2f}x"
+        for name, result in results.items()
+    }
+    print_table("Training steps", summary)
+    path = Path("bench/results/step-cpu.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(described(peak) | {"models": results}, indent=1) + "\n")
+
+
+def compare(name: str, config: RunConfig, model_type: str, peak: float) -> dict[str, Any]:
+    """Seconds of every step of each, in turn."""
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
-    for name in (OURS, PEER, PEER_FLUSHED):
-        pipes[name], far_end = context.Pipe()
-        context.Process(target=work, args=(name, config, far_end), daemon=True).start()
-    losses = {name: ask(pipe)[1] for name, pipe in pipes.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in pipes}
+    for side in (OURS, PEER, PEER_FLUSHED):
+        pipes[side], far_end = context.Pipe()
+        context.Process(target=work, args=(side, config, model_type, far_end), daemon=True).start()
+    losses = {side: ask(pipe)[1] for side, pipe in pipes.items()}
+    seconds: dict[str, list[float]] = {side: [] for side in pipes}
     for _ in range(ROUNDS):
-        for name, pipe in pipes.items():
-            seconds[name].append(ask(pipe)[0])
+        for side, pipe in pipes.items():
+            seconds[side].append(ask(pipe)[0])
     for pipe in pipes.values():
         pipe.send(False)
-    report(config, seconds, losses, peak)
+    return report(name, config, seconds, losses, peak)
 
 
 def ask(pipe: Connection) -> tuple[float, float]:
@@ -61,19 +92,19 @@ def ask(pipe: Connection) -> tuple[float, float]:
     return pipe.recv()
 
 
-def work(name: str, config: RunConfig, pipe: Connection) -> None:
+def work(side: str, config: RunConfig, model_type: str, pipe: Connection) -> None:
     """Makes a step whenever asked, and tells its seconds and loss; ends on False."""
     with ExitStack() as stack:
-        if name != PEER:
+        if side != PEER:
             stack.enter_context(open_world(config.parallel, 0, 1, 0))
         torch.manual_seed(0)
         ids = torch.randint(config.model.vocab_size, (config.train.global_batch, config.data.sequence_length))
         model = LanguageModel(config.architecture)
         initialise(model, 0)
-        if name == OURS:
+        if side == OURS:
             step = our_step(model, ids, config)
         else:
-            step = their_step(as_transformers(model, "qwen3_next"), ids, config)
+            step = their_step(as_transformers(model, model_type), ids, config)
         while pipe.recv():
             start = time.perf_counter()
             loss = step()
@@ -110,39 +141,42 @@ def their_step(model: torch.nn.Module, ids: torch.Tensor, config: RunConfig) -> 
     return step
 
 
-def report(config: RunConfig, seconds: dict[str, list[float]], losses: dict[str, float], peak: float) -> None:
-    """Prints the table and writes the JSON."""
+def report(
+    name: str, config: RunConfig, seconds: dict[str, list[float]], losses: dict[str, float], peak: float
+) -> dict[str, Any]:
+    """Prints the table of one model and returns its figures."""
     tokens = config.train.global_batch * config.data.sequence_length
     flops = count(config.architecture).training_flops(config.data.sequence_length) * tokens
-    median = {name: statistics.median(values) for name, values in seconds.items()}
+    median = {side: statistics.median(values) for side, values in seconds.items()}
     rows = {
-        name: f"{1e3 * value:,.0f} ms ({min(seconds[name]) * 1e3:,.0f} to "
-        f"{max(seconds[name]) * 1e3:,.0f}), {tokens / value:,.0f} tokens/s, {flops / value / peak:.0%} of it"
-        for name, value in median.items()
+        side: f"{1e3 * value:,.0f} ms ({min(seconds[side]) * 1e3:,.0f} to "
+        f"{max(seconds[side]) * 1e3:,.0f}), {tokens / value:,.0f} tokens/s, {flops / value / peak:.0%} of it"
+        for side, value in median.items()
     }
     rows["limit"] = f"{1e3 * flops / peak:,.0f} ms at the {peak / 1e9:,.0f} GFLOP/s of a 1024^3 product here"
     rows["first losses"] = ", ".join(f"{loss:.6f}" for loss in losses.values())
-    ratios = {name: median[name] / median[OURS] for name in (PEER, PEER_FLUSHED)}
+    ratios = {side: median[side] / median[OURS] for side in (PEER, PEER_FLUSHED)}
     rows["weft is faster"] = " and ".join(f"{ratio:.2f}x" for ratio in ratios.values())
-    print_table("Training step, small Qwen3-Next", rows)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    result = {
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
+    print_table(f"Training step, {name}", rows)
+    return {
         "tokens_per_step": tokens,
         "flops_per_step": flops,
-        "peak_flops": peak,
         "seconds": seconds,
         "median_seconds": median,
         "ratios": ratios,
         "first_losses": losses,
     }
-    path = Path("bench/results/step-cpu.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def described(peak: float) -> dict[str, Any]:
+    """What the figures were measured on."""
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    return {
+        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+        "peak_flops": peak,
+    }
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from model.mixer import Sequence
 
 # Billions of parameters, in all and active with embedding and head, of transformers' classes in published
 # sizes, modules that predict ahead left out. Two classes lack a head, which is added here: Step-3.5 0.53,
-# GLM-5.3 0.63. LongCat-Flash: 741.05 less the 180.39 of zero experts, which have no weights. NSA's model has no
-# such class: 27 B is what its paper says.
+# GLM-5.3 0.63. LongCat-Flash: 741.05 less the 180.39 of zero experts, which have no weights. NSA's model has
+# no such class: 27 B is what its paper says.
 PUBLISHED = {
     "dbrx": (131.60, 36.47),
     "deepseek_v2": (235.74, 21.38),

@@ -131,7 +131,7 @@ OLDER = {
             **{"num_attention_heads": 64, "num_key_value_heads": 64, "vocab_size": 163840, "n_group": 1},
             **{"topk_group": 1, "n_routed_experts": 384, "routed_scaling_factor": 2.827, "rope_theta": 5e4},
             **{"num_nextn_predict_layers": 0, "first_k_dense_replace": 1, "aux_loss_alpha": 0.001},
-            "rope_scaling": V3["rope_scaling"] | {"factor": 32.0},
+            "rope_scaling": V3["rope_scaling"] | {"factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0},
         },
     ),
     "deepseek_v2": (

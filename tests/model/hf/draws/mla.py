@@ -93,7 +93,14 @@ FAMILIES: dict[str, Drawn] = {
             moe__has_normalized_weights=st.booleans(),
         )
     ),
-    "kimi_k2": Drawn(latent(moe__weight_scale=st.sampled_from([1.0, 2.827])), open_as_v3),
+    "kimi_k2": Drawn(
+        latent(
+            moe__weight_scale=st.sampled_from([1.0, 2.827]),
+            # Its one bound for both is the other one drawn.
+            mixer__mla__rotary_scaling__beta_slow=st.sampled_from([1.0, 4.0]),
+        ),
+        open_as_v3,
+    ),
     "kimi_k25": Drawn(latent(moe__weight_scale=st.sampled_from([1.0, 2.827])), open_kimi_k25),
     "deepseek_v2": Drawn(
         latent(
