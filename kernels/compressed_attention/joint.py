@@ -13,6 +13,10 @@ from kernels.document_windows import Windows, top_slots
 
 # Elements of the scores that a slab of queries may hold: bounds memory, not the result.
 SLAB = 1 << 22
+# Queries of a slab beside a window: more of them meet more raw keys outside it, fewer make short products.
+QUERIES = 128
+# A product with all entries is about this many times as fast per entry as one with gathered ones.
+GATHERING = 32
 
 
 def joint_attention_direct(
@@ -61,26 +65,30 @@ def joint_attention_slabs(
     scale: float,
     window: int,
 ) -> tuple[Float[Tensor, "B T H K"], Float[Tensor, "B T k"]]:
-    """A slab of queries at a time, in float32 at least; scores are computed again for backward."""
+    """A slab of queries at a time, in float32 at least; many scores are computed again for backward."""
     dtype, tokens = torch.promote_types(q.dtype, torch.float32), q.shape[1]
     entries, sinks = entries.to(dtype), sinks.to(dtype)
-    size = _slab(q, window + (entries.shape[1] if selected is None else selected.shape[2]))
+    keys = window + (entries.shape[1] if selected is None else selected.shape[2])
+    size = min(max(QUERIES, window), _slab(q, keys))
     pad = -tokens % size
     # [B slabs K S]: each slab's raw keys, from the first in the window of its first query on.
     beside = torch.nn.functional.pad(kv.to(dtype), (0, 0, window - 1, pad)).unfold(1, window - 1 + size, size)
+    is_small = q.shape[0] * tokens * q.shape[2] * (keys + size) <= SLAB
     outs, masses = [], []
     for index, near in enumerate(beside.unbind(1)):
         a, b = index * size, min((index + 1) * size, tokens)
         chosen = None if selected is None else selected[:, a:b]
         seen = windows.is_seen(position[:, a:b], a) if chosen is None else chosen >= 0
         visible = torch.cat([_near(position[:, a:b], window, near.shape[-1]), seen], dim=-1)
+        if chosen is not None and entries.shape[1] <= GATHERING * chosen.shape[2]:
+            far = _marked(chosen, entries.shape[1])
+            visible = torch.cat([visible[..., : near.shape[-1]], far], dim=-1)
         part = q[:, a:b].to(dtype)
-        out, mass = checkpoint(
-            _attend,
-            *(part, near, entries, sinks, chosen, visible, scale),
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
+        operands = (part, near, entries, sinks, chosen, visible, scale)
+        if is_small:
+            out, mass = _attend(*operands)
+        else:
+            out, mass = checkpoint(_attend, *operands, use_reentrant=False, preserve_rng_state=False)
         outs.append(out.to(q.dtype))
         masses.append(mass)
     return torch.cat(outs, dim=1), torch.cat(masses, dim=1)
@@ -104,7 +112,8 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     near_scores = torch.einsum("bqhk,bks->bqhs", q, near)
     # Entries for all queries [B N K], or for each query its own [B Q k K].
-    far, letters = (entries, "bnk") if chosen is None else (_taken(entries, chosen), "bqnk")
+    is_dense = visible.shape[-1] == near.shape[-1] + entries.shape[1]
+    far, letters = (entries, "bnk") if chosen is None or is_dense else (_taken(entries, chosen), "bqnk")
     far_scores = torch.einsum(f"bqhk,{letters}->bqhn", q, far)
     scores = torch.cat([near_scores, far_scores], dim=-1) * scale
     scores = scores.masked_fill(~visible[:, :, None], float("-inf"))
@@ -113,7 +122,17 @@ def _attend(
     by_near, by_far, _ = weights.split([near.shape[-1], far_scores.shape[-1], 1], dim=-1)
     out = torch.einsum("bqhs,bks->bqhk", by_near, near) + torch.einsum(f"bqhn,{letters}->bqhk", by_far, far)
     mass = by_far.detach().sum(2)
-    return out, mass[..., :0] if chosen is None else mass
+    if chosen is None:
+        return out, mass[..., :0]
+    if is_dense:
+        mass = mass.gather(-1, chosen.clamp(min=0)).masked_fill(chosen < 0, 0.0)
+    return out, mass
+
+
+def _marked(chosen: Tensor, count: int) -> Tensor:
+    """Which of `count` entries each query chose, from their slots, -1 for none."""
+    marks = torch.zeros(*chosen.shape[:2], count + 1, dtype=torch.bool, device=chosen.device)
+    return marks.scatter_(2, torch.where(chosen < 0, count, chosen), True)[..., :count]
 
 
 def _taken(entries: Tensor, chosen: Tensor) -> Tensor:
@@ -167,6 +186,8 @@ def selected_scores_slabs(
 
 
 def _score(q: Tensor, k: Tensor, weight: Tensor, selected: Tensor) -> Tensor:
+    if k.shape[1] <= GATHERING * selected.shape[2]:
+        return entry_scores_direct(q, k, weight).gather(-1, selected.clamp(min=0))
     products = torch.einsum("bqji,bqni->bqjn", q, _taken(k, selected)).relu()
     return torch.einsum("bqjn,bqj->bqn", products, weight)
 

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kernels.arguments import require
-from kernels.sinkhorn.reference import sinkhorn_iterated
+from kernels.sinkhorn.reference import sinkhorn_planar
 
 
 class Case(NamedTuple):
@@ -30,4 +30,4 @@ def sinkhorn(logits: Float[Tensor, "*N n n"], *, iterations: int, eps: float) ->
     Manifold-constrained hyper-connections, as DeepSeek-V4 computes them.
     """
     require(iterations >= 1, "iterations", "at least 1", iterations)
-    return sinkhorn_iterated(logits, iterations=iterations, eps=eps)
+    return sinkhorn_planar(logits, iterations=iterations, eps=eps)

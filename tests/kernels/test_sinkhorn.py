@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels.sinkhorn import CASES, Case, sinkhorn
+from kernels.sinkhorn.reference import sinkhorn_iterated
 
 
 def by_hand(logits: list[list[float]], iterations: int, eps: float) -> list[list[float]]:
@@ -37,6 +38,22 @@ def test_many_iterations_are_doubly_stochastic() -> None:
 def test_gradients_are_those_of_small_differences() -> None:
     logits = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: sinkhorn(x, iterations=20, eps=1e-6), logits)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradients_are_those_of_the_iteration_as_written(case: Case, dtype: torch.dtype) -> None:
+    logits = 3 * torch.randn(2, case.matrices, case.streams, case.streams, dtype=dtype)
+    weight = torch.randn_like(logits)
+    found = []
+    for function in (sinkhorn, sinkhorn_iterated):
+        leaf = logits.clone().requires_grad_()
+        (function(leaf, iterations=case.iterations, eps=1e-6) * weight).sum().backward()
+        assert leaf.grad is not None
+        found.append(leaf.grad)
+    limit = 1e-12 if dtype == torch.float64 else 1e-5
+    # One stream has nothing to mix: its gradient is rounding around zero.
+    assert (found[0] - found[1]).abs().max() <= limit * max(1.0, found[1].abs().max().item())
 
 
 def test_wrong_arguments_are_named() -> None:
