@@ -1,0 +1,72 @@
+"""Gated short convolution: a gate in, a causal convolution of a few taps, a gate out (LFM2)."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from kernels.convolution import short_convolution
+from model.linear import Linear
+from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
+from model.mixers.gdn import ConvWeight
+
+
+class ConvConfig(MixerConfig):
+    """Fields of the gated short convolution."""
+
+    kind: Literal["conv"] = "conv"
+    num_channels: int = Field(ge=1)
+    conv_width: int = Field(ge=2)
+
+    def build(self, width: int, layer: int, depth: int, init_std: float) -> "Conv":
+        """The module; all layers are alike."""
+        return Conv(self, width, init_std, init_std / (2 * depth) ** 0.5)
+
+    def count_params(self, width: int) -> int:
+        """Projections and taps."""
+        return self.num_channels * (4 * width + self.conv_width)
+
+    def flops(self, width: int, context: int) -> Flops:
+        """Taps and two gates per channel, independent of the context."""
+        return Flops(8 * width * self.num_channels, (2 * self.conv_width + 2) * self.num_channels)
+
+    def cache_bytes(self, context: int, *, element_bytes: int = 2) -> int:
+        """The tail of the convolution."""
+        return (self.conv_width - 1) * self.num_channels * element_bytes
+
+    def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
+        """Both gates, the input, its product with the first gate, and the convolution."""
+        return 5 * self.num_channels * element_bytes
+
+    def roles(self, width: int) -> Mapping[str, Split]:
+        """Channels are the unit: none meets another between the projections."""
+        return {
+            "in_proj.weight": Split(0, "channels", (self.num_channels,) * 3),
+            "conv.weight": Split(0, "channels"),
+            "out_proj.weight": Split(1, "channels"),
+        }
+
+    @property
+    def context(self) -> Context:
+        """No state but the tokens that the taps read to the left."""
+        return Context("state", self.conv_width - 1)
+
+
+class Conv(Mixer):
+    """out_proj(gate_out * conv(gate_in * x)); one projection makes both gates and x."""
+
+    def __init__(self, config: ConvConfig, width: int, init_std: float, out_std: float) -> None:
+        super().__init__()
+        channels = config.num_channels
+        self.in_proj = Linear(width, 3 * channels, init_std)
+        self.conv = ConvWeight(channels, config.conv_width)
+        self.out_proj = Linear(channels, width, out_std)
+
+    def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"]:
+        """Taps stop at document starts."""
+        gate_in, gate_out, inner = self.in_proj(x).chunk(3, dim=-1)
+        taps = self.conv.weight.to(x.dtype)
+        mixed = short_convolution(gate_in * inner, taps, document=sequence.document, has_silu=False)
+        return self.out_proj(gate_out * mixed)
