@@ -1,9 +1,9 @@
 """Times a training step of small models, ours and transformers', in turn on the same machine.
 
-`python -m bench.step [only=NAME,NAME] [key=value]` prints both, the share of the machine's peak, and the ratio
-for each model, and writes bench/results/step-cpu.json. Both have the same weights and read the same tokens; each
-step is forward, backward and AdamW. Each runs in a process of its own, set up as its users' runs are, while the
-others wait.
+`python -m bench.step [only=NAME,NAME] [key=value]` prints both, the share of the machine's peak, and the
+ratio for each model, and writes bench/results/step-cpu.json. Both have the same weights and read the same
+tokens; each step is forward, backward and AdamW. Each runs in a process of its own, set up as its users' runs
+are, while the others wait.
 """
 
 import json

@@ -41,7 +41,7 @@ def measure(name: str, steps: int) -> dict[str, Any]:
     """A run of one model, from its metrics: means over the first and the last five steps."""
     with tempfile.TemporaryDirectory() as directory:
         overrides = [f"model={name}", f"train.steps={steps}", "track=disabled", "sample.tokens=0"]
-        overrides += [f"run.dir={directory}/run", f"train.evaluate_every={steps}", "train.evaluate_rows=1"]
+        overrides += [f"run.dir={directory}/run", f"train.evaluate_every={steps}", "train.final_rows=4"]
         overrides += ["train.global_batch=2", "data.sequence_length=256", "schedule.warmup_steps=5"]
         config = load_config(overrides, 1)
         ended = subprocess.run(

@@ -22,7 +22,13 @@ class RunConfig(RunFields, Architecture):
 # What may change between two starts of one run without making it another run.
 CHANGEABLE = ("run", "checkpoint", "track", "cluster", "plan", "parallel", "sample")
 CHANGEABLE_KEYS = (
-    *("train.micro_batch", "train.evaluate_every", "train.evaluate_rows", "train.max_skipped"),
+    *(
+        "train.micro_batch",
+        "train.evaluate_every",
+        "train.evaluate_rows",
+        "train.final_rows",
+        "train.max_skipped",
+    ),
     "data.verify",
 )
 

@@ -35,6 +35,7 @@ class TrainConfig(Config):
     micro_batch: int | None = Field(ge=1)
     evaluate_every: int = Field(ge=1)
     evaluate_rows: int = Field(ge=1)
+    final_rows: int | None = Field(ge=1)
     max_skipped: int = Field(ge=0)
     start: str | None = Field(min_length=1)
     fresh: list[str]

@@ -23,11 +23,12 @@ RESULT_FILE, PLOT_FILE = "result.json", "loss.png"
 
 
 def finish(state: TrainState, loader: Loader, tracker: Tracker, config: RunConfig, world: World) -> None:
-    """Scores all held-out documents, then rank 0 writes result.json and loss.png and prints both."""
-    held_out = None
+    """Scores held-out documents, then rank 0 writes result.json and loss.png and prints both."""
+    held_out, rows = None, 0
     if loader.held_out_rows:
         _, micro = config.rank_rows(world.size)
-        held_out = evaluate(state.model, loader, world, rows=loader.held_out_rows, micro_batch=micro)
+        rows = min(config.train.final_rows or loader.held_out_rows, loader.held_out_rows)
+        held_out = evaluate(state.model, loader, world, rows=rows, micro_batch=micro)
         tracker.log_evaluation(state.step, held_out._asdict())
     text = sample_text(state.model, loader.tokenizer, config, world)
     if world.rank != 0:
@@ -35,7 +36,7 @@ def finish(state: TrainState, loader: Loader, tracker: Tracker, config: RunConfi
     directory = Path(config.run.dir)
     result = result_of(state, config, tracker)
     if held_out is not None:
-        result |= score_of(held_out, loader)
+        result |= score_of(held_out, loader, rows)
     write_atomically(directory / RESULT_FILE, (json.dumps(result, indent=2) + "\n").encode())
     plot_losses(tracker.metrics(), tracker.evaluations(), directory / PLOT_FILE)
     print_table("Result", {name: shown(value) for name, value in result.items()})
@@ -57,13 +58,18 @@ def result_of(state: TrainState, config: RunConfig, tracker: Tracker) -> dict[st
     }
 
 
-def score_of(held_out: Evaluation, loader: Loader) -> dict[str, float | str]:
-    """What the run reached, beside what general compressors reach on the same held-out text."""
+def score_of(held_out: Evaluation, loader: Loader, rows: int) -> dict[str, float | str]:
+    """What the run reached on `rows` windows; beside what general compressors reach if these are all."""
     card = loader.card.held_out
-    return {
-        "held-out bytes": card.bytes,
+    score: dict[str, float | str] = {
+        "held-out windows": f"{rows:,} of {loader.held_out_rows:,}",
         "held-out loss (nats per token)": held_out.loss,
         "held-out bits per byte": held_out.bits_per_byte,
+    }
+    if rows < loader.held_out_rows:
+        return score
+    return score | {
+        "held-out bytes": card.bytes,
         "gzip -9 bits per byte": 8 * card.gzip_bytes / card.bytes,
         "xz -9 bits per byte": 8 * card.xz_bytes / card.bytes,
     }

@@ -57,6 +57,7 @@ class Family:
     nested: where the fields stand when they are not the config.json itself.
     left_out: patterns of tensors of other parts, such as a vision tower; {beyond} is the index of any layer
     behind the last. Loading says how many it leaves out.
+    is_second: another family holds the same models; this one is written when it is asked for.
     instead: other pieces of some of our tensors, such as fused experts. A tensor is read by the first that a
     directory has all names of; it is written by `pieces`.
     """
@@ -76,6 +77,7 @@ class Family:
     surplus: Callable[[Architecture], Iterable[str]] = _no_copies
     nested: Nested | None = None
     left_out: tuple[str, ...] = ()
+    is_second: bool = False
     instead: tuple[Callable[[Architecture], Iterable[Piece]], ...] = ()
 
     def leaves_out(self, config: Architecture, names: Iterable[str]) -> set[str]:
@@ -179,12 +181,13 @@ def inside(
 
 @cache
 def families() -> dict[str, Family]:
-    """Every family by model_type: the files of model/hf/families/. Those of plain text models come first."""
+    """Every family by model_type, in the order in which one is chosen: the files of model/hf/families/."""
     found = {}
     for module in pkgutil.iter_modules(model.hf.families.__path__):
         for family in importlib.import_module(f"model.hf.families.{module.name}").FAMILIES:
             found[family.model_type] = family
-    return dict(sorted(found.items(), key=lambda item: (item[1].nested is not None, item[0])))
+    order = {name: (family.nested is not None, family.is_second, name) for name, family in found.items()}
+    return {name: found[name] for name in sorted(found, key=lambda name: order[name])}
 
 
 def family_of(known: Mapping[str, Family], model_type: Any, where: str) -> Family:

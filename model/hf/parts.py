@@ -16,6 +16,15 @@ from model.shape import ActivationConfig
 
 # What the layer_types of a config call our mixers.
 WINDOWS = {"sliding_attention": "swa", "full_attention": "attn"}
+# Fields that nearly every family has, as Family.pairs.
+Pairs = dict[str, str | tuple[str, Any]]
+SIZES: Pairs = {
+    "hidden_size": "model.width",
+    "num_hidden_layers": "model.depth",
+    "vocab_size": "model.vocab_size",
+    "tie_word_embeddings": ("model.has_tied_embeddings", False),
+    "initializer_range": ("model.init_std", 0.02),
+}
 SPLIT = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 
 

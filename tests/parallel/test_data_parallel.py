@@ -70,6 +70,15 @@ def test_any_layout_equals_one_process(alone, corpus, tmp_path: Path, layout: st
     assert_same(directory, reference, LIMITS[precision])
 
 
+@pytest.mark.parametrize("scope", ["sequence", "global"])
+def test_a_balance_loss_counts_the_same_load_on_two_ranks(corpus, tmp_path: Path, scope: str) -> None:
+    # Large enough to steer: a loss over half of the batch would be another one.
+    keys = (f"moe.balance_scope={scope}", "moe.balance_loss=0.5", "moe.bias_rate=0.0")
+    for name, size in (("alone", 1), ("two", 2)):
+        assert run_to_end(overrides(corpus, tmp_path / name, "fp64", *keys), size) == 0
+    assert_same(tmp_path / "two", tmp_path / "alone", LIMITS["fp64"])
+
+
 def test_bfloat16_follows_float32(corpus, tmp_path: Path) -> None:
     losses = {}
     for name, size, precision in (("fp32", 1, "fp32"), ("bf16", 1, "bf16"), ("bf16x2", 2, "bf16")):

@@ -12,6 +12,8 @@ from model.config import Architecture
 from model.hf.family import Family
 from model.hf.fields import Fields
 from model.hf.parts import (
+    SIZES,
+    Pairs,
     experts_apart,
     feed_forward,
     joined_rows,
@@ -32,12 +34,7 @@ FFNS = {"hash_moe": "hash", "moe": "moe"}
 # What compress_ratios, the older spelling of the layout, stands for.
 RATIOS = {0: SLIDING, 4: SPARSE, 128: HEAVY}
 W_NAMES = ("w1.weight", "w3.weight", "w2.weight")
-PAIRS: dict[str, str | tuple[str, Any]] = {
-    "hidden_size": "model.width",
-    "num_hidden_layers": "model.depth",
-    "vocab_size": "model.vocab_size",
-    "tie_word_embeddings": ("model.has_tied_embeddings", False),
-    "initializer_range": ("model.init_std", 0.02),
+PAIRS: Pairs = SIZES | {
     "rms_norm_eps": ("residual.norm_eps", 1e-6),
     "swiglu_limit": ("model.activation.limit", 10.0),
     "hc_mult": ("residual.streams", 4),

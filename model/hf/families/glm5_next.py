@@ -14,6 +14,8 @@ from model.hf.family import Family, Nested, inside
 from model.hf.fields import Fields, shown
 from model.hf.latent import FFNS, indexer_types, latent_of, latent_pieces, mlp_layer_types
 from model.hf.parts import (
+    SIZES,
+    Pairs,
     experts_apart,
     feed_forward,
     layer_types,
@@ -27,13 +29,8 @@ from model.mixers.dsa import DsaConfig
 from model.mixers.kda import KdaConfig
 
 KINDS = {"linear_attention": "kda", "indexed_attention": "dsa_pooled"}
-PAIRS: dict[str, str | tuple[str, Any]] = {
-    "hidden_size": "model.width",
-    "num_hidden_layers": "model.depth",
-    "vocab_size": "model.vocab_size",
+PAIRS: Pairs = SIZES | {
     "intermediate_size": "model.ffn_hidden",
-    "tie_word_embeddings": ("model.has_tied_embeddings", False),
-    "initializer_range": ("model.init_std", 0.02),
     "swiglu_limit": ("model.activation.limit", 10.0),
     "rms_norm_eps": ("residual.norm_eps", 1e-5),
     "hc_mult": ("residual.streams", 4),

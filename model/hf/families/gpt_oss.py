@@ -8,7 +8,9 @@ from model.config import Architecture
 from model.hf.family import Family
 from model.hf.fields import Fields, shown
 from model.hf.parts import (
+    SIZES,
     AttnNames,
+    Pairs,
     attn_of,
     attn_pieces,
     layer_types,
@@ -21,12 +23,7 @@ from model.hf.parts import (
 )
 from model.hf.pieces import Piece
 
-PAIRS: dict[str, str | tuple[str, Any]] = {
-    "hidden_size": "model.width",
-    "num_hidden_layers": "model.depth",
-    "vocab_size": "model.vocab_size",
-    "tie_word_embeddings": ("model.has_tied_embeddings", False),
-    "initializer_range": ("model.init_std", 0.02),
+PAIRS: Pairs = SIZES | {
     "rms_norm_eps": ("residual.norm_eps", 1e-5),
     "num_attention_heads": "mixer.attn.num_heads",
     "num_key_value_heads": "mixer.attn.num_key_heads",

@@ -7,8 +7,10 @@ from model.config import Architecture
 from model.hf.family import Family
 from model.hf.fields import Fields, shown
 from model.hf.parts import (
+    SIZES,
     SPLIT,
     AttnNames,
+    Pairs,
     attn_of,
     attn_pieces,
     experts_apart,
@@ -22,16 +24,11 @@ from model.hf.parts import (
 from model.hf.pieces import Piece
 
 W_NAMES = ("w1.weight", "w3.weight", "w2.weight")
-SIZES: dict[str, str | tuple[str, Any]] = {
-    "hidden_size": "model.width",
-    "num_hidden_layers": "model.depth",
-    "vocab_size": "model.vocab_size",
-    "tie_word_embeddings": ("model.has_tied_embeddings", False),
-    "initializer_range": ("model.init_std", 0.02),
+HEADS: Pairs = SIZES | {
     "num_attention_heads": "mixer.attn.num_heads",
     "num_key_value_heads": "mixer.attn.num_key_heads",
 }
-EXPERTS: dict[str, str | tuple[str, Any]] = {
+EXPERTS: Pairs = {
     "num_experts_per_tok": "moe.top_k",
 }
 PLAIN = (
@@ -141,7 +138,7 @@ FAMILIES = (
     Family(
         "qwen3_moe",
         "Qwen3MoeForCausalLM",
-        SIZES
+        HEADS
         | EXPERTS
         | {
             "num_experts": "moe.num_experts",
@@ -161,7 +158,7 @@ FAMILIES = (
     Family(
         "mixtral",
         "MixtralForCausalLM",
-        SIZES
+        HEADS
         | EXPERTS
         | {
             "num_local_experts": "moe.num_experts",
@@ -178,7 +175,7 @@ FAMILIES = (
     Family(
         "mistral",
         "MistralForCausalLM",
-        SIZES
+        HEADS
         | {
             "intermediate_size": "model.ffn_hidden",
             "rms_norm_eps": ("residual.norm_eps", 1e-6),
@@ -193,7 +190,7 @@ FAMILIES = (
     Family(
         "olmoe",
         "OlmoeForCausalLM",
-        SIZES
+        HEADS
         | EXPERTS
         | {
             "num_experts": "moe.num_experts",
@@ -211,7 +208,7 @@ FAMILIES = (
     Family(
         "minimax_m2",
         "MiniMaxM2ForCausalLM",
-        SIZES
+        HEADS
         | EXPERTS
         | {
             "num_local_experts": "moe.num_experts",

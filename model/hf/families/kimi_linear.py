@@ -11,19 +11,23 @@ from model.config import Architecture
 from model.hf.family import Family
 from model.hf.fields import Fields
 from model.hf.latent import FFNS, latent_of, latent_pieces, mlp_layer_types
-from model.hf.parts import experts_apart, feed_forward, joined_rows, layout_lines, plain_layer, skeleton
+from model.hf.parts import (
+    SIZES,
+    Pairs,
+    experts_apart,
+    feed_forward,
+    joined_rows,
+    layout_lines,
+    plain_layer,
+    skeleton,
+)
 from model.hf.pieces import Piece, View, rows
 from model.mixers.kda import KdaConfig
 
 KINDS = {"linear_attention": "kda", "full_attention": "mla"}
 W_NAMES = ("w1.weight", "w3.weight", "w2.weight")
-PAIRS: dict[str, str | tuple[str, Any]] = {
-    "hidden_size": "model.width",
-    "num_hidden_layers": "model.depth",
-    "vocab_size": "model.vocab_size",
+PAIRS: Pairs = SIZES | {
     "intermediate_size": "model.ffn_hidden",
-    "tie_word_embeddings": ("model.has_tied_embeddings", False),
-    "initializer_range": ("model.init_std", 0.02),
     "rms_norm_eps": ("residual.norm_eps", 1e-5),
     "num_attention_heads": "mixer.mla.num_heads",
     "q_lora_rank": ("mixer.mla.query_latent_dim", None),

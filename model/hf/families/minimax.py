@@ -13,7 +13,9 @@ from model.config import Architecture
 from model.hf.family import Family
 from model.hf.fields import Fields
 from model.hf.parts import (
+    SIZES,
     AttnNames,
+    Pairs,
     attn_of,
     attn_pieces,
     experts_apart,
@@ -30,13 +32,8 @@ from model.mixers.lightning import LightningConfig
 
 KINDS = {"linear_attention": "lightning", "full_attention": "attn"}
 W_NAMES = ("w1.weight", "w3.weight", "w2.weight")
-PAIRS: dict[str, str | tuple[str, Any]] = {
-    "hidden_size": "model.width",
-    "num_hidden_layers": "model.depth",
-    "vocab_size": "model.vocab_size",
+PAIRS: Pairs = SIZES | {
     "intermediate_size": "moe.hidden",
-    "tie_word_embeddings": ("model.has_tied_embeddings", False),
-    "initializer_range": ("model.init_std", 0.02),
     "rms_norm_eps": ("residual.norm_eps", 1e-5),
     "num_attention_heads": "mixer.attn.num_heads",
     "num_key_value_heads": "mixer.attn.num_key_heads",

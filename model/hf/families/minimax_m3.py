@@ -9,7 +9,9 @@ from model.config import Architecture
 from model.hf.family import Family, Nested, inside
 from model.hf.fields import Fields
 from model.hf.parts import (
+    SIZES,
     AttnNames,
+    Pairs,
     attn_of,
     attn_pieces,
     experts_apart,
@@ -31,14 +33,9 @@ from model.mixers.msa import MsaConfig
 
 KINDS = {"full_attention": "attn", "minimax_m3_sparse": "msa"}
 W_NAMES = ("w1.weight", "w3.weight", "w2.weight")
-PAIRS: dict[str, str | tuple[str, Any]] = {
-    "hidden_size": "model.width",
-    "num_hidden_layers": "model.depth",
-    "vocab_size": "model.vocab_size",
+PAIRS: Pairs = SIZES | {
     "dense_intermediate_size": ("model.ffn_hidden", 12288),
     "swiglu_limit": ("model.activation.limit", 7.0),
-    "tie_word_embeddings": ("model.has_tied_embeddings", False),
-    "initializer_range": ("model.init_std", 0.02),
     "rms_norm_eps": ("residual.norm_eps", 1e-6),
     "num_local_experts": "moe.num_experts",
     "num_experts_per_tok": "moe.top_k",

@@ -115,7 +115,7 @@ FAMILIES = (
     ),
     DEEPSEEK_V3,
     # The same under the name that Kimi K2 gives it.
-    replace(DEEPSEEK_V3, model_type="kimi_k2"),
+    replace(DEEPSEEK_V3, model_type="kimi_k2", is_second=True),
     KIMI_K25,
     Family(
         "glm4_moe_lite",

@@ -102,6 +102,8 @@ TEXT = Family(
     read_more=read_more,
     write_more=write_more,
     prediction=r"mtp\..*",
+    # Qwen3-Next's numbers in another order.
+    is_second=True,
     instead=(other_experts,),
 )
 WHOLE = inside(

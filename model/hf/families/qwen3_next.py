@@ -7,6 +7,8 @@ from model.config import Architecture
 from model.hf.family import Family
 from model.hf.fields import Fields
 from model.hf.parts import (
+    SIZES,
+    Pairs,
     attn_of,
     experts_apart,
     feed_forward,
@@ -26,13 +28,8 @@ from model.mixers.gdn import GdnConfig
 
 KINDS = {"linear_attention": "gdn", "full_attention": "attn"}
 GdnPieces = Callable[[str, str, GdnConfig, int], Iterator[Piece]]
-PAIRS: dict[str, str | tuple[str, Any]] = {
-    "hidden_size": "model.width",
-    "num_hidden_layers": "model.depth",
-    "vocab_size": "model.vocab_size",
+PAIRS: Pairs = SIZES | {
     "intermediate_size": ("model.ffn_hidden", 5632),
-    "tie_word_embeddings": ("model.has_tied_embeddings", False),
-    "initializer_range": ("model.init_std", 0.02),
     "rms_norm_eps": ("residual.norm_eps", 1e-6),
     "num_attention_heads": "mixer.attn.num_heads",
     "num_key_value_heads": "mixer.attn.num_key_heads",

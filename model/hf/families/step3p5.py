@@ -8,8 +8,10 @@ from model.config import Architecture
 from model.hf.family import Family, Nested, inside
 from model.hf.fields import Fields
 from model.hf.parts import (
+    SIZES,
     WINDOWS,
     AttnNames,
+    Pairs,
     attn_of,
     attn_pieces,
     feed_forward,
@@ -25,13 +27,8 @@ from model.hf.parts import (
 from model.hf.pieces import Piece
 from model.shape import ActivationConfig
 
-PAIRS: dict[str, str | tuple[str, Any]] = {
-    "hidden_size": "model.width",
-    "num_hidden_layers": "model.depth",
-    "vocab_size": "model.vocab_size",
+PAIRS: Pairs = SIZES | {
     "intermediate_size": ("model.ffn_hidden", 11264),
-    "tie_word_embeddings": ("model.has_tied_embeddings", False),
-    "initializer_range": ("model.init_std", 0.02),
     "rms_norm_eps": ("residual.norm_eps", 1e-5),
     "num_attention_heads": "mixer.attn.num_heads",
     "num_key_value_heads": "mixer.attn.num_key_heads",

@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conf.compose import compose
 from conf.errors import CheckpointError, ConfigError
+from model.config import Architecture
 from model.hf.__main__ import main
 from model.hf.convert import convert
 from model.hf.files import HubDirectory
-from model.hf.pretrained import load_pretrained, save_pretrained, used
+from model.hf.pretrained import family_for, load_pretrained, save_pretrained, used
 from model.language_model import LanguageModel
 from tests.architectures import random_model, small_architecture
 
@@ -245,3 +247,18 @@ def test_a_mistyped_command(arguments: list[str], said: str) -> None:
 def test_an_unknown_family_is_named(directory: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="did you mean olmoe"):
         main(["export", str(directory), str(tmp_path / "x"), "model_type=olmo"])
+
+
+@pytest.mark.parametrize(
+    ("model", "family"),
+    [
+        ("qwen3_next_small", "qwen3_next"),
+        ("qwen3_5_small", "qwen3_next"),
+        ("kimi_k2_small", "deepseek_v3"),
+        ("minimax_text_01_small", "minimax"),
+        ("mixtral_small", "mixtral"),
+        ("olmoe_small", "olmoe"),
+    ],
+)
+def test_the_family_that_is_chosen_where_several_hold_a_model(model: str, family: str) -> None:
+    assert family_for(compose([f"model={model}"], Architecture), None)[0].model_type == family

@@ -1,0 +1,57 @@
+"""The table of all published systems in README.md, counted from their configs.
+
+`python -m bench.systems` prints it; `python -m bench.systems write` puts it into README.md.
+"""
+
+import sys
+from pathlib import Path
+
+from conf.compose import compose, group_options
+from conf.errors import exit_on_error
+from model.config import Architecture
+from model.count import count
+
+README = Path("README.md")
+START, END = "<!-- systems -->\n", "<!-- /systems -->\n"
+
+
+def main(arguments: list[str]) -> None:
+    """Prints or writes the table."""
+    if arguments == ["write"]:
+        before, _, rest = README.read_text().partition(START)
+        after = rest.partition(END)[2]
+        README.write_text(before + START + table() + END + after)
+    else:
+        print(table(), end="")
+
+
+def table() -> str:
+    """One line for each system, in Markdown."""
+    lines = ["| `model=` | parameters | active | layers | width | mixers | experts |", "|" + "---|" * 7]
+    lines += [row(name) for name in group_options("model") if not name.endswith("_small")]
+    return "\n".join(lines) + "\n"
+
+
+def row(name: str) -> str:
+    """Parameters without modules that predict ahead; active ones with embedding and head."""
+    config = compose([f"model={name}"], Architecture)
+    counts = count(config)
+    mixers: dict[str, int] = {}
+    for layer in config.layers:
+        mixers[layer.mixer] = mixers.get(layer.mixer, 0) + 1
+    has_experts = any(layer.ffn not in ("dense", "none") for layer in config.layers)
+    experts = f"{config.moe.top_k} of {config.moe.num_experts}" if has_experts else "none"
+    if has_experts and config.moe.num_zero_experts:
+        experts += f" + {config.moe.num_zero_experts} zero"
+    cells = (
+        *(f"`{name}`", f"{counts.main / 1e9:,.2f} B", f"{counts.active / 1e9:,.2f} B"),
+        *(str(config.model.depth), str(config.model.width)),
+        " ".join(f"{number} {mixer}" for mixer, number in mixers.items() if mixer != "none"),
+        experts,
+    )
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main(sys.argv[1:])
