@@ -60,7 +60,6 @@ EXPECTS = {
     "moe_router_activation_func": ("sigmoid",),
     "use_grouped_topk": (True,),
     "mla_use_nope": (True,),
-    "rope_scaling": (None,),
     "num_nextn_predict_layers": (0,),
 }
 FIXED = (
@@ -75,6 +74,7 @@ def read_more(fields: Fields) -> list[str]:
     """Layouts, linear attention and the shared expert."""
     depth = fields.take("num_hidden_layers")
     fields.expect("num_key_value_heads", fields.take("num_attention_heads"), None)
+    fields.expect("rope_scaling", None)
     # Nothing is rotated; these follow from the other dims of a head.
     for name in ("head_dim", "qk_head_dim"):
         fields.take(name, None)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,12 @@ def open_theirs(directory: Path) -> tuple[Any, dict[str, set[str]]]:
     sys.modules.setdefault("fla", None)  # pyright: ignore[reportArgumentType]
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-    )
+    with warnings.catch_warnings():
+        # Fields that transformers would rather see under another name.
+        warnings.simplefilter("error", FutureWarning)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        )
     return model.eval(), {
         key: set(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }
