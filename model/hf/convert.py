@@ -46,6 +46,7 @@ def convert(
             yield name, mapped.write(name, ours)
         for name, original in family.copies(config).items():
             yield name, mapped.write(original, ours)
+        yield from family.derived(config)
 
     with torch.no_grad():
         said = dtype or ours[next(iter(opened.mapped.by_ours()))].dtype

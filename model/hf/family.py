@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
+from torch import Tensor
+
 import model.hf.families
 from conf.compose import did_you_mean
 from conf.errors import CheckpointError
@@ -16,7 +18,7 @@ from model.hf.fields import Fields, shown
 from model.hf.pieces import Piece
 
 
-def _nothing(_: Any) -> list[str]:
+def _nothing(_: Any) -> list[Any]:
     return []
 
 
@@ -53,6 +55,8 @@ class Family:
     prediction: the pattern of the tensors of modules that predict ahead, where {depth} is the number of
     layers; transformers drops these, and a directory without them loads without them.
     copies: names of tensors that repeat another one, to its name; written, and to be among those ignored.
+    derived: tensors that follow from the config, but that transformers misses; written, and to be among those
+    ignored.
     surplus: names of tensors that transformers writes though nothing reads them; ignored.
     nested: where the fields stand when they are not the config.json itself.
     left_out: patterns of tensors of other parts, such as a vision tower; {beyond} is the index of any layer
@@ -74,6 +78,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     prediction: str | None = None
     copies: Callable[[Architecture], Mapping[str, str]] = _no_copies
+    derived: Callable[[Architecture], Iterable[tuple[str, Tensor]]] = _nothing
     surplus: Callable[[Architecture], Iterable[str]] = _no_copies
     nested: Nested | None = None
     left_out: tuple[str, ...] = ()

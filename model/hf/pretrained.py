@@ -115,6 +115,7 @@ def save_pretrained(
             yield name, mapped.write(name, ours)
         for name, source in family.copies(model.config).items():
             yield name, mapped.write(source, ours)
+        yield from family.derived(model.config)
 
     with torch.no_grad():
         write_directory(Path(directory), full_config(family, config, dtype), tensors(), shard_bytes)

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from conf.errors import CheckpointError
 from model.config import Architecture
 from model.hf.family import Family
@@ -28,10 +31,12 @@ from model.hf.parts import (
     skeleton,
 )
 from model.hf.pieces import Piece, head_rows
-from model.mixers.lightning import LightningConfig
+from model.mixers.lightning import LightningConfig, fixed_log_decay
 
 KINDS = {"linear_attention": "lightning", "full_attention": "attn"}
 W_NAMES = ("w1.weight", "w3.weight", "w2.weight")
+# Tokens of a block, of how attention is computed.
+BLOCK = 256
 PAIRS: Pairs = SIZES | {
     "intermediate_size": "moe.hidden",
     "rms_norm_eps": ("residual.norm_eps", 1e-5),
@@ -102,11 +107,28 @@ def write_more(config: Architecture) -> dict[str, Any]:
         "layer_types": layer_types(config, KINDS),
         "head_dim": attn.head_dim,
         "rotary_dim": attn.rotary_dim,
+        "block_size": BLOCK,
         "rope_parameters": rope_parameters(attn.rotary_theta, attn.rotary_scaling),
         "router_aux_loss_coef": config.moe.balance_loss,
         **{f"{kind}_alpha_factor": residual.alpha for kind in kinds},
         **{f"{kind}_beta_factor": residual.beta for kind in kinds},
     }
+
+
+def decay_buffers(config: Architecture) -> Iterator[tuple[str, Tensor]]:
+    """The decays within a block of tokens, which transformers expects in checkpoints."""
+    step = torch.arange(1.0, BLOCK + 1.0)
+    apart = step[:, None] - step
+    for index, layer in enumerate(config.layers):
+        mixer, prefix = config.mixer[layer.mixer], f"model.layers.{index}.self_attn."
+        if isinstance(mixer, LightningConfig):
+            depth = config.model.depth
+            rate = -fixed_log_decay("alibi_like", mixer.num_heads, index, depth, step)[:, None, None]
+            yield f"{prefix}slope_rate", rate
+            yield f"{prefix}query_decay", (-rate * step[:, None]).exp()
+            yield f"{prefix}key_decay", (-rate * (BLOCK - step[:, None])).exp()
+            between = torch.where(apart >= 0, -rate * apart, float("-inf"))
+            yield f"{prefix}diagonal_decay", between[None].exp()
 
 
 def write_first_release(config: Architecture) -> dict[str, Any]:
@@ -159,13 +181,19 @@ TEXT_01 = Family(
     read_more=read_more,
     write_more=write_more,
     aliases=ALIASES,
-    # These follow from the number of heads and the layer.
+    derived=decay_buffers,
     ignored=(r".*\.self_attn\.(slope_rate|query_decay|key_decay|diagonal_decay)",),
 )
 FAMILIES = (
     TEXT_01,
     *(
-        replace(TEXT_01, model_type=model_type, class_name=class_name, write_more=write_first_release)
+        replace(
+            TEXT_01,
+            model_type=model_type,
+            class_name=class_name,
+            write_more=write_first_release,
+            derived=lambda _: (),
+        )
         for model_type, class_name in (
             ("minimax_text_01", "MiniMaxText01ForCausalLM"),
             ("minimax_m1", "MiniMaxM1ForCausalLM"),

@@ -27,9 +27,6 @@ def open_partly_rotated(directory: Path) -> tuple[Any, dict[str, set[str]]]:
     narrow = copy(theirs.config)
     narrow.head_dim = json.loads((directory / "config.json").read_text())["rotary_dim"]
     theirs.model.rotary_emb = modeling_minimax.MiniMaxRotaryEmbedding(narrow)
-    # Buffers that follow from the number of heads and the layer; what is missing is computed.
-    decays = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
-    problems["missing_keys"] = {name for name in problems["missing_keys"] if not name.endswith(decays)}
     return theirs, problems
 
 
@@ -39,7 +36,11 @@ def open_as_minimax(directory: Path) -> tuple[Any, dict[str, set[str]]]:
     shutil.copytree(directory, renamed)
     config = json.loads((renamed / "config.json").read_text())
     (renamed / "config.json").write_text(json.dumps(config | {"model_type": "minimax"}))
-    return open_partly_rotated(renamed)
+    theirs, problems = open_partly_rotated(renamed)
+    # Buffers that follow from the number of heads and the layer; the code of the first release has none.
+    decays = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
+    problems["missing_keys"] = {name for name in problems["missing_keys"] if not name.endswith(decays)}
+    return theirs, problems
 
 
 drawn = with_heads(
