@@ -126,8 +126,11 @@ class ChunkedLinearAttention(torch.autograd.Function):
         grad_k_decayed = v @ grad_states.mT.contiguous()
         grad_running = None
         if ctx.needs_input_grad[3]:
+            # A token's product with itself decays by nothing: left in, it would cancel but for its rounding.
             pairs = grad_scores * scores
+            pairs.diagonal(dim1=-2, dim2=-1).zero_()
             through_end = (grad_k_decayed * k_decayed).sum(-1)
+            through_end[..., -1] = 0.0
             grad_running = pairs.sum(-1) - pairs.sum(-2) + (grad_q_decayed * q_decayed).sum(-1) - through_end
             ends = (grad_states * states).sum((-1, -2)) * from_start[..., -1, 0]
             grad_running = grad_running.double()
