@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.mixer import Mixed, Sequence
-from model.mixers.dsa import Dsa, DsaConfig
+from model.mixers.dsa import DsaConfig
 from model.mixers.mla import MlaConfig
 from tests.architectures import randomise
 from tests.closeness import relative
@@ -196,12 +196,3 @@ def test_with_all_keys_chosen_it_is_latent_attention(stage: str) -> None:
     mixed = ours(x, sequence)
     assert isinstance(mixed, Mixed)
     assert torch.allclose(mixed.out, dense(x, sequence), atol=1e-12)
-
-
-def test_sharing_without_a_layer_that_chooses_is_an_error() -> None:
-    ours = dsa(index="shared").build(WIDTH, 0, 2, 0.02)
-    assert isinstance(ours, Dsa)
-    assert ours.shares_selection
-    x = torch.randn(1, 4, WIDTH)
-    with pytest.raises(ValueError, match="index own"):
-        ours(x, Sequence.whole(x[..., 0].long()))
