@@ -113,8 +113,15 @@ def write_qwen3_moe(config: Architecture) -> dict[str, Any]:
 
 def mistral_layers(fields: Fields) -> list[str]:
     """A window in every layer, or in none, and dense feed-forwards."""
-    depth = fields.take("num_hidden_layers")
-    return [*full_rotary(10000.0)(fields), *layout_lines(["attn"] * depth, ["dense"] * depth)]
+    depth, window = fields.take("num_hidden_layers"), fields.take("sliding_window", 4096)
+    name = "attn" if window is None else "swa"
+    found = [*full_rotary(10000.0)(fields), *layout_lines([name] * depth, ["dense"] * depth)]
+    return [*found, f"mixer.attn.window={shown(None)}", f"mixer.swa.window={shown(window)}"]
+
+
+def write_mistral(config: Architecture) -> dict[str, Any]:
+    """Rotary and the window."""
+    return write_rotary(config) | {"sliding_window": attn_of(config, config.layers[0].mixer).window}
 
 
 def minimax_m2_rotary(fields: Fields) -> list[str]:
@@ -179,13 +186,12 @@ FAMILIES = (
         | {
             "intermediate_size": "model.ffn_hidden",
             "rms_norm_eps": ("residual.norm_eps", 1e-6),
-            "sliding_window": ("mixer.attn.window", 4096),
         },
         moe_family("", ""),
         fixed=(*PLAIN, "mixer.attn.qk_norm=none"),
         expects=EXPECTS,
         read_more=mistral_layers,
-        write_more=write_rotary,
+        write_more=write_mistral,
     ),
     Family(
         "olmoe",

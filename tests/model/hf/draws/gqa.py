@@ -31,7 +31,12 @@ FAMILIES: dict[str, Drawn] = {
     ),
     "mistral": Drawn(
         with_heads(
-            lines([*ATTN, "layout.ffn.pattern=dense", "mixer.attn.qk_norm=none"], mixer__attn__window=window)
+            st.sampled_from(["attn", "swa"]).flatmap(
+                lambda mixer: lines(
+                    [*ATTN, "layout.ffn.pattern=dense", "mixer.attn.qk_norm=none", f"layout.pattern={mixer}"],
+                    mixer__swa__window=st.sampled_from(["1", "9", "200"]),
+                )
+            )
         )
     ),
     "olmoe": Drawn(
