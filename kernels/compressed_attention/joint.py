@@ -68,7 +68,9 @@ def joint_attention_slabs(
     """A slab of queries at a time, in float32 at least; many scores are computed again for backward."""
     dtype, tokens = torch.promote_types(q.dtype, torch.float32), q.shape[1]
     entries, sinks = entries.to(dtype), sinks.to(dtype)
-    keys = window + (entries.shape[1] if selected is None else selected.shape[2])
+    slots = entries.shape[1]
+    gathers = selected is not None and _gathers(slots, selected)
+    keys = window + (selected.shape[2] if selected is not None and gathers else slots)
     size = min(max(QUERIES, window), _slab(q, keys))
     pad = -tokens % size
     # [B slabs K S]: each slab's raw keys, from the first in the window of its first query on.
@@ -78,13 +80,13 @@ def joint_attention_slabs(
     for index, near in enumerate(beside.unbind(1)):
         a, b = index * size, min((index + 1) * size, tokens)
         chosen = None if selected is None else selected[:, a:b]
-        seen = windows.is_seen(position[:, a:b], a) if chosen is None else chosen >= 0
+        if chosen is None:
+            seen = windows.is_seen(position[:, a:b], a)
+        else:
+            seen = chosen >= 0 if gathers else _marked(chosen, slots)
         visible = torch.cat([_near(position[:, a:b], window, near.shape[-1]), seen], dim=-1)
-        if chosen is not None and entries.shape[1] <= GATHERING * chosen.shape[2]:
-            far = _marked(chosen, entries.shape[1])
-            visible = torch.cat([visible[..., : near.shape[-1]], far], dim=-1)
         part = q[:, a:b].to(dtype)
-        operands = (part, near, entries, sinks, chosen, visible, scale)
+        operands = (part, near, entries, sinks, chosen, gathers, visible, scale)
         if is_small:
             out, mass = _attend(*operands)
         else:
@@ -107,13 +109,13 @@ def _attend(
     entries: Tensor,
     sinks: Tensor,
     chosen: Tensor | None,
+    gathers: bool,
     visible: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     near_scores = torch.einsum("bqhk,bks->bqhs", q, near)
     # Entries for all queries [B N K], or for each query its own [B Q k K].
-    is_dense = visible.shape[-1] == near.shape[-1] + entries.shape[1]
-    far, letters = (entries, "bnk") if chosen is None or is_dense else (_taken(entries, chosen), "bqnk")
+    far, letters = (_taken(entries, chosen), "bqnk") if chosen is not None and gathers else (entries, "bnk")
     far_scores = torch.einsum(f"bqhk,{letters}->bqhn", q, far)
     scores = torch.cat([near_scores, far_scores], dim=-1) * scale
     scores = scores.masked_fill(~visible[:, :, None], float("-inf"))
@@ -124,9 +126,14 @@ def _attend(
     mass = by_far.detach().sum(2)
     if chosen is None:
         return out, mass[..., :0]
-    if is_dense:
+    if not gathers:
         mass = mass.gather(-1, chosen.clamp(min=0)).masked_fill(chosen < 0, 0.0)
     return out, mass
+
+
+def _gathers(slots: int, chosen: Tensor) -> bool:
+    """Whether so few of all entries are chosen that gathering them is worth it."""
+    return slots > GATHERING * chosen.shape[2]
 
 
 def _marked(chosen: Tensor, count: int) -> Tensor:
@@ -177,7 +184,8 @@ def selected_scores_slabs(
 ) -> Float[Tensor, "B T k"]:
     """A slab of queries at a time, in float32 at least; computed again for backward."""
     dtype, scores = torch.promote_types(q.dtype, torch.float32), []
-    k, size = k.to(dtype), _slab(q, selected.shape[2] * max(1, q.shape[3] // q.shape[2]))
+    width = selected.shape[2] * max(1, q.shape[3] // q.shape[2])
+    k, size = k.to(dtype), _slab(q, width if _gathers(k.shape[1], selected) else k.shape[1])
     for a in range(0, q.shape[1], size):
         b = min(a + size, q.shape[1])
         part = (q[:, a:b].to(dtype), k, weight[:, a:b].to(dtype), selected[:, a:b])
@@ -186,7 +194,7 @@ def selected_scores_slabs(
 
 
 def _score(q: Tensor, k: Tensor, weight: Tensor, selected: Tensor) -> Tensor:
-    if k.shape[1] <= GATHERING * selected.shape[2]:
+    if not _gathers(k.shape[1], selected):
         return entry_scores_direct(q, k, weight).gather(-1, selected.clamp(min=0))
     products = torch.einsum("bqji,bqni->bqjn", q, _taken(k, selected)).relu()
     return torch.einsum("bqjn,bqj->bqn", products, weight)

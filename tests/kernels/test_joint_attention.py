@@ -5,6 +5,7 @@ from torch import Tensor
 from kernels.compressed_attention import (
     JOINT_CASES,
     JointCase,
+    joint,
     joint_attention,
     select_entries,
     selected_scores,
@@ -15,6 +16,12 @@ from tests.closeness import assert_close, outputs_and_grads
 from tests.kernels.test_block_attention import positions_of
 
 PRECISIONS = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
+
+
+@pytest.fixture(autouse=True, params=[0, 32])
+def gathering(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small shapes would never gather: with 0 they always do."""
+    monkeypatch.setattr(joint, "GATHERING", request.param)
 
 
 def index_of(case: JointCase, slots: int) -> list[Tensor]:
