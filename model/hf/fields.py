@@ -1,6 +1,6 @@
 """Fields of a config.json, each read once; what is left over must be harmless."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from conf.errors import CheckpointError
@@ -59,9 +59,9 @@ class Fields:
         """A nested object, with fields of its own to read and to finish; empty where it is absent."""
         return Fields(self.take(name, None) or {}, f"{self._path}: {name}", aliases)
 
-    def finish(self, silent: Collection[str] = ()) -> None:
+    def finish(self) -> None:
         """Raises CheckpointError for fields that nobody asked for."""
-        unknown = sorted(set(self._values) - self._seen - SILENT - set(silent))
+        unknown = sorted(set(self._values) - self._seen - SILENT)
         if unknown:
             raise CheckpointError(
                 f"{self._path}: unknown fields {', '.join(unknown)}; they may change what the model computes"

@@ -110,11 +110,11 @@ class Mapped:
                 found.setdefault(piece.ours, {}).setdefault(name, []).append(piece)
         return found
 
-    def write(self, name: str, ours: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    def write(self, name: str, ours: Mapping[str, Tensor]) -> Tensor:
         """One of their tensors, made from ours."""
         parts = self.by_theirs[name]
         first = ours[parts[0].ours]
-        theirs = torch.empty(self.shapes[name], dtype=dtype or first.dtype)
+        theirs = torch.empty(self.shapes[name], dtype=first.dtype)
         for piece in parts:
             piece.theirs_view(theirs).copy_(piece.ours_view(ours[piece.ours]))
         return theirs
