@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kernels.arguments import require
+from kernels.choose import takes_triton
 from kernels.norm.reference import RmsNorm
 
 
@@ -27,6 +28,10 @@ def rms_norm(x: Float[Tensor, "*N D"], weight: Float[Tensor, "D"], eps: float) -
     Raises ValueError for a weight of another width.
     """
     require(weight.shape == x.shape[-1:], "weight", tuple(x.shape[-1:]), tuple(weight.shape))
+    if takes_triton("norm", x):
+        from kernels.norm.triton import rms_norm_triton
+
+        return rms_norm_triton(x, weight, eps)
     out = RmsNorm.apply(x, weight, eps)
     assert isinstance(out, Tensor), f"{type(out)=}"
     return out
