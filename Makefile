@@ -17,6 +17,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := train
 
 VENV := .venv
+# The oldest and the newest release that the kernels are compiled with; torch for CUDA brings its own.
+TRITON := 3.6.0
+TRITON_NEWEST := 3.9.0
 BIN := $(VENV)/bin
 RUN ?=
 TESTS ?=
@@ -37,14 +40,14 @@ train: $(VENV)/train.ready
 	$(BIN)/python -m train $(RUN)
 
 test: lint
-	$(BIN)/python -m pytest -m "not prove" $(TESTS)
+	$(BIN)/python -m pytest -m "not prove and not interpreted" $(TESTS)
 
-# pytest exits with 5 when nothing is marked; then there was nothing to prove, which is no failure.
-prove: $(VENV)/test.ready
-	@code=0; $(BIN)/python -m pytest -m prove $(TESTS) || code=$$?; \
-	if [ $$code = 5 ]; then echo "prove: no test is marked prove"; \
-	elif [ $$code = 0 ]; then echo "prove: every test marked prove passed"; \
-	else echo "prove: failed (pytest exit $$code)" >&2; exit $$code; fi
+# Triton decides when it is imported whether kernels are interpreted or compiled: one process cannot do both.
+prove: $(VENV)/test.ready $(VENV)/triton-$(TRITON_NEWEST).ready
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m interpreted tests/kernels
+	$(BIN)/python -m kernels.compiled
+	PYTHONPATH=$(VENV)/triton-$(TRITON_NEWEST) TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m kernels.compiled
+	$(BIN)/python -m pytest -m prove $(TESTS)
 
 lint: $(VENV)/test.ready
 	$(BIN)/ruff check .
@@ -72,6 +75,12 @@ $(BIN)/python:
 $(VENV)/torch.ready: requirements.lock | $(BIN)/python
 	@echo "setup: torch (minutes where it brings CUDA)"
 	@$(PIP) "$$(grep '^torch==' requirements.lock)"
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP) triton==$(TRITON)
+	@touch $@
+
+$(VENV)/triton-$(TRITON_NEWEST).ready: $(VENV)/torch.ready
+	@echo "setup: triton $(TRITON_NEWEST) beside the other"
+	@$(PIP) --no-deps --target $(VENV)/triton-$(TRITON_NEWEST) triton==$(TRITON_NEWEST)
 	@touch $@
 
 $(VENV)/train.ready: pyproject.toml requirements.lock $(VENV)/torch.ready

@@ -1,4 +1,4 @@
-"""`python -m kernels.compiled [SUBJECT ...]`: every kernel compiled for Hopper without a GPU, and the outcome.
+"""`python -m kernels.compiled [SUBJECT ...]`: every kernel compiled for Hopper without a GPU, and its size.
 
 Each subject runs once, forward and backward, on tensors without memory and with the dims of a model; whatever
 it would launch is compiled with the very types and sizes of a run on an H100, and not launched. Exits with 1
@@ -11,7 +11,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +59,11 @@ def compile_subject(subject: Subject, dtype: torch.dtype = torch.bfloat16) -> li
         trial = subject.draw(subject.at(TOKENS), setting(dtype, "meta"))
         outputs_and_grads(trial.triton, trial.inputs)
     return binaries
+
+
+def compile_named(name: str) -> list[Binary]:
+    """The same by the subject's name, in whatever process."""
+    return compile_subject(next(subject for subject in subjects(name.split(".")[0]) if subject.name == name))
 
 
 def faults(subject: Subject, binaries: Sequence[Binary]) -> list[str]:
@@ -199,19 +206,21 @@ def table(binaries: Sequence[Binary]) -> str:
 
 def main(names: Sequence[str]) -> int:
     """Prints the table and the faults; 1 if there is a fault."""
-    known = {subject.name: subject for subject in subjects()}
+    families = {name.split(".")[0] for name in names} or {None}
+    known = {subject.name: subject for family in families for subject in subjects(family)}
     unknown = [name for name in names if name not in known]
     if unknown:
-        print(f"no such subject: {', '.join(unknown)}; there are {', '.join(known)}", file=sys.stderr)
+        print(f"no such subject: {', '.join(unknown)}", file=sys.stderr)
         return 64
     binaries, found = [], []
-    for name in names or known:
-        own = compile_subject(known[name])
-        binaries += own
-        found += [f"{name}: {fault}" for fault in faults(known[name], own)]
+    wanted = list(names or known)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        for name, own in zip(wanted, pool.map(compile_named, wanted), strict=True):
+            binaries += own
+            found += [f"{name}: {fault}" for fault in faults(known[name], own)]
     print(f"triton {triton.__version__}, sm_{TARGET.arch}, bfloat16, {TOKENS} tokens")
     print(table(binaries))
-    for subject in (known[name] for name in names or known):
+    for subject in (known[name] for name in wanted):
         for kernel, reason in subject.excused.items():
             print(f"excused: {subject.name}: {kernel}: {reason}")
     print("\n".join(found) or "every kernel fits")

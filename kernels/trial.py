@@ -1,4 +1,4 @@
-"""Kernels on drawn inputs beside what they must give; tests, checks, the compile gate and benchmarks run them.
+"""Kernels on drawn inputs beside what they must give: for tests, checks, the compile gate and benchmarks.
 
 A family of kernels lists its subjects in `kernels/<family>/trials.py`.
 """
@@ -105,11 +105,13 @@ def setting(
     return Setting(dtype, torch.device(device), torch.Generator().manual_seed(seed), is_small)
 
 
-def subjects() -> list[Subject]:
-    """Every subject of every family, by name. Imports all of them, so triton must be there."""
+def subjects(family: str | None = None) -> list[Subject]:
+    """Every subject of one family or of all, by name. Imports their kernels, so triton must be there."""
     found = []
     for module in pkgutil.iter_modules(kernels.__path__):
-        if module.ispkg and importlib.util.find_spec(f"kernels.{module.name}.trials"):
+        if not module.ispkg or module.name != (family or module.name):
+            continue
+        if importlib.util.find_spec(f"kernels.{module.name}.trials"):
             found.extend(importlib.import_module(f"kernels.{module.name}.trials").SUBJECTS)
     return sorted(found, key=lambda subject: subject.name)
 

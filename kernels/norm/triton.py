@@ -33,6 +33,7 @@ def tiles_for(width: int) -> Tiles:
 
 @triton.jit
 def norm_forward(x, weight, out, scale, rows, width, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """ROWS rows: normed rows, and the factor of each."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     is_in = (row < rows)[:, None] & (column < width)[None, :]
@@ -49,6 +50,7 @@ def norm_forward(x, weight, out, scale, rows, width, eps, ROWS: tl.constexpr, WI
 def norm_backward(
     x, weight, scale, grad, grad_x, partial, rows, width, steps, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
+    """`steps` blocks of ROWS rows: gradients of x, and this program's part of that of the weight."""
     # y = x s w with s = (mean x^2 + eps)^(-1/2): dx = s (g w) - x s^3 mean(g w x)
     first = tl.program_id(0).to(tl.int64) * steps * ROWS
     column = tl.arange(0, WIDTH)
