@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels.activation.reference import Kind, activate_direct, is_gated
 from kernels.arguments import require
+from kernels.choose import takes_triton
 
 __all__ = ["CASES", "Case", "Kind", "activate", "is_gated"]
 
@@ -47,4 +48,8 @@ def activate(
     require(
         limit is None or (limit > 0 and is_gated(kind)), "limit", "None, or above 0 and a gated form", limit
     )
+    if takes_triton("activation", hidden):
+        from kernels.activation.triton import activate_triton
+
+        return activate_triton(hidden, kind, limit=limit, clamps_product=clamps_product)
     return activate_direct(hidden, kind, limit=limit, clamps_product=clamps_product)

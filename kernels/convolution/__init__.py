@@ -6,7 +6,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.arguments import require
-from kernels.convolution.reference import ShortConvolution
+from kernels.choose import takes_triton
+from kernels.convolution.reference import ShortConvolution, behind
 
 
 class Case(NamedTuple):
@@ -16,9 +17,20 @@ class Case(NamedTuple):
     tokens: int
     channels: int
     taps: int
+    has_documents: bool = True
+    has_bias: bool = False
+    has_state: bool = False
+    has_silu: bool = True
 
 
-CASES = (Case(1, 1, 3, 4), Case(2, 3, 5, 4), Case(2, 17, 8, 4), Case(1, 9, 4, 1))
+CASES = (
+    Case(1, 1, 3, 4),
+    Case(2, 3, 5, 4, has_bias=True),
+    Case(2, 17, 8, 4, has_documents=False),
+    Case(1, 9, 4, 1, has_silu=False),
+    Case(2, 9, 6, 3, has_bias=True, has_state=True),
+    Case(1, 2, 4, 4, has_documents=False, has_state=True, has_silu=False),
+)
 
 
 def short_convolution(
@@ -27,9 +39,12 @@ def short_convolution(
     bias: Float[Tensor, "D"] | None = None,
     *,
     document: Int[Tensor, "B T"] | None = None,
+    state: Float[Tensor, "B U D"] | None = None,
     has_silu: bool = True,
 ) -> Float[Tensor, "B T D"]:
     """SiLU of a causal depthwise convolution plus bias; taps that reach into another document count as zero.
+
+    state: the U = W - 1 tokens before the row, of the document of its first token; None is zeros.
 
     Raises ValueError for an argument of the wrong shape or dtype.
     """
@@ -41,6 +56,19 @@ def short_convolution(
         require(bias.dtype == x.dtype, "bias", f"dtype {x.dtype}, as x", bias.dtype)
     if document is not None:
         require(document.shape == x.shape[:2], "document", tuple(x.shape[:2]), tuple(document.shape))
+    if state is not None:
+        expected = (x.shape[0], weight.shape[1] - 1, x.shape[2])
+        require(state.shape == expected, "state", expected, tuple(state.shape))
+        require(state.dtype == x.dtype, "state", f"dtype {x.dtype}, as x", state.dtype)
+    if takes_triton("convolution", x):
+        from kernels.convolution.triton import short_convolution_triton
+
+        return short_convolution_triton(x, weight, bias, document=document, state=state, has_silu=has_silu)
+    if state is not None:
+        x, document = behind(state, x, document)
+        out = ShortConvolution.apply(x, weight, bias, document, has_silu)
+        assert isinstance(out, Tensor), f"{type(out)=}"
+        return out[:, state.shape[1] :]
     out = ShortConvolution.apply(x, weight, bias, document, has_silu)
     assert isinstance(out, Tensor), f"{type(out)=}"
     return out

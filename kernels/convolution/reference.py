@@ -24,11 +24,16 @@ def convolution_direct(
     bias: Float[Tensor, "D"] | None = None,
     *,
     document: Int[Tensor, "B T"] | None = None,
+    state: Float[Tensor, "B U D"] | None = None,
     has_silu: bool = True,
 ) -> Float[Tensor, "B T D"]:
     """The sum over taps, plus bias, through SiLU, one token and one tap at a time."""
-    rows, length, _ = x.shape
     taps = weight.shape[1]
+    if state is not None:
+        x, document = behind(state, x, document)
+        out = convolution_direct(x, weight, bias, document=document, has_silu=has_silu)
+        return out[:, taps - 1 :]
+    rows, length, _ = x.shape
     out = []
     for t in range(length):
         total = torch.zeros_like(x[:, 0]) if bias is None else bias.expand_as(x[:, 0])
@@ -39,6 +44,15 @@ def convolution_direct(
             total = total + torch.where(same[:, None], x[:, t - shift], 0.0) * weight[:, taps - 1 - shift]
         out.append(silu(total) if has_silu else total)
     return torch.stack(out, dim=1)
+
+
+def behind(
+    state: Float[Tensor, "B U D"], x: Float[Tensor, "B T D"], document: Int[Tensor, "B T"] | None
+) -> tuple[Float[Tensor, "B S D"], Int[Tensor, "B S"] | None]:
+    """The state and x as one row, S = U + T, and its documents: the state is of the first one."""
+    if document is not None:
+        document = torch.cat([document[:, :1].expand(-1, state.shape[1]), document], dim=1)
+    return torch.cat([state, x], dim=1), document
 
 
 class ShortConvolution(torch.autograd.Function):

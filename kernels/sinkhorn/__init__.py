@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kernels.arguments import require
+from kernels.choose import takes_triton
 from kernels.sinkhorn.reference import sinkhorn_planar
 
 
@@ -17,7 +18,7 @@ class Case(NamedTuple):
     iterations: int
 
 
-CASES = (Case(1, 1, 1), Case(3, 2, 4), Case(17, 4, 20))
+CASES = (Case(1, 1, 1), Case(3, 2, 4), Case(17, 4, 20), Case(5, 3, 7))
 
 
 def sinkhorn(logits: Float[Tensor, "*N n n"], *, iterations: int, eps: float) -> Float[Tensor, "*N n n"]:
@@ -30,4 +31,8 @@ def sinkhorn(logits: Float[Tensor, "*N n n"], *, iterations: int, eps: float) ->
     Manifold-constrained hyper-connections, as DeepSeek-V4 computes them.
     """
     require(iterations >= 1, "iterations", "at least 1", iterations)
+    if takes_triton("sinkhorn", logits):
+        from kernels.sinkhorn.triton import sinkhorn_triton
+
+        return sinkhorn_triton(logits, iterations=iterations, eps=eps)
     return sinkhorn_planar(logits, iterations=iterations, eps=eps)

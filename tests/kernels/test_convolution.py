@@ -12,7 +12,7 @@ from tests.closeness import assert_close, outputs_and_grads
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("has_silu", [False, True])
 def test_equals_torch_conv1d(case: Case, has_bias: bool, has_silu: bool) -> None:
-    shapes = [case[:3], case[2:], case[2:3]][: 2 + has_bias]
+    shapes = [case[:3], case[2:4], case[2:3]][: 2 + has_bias]
     inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
 
     def conv1d(x, weight, bias=None):
@@ -41,3 +41,14 @@ def test_equals_the_direct_sum_with_documents(
     options = {"document": (torch.rand(2, tokens) < starts).long().cumsum(1), "has_silu": has_silu}
     ours = outputs_and_grads(lambda *x: short_convolution(*x, **options), inputs)
     assert_close(ours, outputs_and_grads(lambda *x: convolution_direct(*x, **options), inputs), 1e-12)
+
+
+def test_a_state_stands_for_the_tokens_before() -> None:
+    x, weight = torch.randn(2, 12, 3, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    document = torch.tensor([[0] * 7 + [1] * 5, [0] * 12])
+    whole = short_convolution(x, weight, document=document)
+    for cut in (3, 5, 7, 8):
+        is_own = document[:, cut - 3 : cut] == document[:, cut : cut + 1]
+        state = torch.where(is_own[..., None], x[:, cut - 3 : cut], 0.0)
+        rest = short_convolution(x[:, cut:], weight, document=document[:, cut:], state=state)
+        assert torch.allclose(rest, whole[:, cut:], rtol=0, atol=1e-14)

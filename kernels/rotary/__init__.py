@@ -1,0 +1,59 @@
+"""Rotary positions: pairs of dims turned by angles."""
+
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from kernels.arguments import require
+from kernels.choose import takes_triton
+from kernels.rotary.reference import RotaryLayout, rotate_direct
+
+__all__ = ["CASES", "Case", "RotaryLayout", "rotate"]
+
+
+class Case(NamedTuple):
+    """One shape and form that tests and benchmarks share; `turned` of the `dim` dims are turned."""
+
+    rows: int
+    tokens: int
+    heads: int
+    dim: int
+    turned: int
+    layout: RotaryLayout
+    on_last: bool
+
+
+CASES = (
+    Case(1, 1, 1, 2, 2, "half_split", False),
+    Case(2, 5, 3, 8, 8, "interleaved", False),
+    Case(1, 7, 2, 12, 4, "half_split", True),
+    Case(2, 3, 5, 10, 6, "interleaved", True),
+    Case(1, 9, 4, 16, 6, "half_split", False),
+)
+
+
+def rotate(
+    x: Float[Tensor, "B T H K"],
+    cos: Float[Tensor, "#B T R"],
+    sin: Float[Tensor, "#B T R"],
+    layout: RotaryLayout = "half_split",
+    *,
+    on_last: bool = False,
+) -> Float[Tensor, "B T H K"]:
+    """x with its first 2 R dims, or its last, turned by the angles; -sin turns them back.
+
+    half_split: dim m pairs with dim m + R. interleaved: dim 2 m pairs with dim 2 m + 1. Cosines and sines get
+    no gradient.
+
+    Raises ValueError for tables of another shape.
+    """
+    rows, tokens, _, dim = x.shape
+    require(cos.shape[0] in (1, rows) and cos.shape[1] == tokens, "cos", (rows, tokens, "R"), cos.shape)
+    require(sin.shape == cos.shape, "sin", tuple(cos.shape), tuple(sin.shape))
+    require(2 * cos.shape[-1] <= dim, "cos", f"at most {dim // 2} angles", cos.shape[-1])
+    if takes_triton("rotary", x):
+        from kernels.rotary.triton import rotate_triton
+
+        return rotate_triton(x, cos, sin, layout, on_last=on_last)
+    return rotate_direct(x, cos, sin, layout, on_last=on_last)
