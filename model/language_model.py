@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from kernels.cross_entropy import IGNORED, linear_cross_entropy
+from kernels.cross_entropy import Form as LossForm
 from model.block import Block, Carry, Notes
 from model.config import Architecture
 from model.linear import Initial
@@ -22,25 +23,29 @@ class Losses(NamedTuple):
     """Sums, not means: whoever knows the global counts divides.
 
     cross_entropy is summed over targets, in nats. prediction is that of the tokens further ahead, coefficient
-    included. auxiliary are the other losses by name, summed over tokens and layers, coefficients included.
-    load [layers E] and entropy [layers] are those of the mixtures of experts, detached.
+    included. logit_z, summed over targets, is what large logits cost: a number without a gradient, which is
+    in the gradient of the losses that the logits were made for. auxiliary are the other losses by name,
+    summed over tokens and layers, coefficients included. load [layers E] and entropy [layers] are those of
+    the mixtures of experts, detached.
     """
 
     cross_entropy: Float[Tensor, ""]
     prediction: Float[Tensor, ""]
+    logit_z: Float[Tensor, ""]
     auxiliary: dict[str, Float[Tensor, ""]]
     load: Float[Tensor, "M E"]
     entropy: Float[Tensor, "M"]
 
     def parts(self) -> list[Tensor]:
         """All tensors, in an order of their own."""
-        return [self.cross_entropy, self.prediction, self.load, self.entropy, *self.auxiliary.values()]
+        heads = [self.cross_entropy, self.prediction, self.logit_z]
+        return [*heads, self.load, self.entropy, *self.auxiliary.values()]
 
     def with_parts(self, parts: list[Tensor]) -> "Losses":
         """The same with other tensors, in the order of `parts`."""
-        cross_entropy, prediction, load, entropy, *rest = parts
+        cross_entropy, prediction, logit_z, load, entropy, *rest = parts
         auxiliary = dict(zip(self.auxiliary, rest, strict=True))
-        return Losses(cross_entropy, prediction, auxiliary, load, entropy)
+        return Losses(cross_entropy, prediction, logit_z, auxiliary, load, entropy)
 
 
 class Table(nn.Module):
@@ -80,7 +85,7 @@ class LanguageModel(nn.Module):
         """The training losses as sums. Targets of -100 count nothing."""
         sequence = sequence or Sequence.whole(tokens)
         x, notes = self._hidden(sequence)
-        cross_entropy = self._cross_entropy(x, targets)
+        cross_entropy, logit_z = self._cross_entropy(x, targets)
         prediction = cross_entropy.new_zeros(())
         for ahead, module in enumerate(self.predictions, 1):
             assert isinstance(module, Prediction), f"{type(module)=}"
@@ -88,13 +93,15 @@ class LanguageModel(nn.Module):
             embedded = self._embed(tokens.roll(-ahead, dims=1))
             x, note = module(x, embedded, sequence)
             notes.append(note)
-            prediction = prediction + self._cross_entropy(x, targets_ahead(targets, sequence, ahead, IGNORED))
+            further, z = self._cross_entropy(x, targets_ahead(targets, sequence, ahead, IGNORED))
+            prediction, logit_z = prediction + further, logit_z + z
         coefficient = self.config.model.prediction.coefficient / max(1, len(self.predictions))
-        return Losses(cross_entropy, prediction * coefficient, *_collected(notes, cross_entropy))
+        return Losses(cross_entropy, prediction * coefficient, logit_z, *_collected(notes, cross_entropy))
 
-    def _cross_entropy(self, x: Tensor, targets: Tensor) -> Tensor:
-        cap = self.config.model.logit_cap
-        return linear_cross_entropy(x.flatten(0, 1), self._head_weight(), targets.flatten(), cap)
+    def _cross_entropy(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        form = LossForm(self.config.model.logit_cap, self.config.model.z_loss)
+        loss, z = linear_cross_entropy(x.flatten(0, 1), self._head_weight(), targets.flatten(), form)
+        return loss - z, z
 
     def _embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         x, scale = embedding(tokens, self.embed.weight).to(self.dtype), self.config.model.embedding_scale

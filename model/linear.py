@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear
 
-from kernels.norm import rms_norm
+from kernels.norm import Gate, gated_rms_norm, rms_norm
 
 
 class Initial(NamedTuple):
@@ -70,8 +70,21 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
         """Statistics and product in float32 at least; the result has the dtype of x."""
-        weight = self.weight + 1.0 if self.is_zero_centered else self.weight
-        return rms_norm(x, weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, is_zero_centered=self.is_zero_centered)
+
+
+class GatedRMSNorm(nn.Module):
+    """x over its root mean square along the last dim, times weight, times an activated gate."""
+
+    def __init__(self, dim: int, eps: float, kind: Gate) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.initial = {"weight": Initial("constant", 1.0)}
+        self.eps, self.kind = eps, kind
+
+    def forward(self, x: Float[Tensor, "*N D"], gate: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
+        """Computed in float32 at least; the result has the dtype of the gate."""
+        return gated_rms_norm(x, gate, self.weight[None], self.eps, kind=self.kind)
 
 
 class LayerNorm(nn.Module):

@@ -1,4 +1,4 @@
-"""Rotary positions: angles by position, stretched for long contexts, and turning queries and keys by them."""
+"""Rotary positions: angles by position, stretched for long contexts."""
 
 import math
 from typing import Literal
@@ -9,9 +9,6 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from conf.compose import Config
-
-# half_split: dim m pairs with dim m + R. interleaved: dim 2 m pairs with dim 2 m + 1.
-RotaryLayout = Literal["half_split", "interleaved"]
 
 
 class RotaryScaling(Config):
@@ -106,29 +103,3 @@ def rotary_table(
         frequencies, amplitude = scaling.stretch(frequencies, theta), scaling.amplitude
     angles = (position[..., None].double() * frequencies).float()
     return angles.cos() * amplitude, angles.sin() * amplitude
-
-
-def rotate(
-    x: Float[Tensor, "B T H K"],
-    cos: Float[Tensor, "B T R"],
-    sin: Float[Tensor, "B T R"],
-    layout: RotaryLayout = "half_split",
-    *,
-    on_last: bool = False,
-) -> Float[Tensor, "B T H K"]:
-    """x with its first 2 R dims, or its last, turned by the angles; -sin turns them back."""
-    cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
-    turned = 2 * cos.shape[-1]
-    sizes = [x.shape[-1] - turned, turned] if on_last else [turned, x.shape[-1] - turned]
-    head, tail = x.split(sizes, dim=-1)
-    if on_last:
-        return torch.cat([head, _turn(tail, cos, sin, layout)], dim=-1)
-    return torch.cat([_turn(head, cos, sin, layout), tail], dim=-1)
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, layout: RotaryLayout) -> Tensor:
-    if layout == "half_split":
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    first, second = x[..., 0::2], x[..., 1::2]
-    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)

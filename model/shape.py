@@ -57,6 +57,7 @@ class ModelConfig(Config):
     has_tied_embeddings: bool
     embedding_scale: float = Field(gt=0)
     logit_cap: float | None = Field(gt=0)
+    z_loss: float = Field(ge=0)
     init_std: float = Field(gt=0)
     prediction: PredictionConfig
 

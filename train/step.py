@@ -50,7 +50,7 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World)
     for start in range(0, batch.tokens.shape[0], micro):
         reduce_over_copies(state.model, is_last=start + micro >= batch.tokens.shape[0])
         losses = micro_losses(state, Batch(*(part[start : start + micro] for part in batch)), draw)
-        objective = (losses.cross_entropy + losses.prediction) / targets.clamp(min=1)
+        objective = (losses.cross_entropy + losses.prediction + losses.logit_z) / targets.clamp(min=1)
         for part in losses.auxiliary.values():
             objective = objective + part / tokens
         objective.backward()
@@ -76,10 +76,13 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World)
     state.cursor += config.train.global_batch
     state.tokens += count
     state.skipped = state.skipped + 1 if is_skipped else 0
+    auxiliary = {name: float(part) / tokens for name, part in total.auxiliary.items()}
+    if config.model.z_loss:
+        auxiliary["logit_z"] = float(total.logit_z) / max(1, count)
     return StepResult(
         loss=loss_value,
         prediction=float(total.prediction) / max(1, count),
-        auxiliary={name: float(part) / tokens for name, part in total.auxiliary.items()},
+        auxiliary=auxiliary,
         grad_norm=norm_value,
         lr=lr,
         targets=count,

@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.arguments import require
+from kernels.choose import takes_triton
 from kernels.compress.reference import gated_compress_gathered, mlp_compress_gathered
 from kernels.document_windows import Windows
 
@@ -31,6 +32,10 @@ CASES = (
 
 def mean_compress(x: Float[Tensor, "B T G K"], windows: Windows) -> Float[Tensor, "B N G K"]:
     """The mean of each window; anything in slots without one."""
+    if takes_triton("compress", x):
+        from kernels.compress.triton import mean_compress_triton
+
+        return mean_compress_triton(x, windows)
     return windows.gather(x).mean(2)
 
 
@@ -54,6 +59,10 @@ def mlp_compress(
     expected = (heads, inner, windows.length * dim)
     require(first.shape == expected, "first", expected, tuple(first.shape))
     require(second.shape == (heads, dim, inner), "second", (heads, dim, inner), tuple(second.shape))
+    if takes_triton("compress", x):
+        from kernels.compress.triton import mlp_compress_triton
+
+        return mlp_compress_triton(x, place, first, second, windows)
     return mlp_compress_gathered(x, place, first, second, windows)
 
 
@@ -79,6 +88,12 @@ def gated_compress(
     require(bias.shape == expected, "bias", expected, tuple(bias.shape))
     require(not is_overlapping or values.shape[-1] % 2 == 0, "values", "even channels", values.shape[-1])
     require(position.shape == values.shape[:2], "position", values.shape[:2], tuple(position.shape))
+    if takes_triton("compress", values):
+        from kernels.compress.triton import gated_compress_triton
+
+        return gated_compress_triton(
+            values, gates, bias, windows, position=position, is_overlapping=is_overlapping
+        )
     return gated_compress_gathered(
         values, gates, bias, windows, position=position, is_overlapping=is_overlapping
     )

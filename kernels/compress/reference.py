@@ -11,6 +11,15 @@ from torch.nn.functional import silu
 from kernels.document_windows import Windows
 
 
+def mean_compress_direct(x: Float[Tensor, "B T G K"], windows: Windows) -> Float[Tensor, "B N G K"]:
+    """One window at a time, in the caller's dtype; zero in slots without a window."""
+    out = x.new_zeros(*windows.start.shape, *x.shape[2:])
+    for b, n in windows.is_filled.nonzero().tolist():
+        start = int(windows.start[b, n])
+        out[b, n] = x[b, start : start + windows.length].mean(0)
+    return out
+
+
 def mlp_compress_direct(
     x: Float[Tensor, "B T G K"],
     place: Float[Tensor, "G L K"],

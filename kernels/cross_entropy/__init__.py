@@ -1,42 +1,56 @@
 """Cross entropy of a linear projection, without the logits of all tokens in memory at once."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.arguments import require
-from kernels.cross_entropy.reference import IGNORED, LinearCrossEntropy
+from kernels.choose import takes_triton
+from kernels.cross_entropy.reference import IGNORED, PLAIN, Form, LinearCrossEntropy
 
-__all__ = ["CASES", "IGNORED", "Case", "linear_cross_entropy"]
+__all__ = ["CASES", "IGNORED", "PLAIN", "Case", "Form", "linear_cross_entropy"]
 
 
 class Case(NamedTuple):
-    """One shape that tests and benchmarks share."""
+    """One shape and form that tests and benchmarks share."""
 
     tokens: int
     width: int
     vocabulary: int
+    form: Form = PLAIN
 
 
-CASES = (Case(1, 4, 2), Case(17, 8, 33), Case(513, 8, 40))
+CASES = (
+    Case(1, 4, 2),
+    Case(17, 8, 33),
+    Case(513, 8, 40),
+    Case(9, 8, 65, Form(cap=3.0)),
+    Case(12, 16, 50, Form(z=0.1)),
+    Case(7, 8, 20, Form(cap=5.0, z=0.02)),
+    Case(3, 4, 1),
+)
 
 
 def linear_cross_entropy(
-    x: Float[Tensor, "N D"], weight: Float[Tensor, "M D"], targets: Int[Tensor, "N"], cap: float | None = None
-) -> Float[Tensor, ""]:
-    """Sum over tokens of -log softmax(x weight^T)[target], in nats, at least in float32.
+    x: Float[Tensor, "N D"], weight: Float[Tensor, "M D"], targets: Int[Tensor, "N"], form: Form = PLAIN
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Sum over tokens of -log softmax(x weight^T)[target] + z lse^2, and the squares in it; at least float32.
 
-    With `cap` the logits are cap tanh(logits / cap) (Gemma 2).
+    In nats. With `form.cap` the logits are cap tanh(logits / cap) (Gemma 2); z is `form.z`, lse the
+    log-sum-exp of a token's logits (PaLM, arXiv 2204.02311, section 5); the second result has no gradient.
     Targets equal to IGNORED count nothing; others are trusted to lie in [0, M). Gradients are computed in
     forward: call it once per backward. Memory is O(D (N + M)) beside the inputs.
 
-    Raises ValueError for an argument of the wrong shape or dtype.
+    Raises ValueError for an argument of the wrong shape, dtype or range.
     """
     require(x.shape[1] == weight.shape[1], "weight", f"width {x.shape[1]}", tuple(weight.shape))
     require(targets.shape == x.shape[:1], "targets", tuple(x.shape[:1]), tuple(targets.shape))
     require(weight.dtype == x.dtype, "weight", f"dtype {x.dtype}, as x", weight.dtype)
-    require(cap is None or cap > 0, "cap", "None or above 0", cap)
-    out = LinearCrossEntropy.apply(x, weight, targets, cap)
-    assert isinstance(out, Tensor), f"{type(out)=}"
-    return out
+    require(form.cap is None or form.cap > 0, "form.cap", "None or above 0", form.cap)
+    require(form.z >= 0, "form.z", "at least 0", form.z)
+    if takes_triton("cross_entropy", x):
+        from kernels.cross_entropy.triton import linear_cross_entropy_triton
+
+        return linear_cross_entropy_triton(x, weight, targets, form)
+    return cast(tuple[Tensor, Tensor], LinearCrossEntropy.apply(x, weight, targets, form))

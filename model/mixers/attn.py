@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from kernels.attention import attention
 from kernels.norm import rms_norm
+from kernels.rotary import RotaryLayout, rotate
 from model.linear import Initial, Linear, RMSNorm
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
-from model.rotary import RotaryLayout, RotaryScaling, rotate
+from model.rotary import RotaryScaling
 
 
 class AttnConfig(MixerConfig):

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from kernels.compressed_attention import joint_attention, select_entries, selected_scores
 from kernels.document_windows import Windows, document_windows
+from kernels.rotary import rotate
 from kernels.selection_loss import selection_loss
 from model.linear import Linear
 from model.mixer import Context, Mixed, Sequence, Split
 from model.mixers.hca import Compressor, SharedKeyConfig, SharedKeyMixer, compressor_roles
-from model.rotary import rotate
 
 
 class CsaConfig(SharedKeyConfig):

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from kernels.attention import attention_with_lse
 from kernels.indexer import index_loss, index_loss_of_chosen, index_select, pool_keys, pool_selection
+from kernels.rotary import RotaryLayout, rotate
 from kernels.selected_attention import selected_attention
 from model.linear import Initial, LayerNorm, Linear
 from model.mixer import Flops, Mixed, Sequence, Split
 from model.mixers.mla import LatentConfig, LatentMixer, Latents
-from model.rotary import RotaryLayout, rotate
 
 
 class DsaConfig(LatentConfig):

@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import silu, softplus
+from torch.nn.functional import softplus
 
 from kernels.convolution import short_convolution
 from kernels.delta_rule import gated_delta_rule
-from model.linear import Initial, Linear, RMSNorm
+from kernels.norm import unit_norm
+from model.linear import GatedRMSNorm, Initial, Linear, RMSNorm
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
 
 
@@ -142,7 +143,10 @@ class Gdn(Mixer):
         self.conv = ConvWeight(config._mixed(), config.conv_width)
         if config.has_decay:
             self.decay = Decay(config.num_value_heads, config.dt_min, config.dt_max)
-        self.out_norm = RMSNorm(config.value_dim, config.norm_eps, is_zero_centered=False)
+        if config.has_output_gate:
+            self.out_norm = GatedRMSNorm(config.value_dim, config.norm_eps, "silu")
+        else:
+            self.out_norm = RMSNorm(config.value_dim, config.norm_eps, is_zero_centered=False)
         self.out_proj = Linear(self.parts[2], width, out_std)
 
     def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"]:
@@ -150,18 +154,10 @@ class Gdn(Mixer):
         config = self.config
         mixed, gate, beta, rate = self.in_proj(x).split([config._mixed(), *self.parts[3:]], dim=-1)
         q, k, v = self.conv(mixed, sequence).split(self.parts[:3], dim=-1)
-        q, k = (unit(part.unflatten(-1, (-1, config.key_dim))) for part in (q, k))
+        q, k = (part.unflatten(-1, (-1, config.key_dim)) for part in (q, k))
         v = v.unflatten(-1, (-1, config.value_dim))
-        q, k = (q * config.key_dim**-0.5).to(x.dtype), k.to(x.dtype)
+        q, k = unit_norm(q, factor=config.key_dim**-0.5), unit_norm(k)
         log_decay = self.decay(rate) if config.has_decay else torch.zeros_like(beta)
         out, _ = gated_delta_rule(q, k, v, log_decay, beta.sigmoid(), document=sequence.document)
-        out = self.out_norm(out)
-        if config.has_output_gate:
-            out = out * silu(gate.view(out.shape))
+        out = self.out_norm(out, gate.view(out.shape)) if config.has_output_gate else self.out_norm(out)
         return self.out_proj(out.flatten(-2))
-
-
-def unit(x: Float[Tensor, "*N K"]) -> Float[Tensor, "*N K"]:
-    """x over its length, in float32 at least; a zero vector stays zero."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt()

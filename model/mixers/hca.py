@@ -17,9 +17,10 @@ from kernels.compress import gated_compress
 from kernels.compressed_attention import joint_attention
 from kernels.document_windows import Windows, document_windows
 from kernels.norm import rms_norm
+from kernels.rotary import rotate
 from model.linear import Initial, Linear, RMSNorm
 from model.mixer import Context, Flops, Mixed, Mixer, MixerConfig, Sequence, Split
-from model.rotary import RotaryScaling, rotary_table, rotate
+from model.rotary import RotaryScaling, rotary_table
 
 
 class SharedKeyConfig(MixerConfig):

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from kernels.delta_rule import gated_delta_rule
-from model.linear import Initial, Linear, RMSNorm
+from kernels.norm import unit_norm
+from model.linear import GatedRMSNorm, Initial, Linear
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
-from model.mixers.gdn import ConvWeight, unit
+from model.mixers.gdn import ConvWeight
 
 
 class KdaConfig(MixerConfig):
@@ -133,7 +134,7 @@ class Kda(Mixer):
         self.gate_up_proj = Linear(config.gate_rank, values, init_std)
         self.conv = ConvWeight(sum(self.parts[:3]), config.conv_width)
         self.decay = ChannelDecay(config)
-        self.out_norm = RMSNorm(config.value_dim, config.norm_eps, is_zero_centered=False)
+        self.out_norm = GatedRMSNorm(config.value_dim, config.norm_eps, "sigmoid")
         self.out_proj = Linear(values, width, out_std)
 
     def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"]:
@@ -141,11 +142,10 @@ class Kda(Mixer):
         config = self.config
         mixed, beta = self.in_proj(x).split([sum(self.parts[:3]), self.parts[3]], dim=-1)
         q, k, v = self.conv(mixed, sequence).split(self.parts[:3], dim=-1)
-        q, k = (unit(part.unflatten(-1, (-1, config.key_dim))) for part in (q, k))
+        q, k = (part.unflatten(-1, (-1, config.key_dim)) for part in (q, k))
         v = v.unflatten(-1, (-1, config.value_dim))
-        q, k = (q * config.key_dim**-0.5).to(x.dtype), k.to(x.dtype)
+        q, k = unit_norm(q, factor=config.key_dim**-0.5), unit_norm(k)
         log_decay = self.decay(self.decay_up_proj(self.decay_down_proj(x)))
         out, _ = gated_delta_rule(q, k, v, log_decay, beta.sigmoid(), document=sequence.document)
         gate = self.gate_up_proj(self.gate_down_proj(x))
-        out = self.out_norm(out) * gate.sigmoid().view(out.shape)
-        return self.out_proj(out.flatten(-2))
+        return self.out_proj(self.out_norm(out, gate.view(out.shape)).flatten(-2))

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, silu
 
 from kernels.linear_attention import linear_attention
-from model.linear import Initial, Linear, RMSNorm
+from kernels.rotary import rotate
+from model.linear import GatedRMSNorm, Initial, Linear, RMSNorm
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
-from model.rotary import rotate
 
 
 class LightningConfig(MixerConfig):
@@ -143,7 +143,10 @@ class Lightning(Mixer):
             self.decay_up_proj = Linear(config.decay_rank, self.parts[0], init_std)
         if config._decay_biases():
             self.decay = GateDecay(config._decay_biases(), config.decay_temper)
-        self.out_norm = RMSNorm(config._norm_dim(), config.norm_eps, is_zero_centered=False)
+        if config.output_gate == "none":
+            self.out_norm = RMSNorm(config._norm_dim(), config.norm_eps, is_zero_centered=False)
+        else:
+            self.out_norm = GatedRMSNorm(config._norm_dim(), config.norm_eps, config.output_gate)
         self.out_proj = Linear(self.parts[2], width, init_std / (2 * depth) ** 0.5)
 
     def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"]:
@@ -159,10 +162,9 @@ class Lightning(Mixer):
         if config.has_scale:
             q = q * config.key_dim**-0.5
         out, _ = linear_attention(q, k, v, self._log_decay(x, rate), document=sequence.document)
-        out = self.out_norm(out.flatten(-2) if config.norm == "all_heads" else out).view(*x.shape[:2], -1)
-        if config.output_gate != "none":
-            out = out * (silu(gate) if config.output_gate == "silu" else gate.sigmoid())
-        return self.out_proj(out)
+        out = out.flatten(-2) if config.norm == "all_heads" else out
+        out = self.out_norm(out) if config.output_gate == "none" else self.out_norm(out, gate.view(out.shape))
+        return self.out_proj(out.view(*x.shape[:2], -1))
 
     def _log_decay(
         self, x: Float[Tensor, "B T D"], rate: Float[Tensor, "B T R"]

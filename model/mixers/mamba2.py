@@ -10,10 +10,10 @@ import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import silu, softplus
+from torch.nn.functional import softplus
 
 from kernels.linear_attention import linear_attention
-from kernels.norm import rms_norm
+from kernels.norm import gated_rms_norm
 from model.linear import Initial, Linear
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
 from model.mixers.gdn import ConvWeight
@@ -132,10 +132,9 @@ class GatedGroupNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T X"], gate: Float[Tensor, "B T X"]) -> Float[Tensor, "B T X"]:
         """Computed in float32 at least; the result has the dtype of the gate."""
-        dtype = torch.promote_types(gate.dtype, torch.float32)
-        x = (x.to(dtype) * silu(gate.to(dtype))).unflatten(-1, (self.groups, -1))
-        normed = rms_norm(x, torch.ones_like(x[0, 0, 0]), self.eps)
-        return (normed.flatten(-2) * self.weight.to(dtype)).to(gate.dtype)
+        x, gate = (part.unflatten(-1, (self.groups, -1)) for part in (x, gate))
+        weight = self.weight.view(self.groups, -1)
+        return gated_rms_norm(x, gate, weight, self.eps, kind="silu", gates_first=True).flatten(-2)
 
 
 class Mamba2(Mixer):

@@ -9,9 +9,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kernels.attention import attention
+from kernels.rotary import RotaryLayout, rotate
 from model.linear import Linear, RMSNorm
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
-from model.rotary import RotaryLayout, RotaryScaling, rotate
+from model.rotary import RotaryScaling
 
 
 class LatentConfig(MixerConfig):

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from kernels.block_attention import block_attention
 from kernels.block_selection import select_by_mean
+from kernels.rotary import rotate
 from model.linear import Linear
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
-from model.rotary import rotate
 
 
 class MobaConfig(MixerConfig):

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from kernels.block_attention import block_attention
 from kernels.block_selection import select_by_peak
+from kernels.rotary import rotate
 from kernels.selection_loss import selection_loss
 from model.linear import Linear, RMSNorm
 from model.mixer import Context, Flops, Mixed, Mixer, MixerConfig, Sequence, Split
 from model.mixers.moba import keys_seen
-from model.rotary import rotate
 
 
 class MsaConfig(MixerConfig):

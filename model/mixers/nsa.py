@@ -13,10 +13,10 @@ from kernels.block_attention import block_attention
 from kernels.compress import mean_compress, mlp_compress
 from kernels.compressed_attention import entry_attention
 from kernels.document_windows import Windows, document_windows
+from kernels.rotary import rotate
 from model.linear import Initial, Linear
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
 from model.mixers.moba import keys_seen
-from model.rotary import rotate
 
 
 class NsaConfig(MixerConfig):

@@ -13,10 +13,10 @@ from kernels.block_attention import block_attention
 from kernels.compress import mean_compress
 from kernels.compressed_attention import select_by_entries
 from kernels.document_windows import document_windows
+from kernels.rotary import rotate
 from model.linear import Linear
 from model.mixer import Context, Flops, Mixed, Mixer, MixerConfig, Sequence, Split
 from model.mixers.moba import keys_seen
-from model.rotary import rotate
 
 
 class SsaConfig(MixerConfig):

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.rotary import rotate
 from model.mixer import Sequence
 from model.mixers.attn import AttnConfig
-from model.rotary import RotaryScaling, rotate
+from model.rotary import RotaryScaling
 from tests.layers import FULL, SLIDING, Theirs, assert_same_layer, entry
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -113,7 +113,7 @@ def direct_loss(config: MsaConfig, mixer: Msa, x: Tensor) -> Tensor:
     heads, groups, size = config.num_heads, config.num_key_heads, config.block
     q, k, _ = mixer.in_proj(x).split(mixer.parts, dim=-1)
     table = sequence.rotary_table(config.rotary_dim, config.rotary_theta)
-    from model.rotary import rotate
+    from kernels.rotary import rotate
 
     q = rotate(mixer.q_norm(q.unflatten(-1, (-1, config.head_dim))), *table)[0]
     k = rotate(mixer.k_norm(k.unflatten(-1, (-1, config.head_dim))), *table)[0]
