@@ -2,15 +2,17 @@
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.arguments import require
+from kernels.choose import takes_triton
 from kernels.selected_attention.reference import selected_attention_gathered
 
 
 class Case(NamedTuple):
-    """One shape that tests and benchmarks share."""
+    """One shape that tests and benchmarks share; with `is_shared` values are the first part of the keys."""
 
     rows: int
     tokens: int
@@ -19,40 +21,87 @@ class Case(NamedTuple):
     key_dim: int
     value_dim: int
     chosen: int
+    keys: int | None = None
+    is_shared: bool = False
+    has_sinks: bool = False
 
 
 CASES = (
     Case(1, 1, 1, 1, 4, 4, 1),
     Case(2, 17, 4, 1, 8, 6, 5),
-    Case(2, 33, 6, 2, 5, 8, 12),
+    Case(2, 33, 6, 2, 5, 8, 12, has_sinks=True),
     Case(1, 70, 4, 4, 8, 8, 100),
+    Case(1, 9, 3, 1, 24, 16, 7, is_shared=True, has_sinks=True),
+    Case(2, 6, 20, 1, 16, 16, 40, keys=30, is_shared=True),
 )
 
 
 def selected_attention(
     q: Float[Tensor, "B T H K"],
-    k: Float[Tensor, "B T G K"],
-    v: Float[Tensor, "B T G V"],
+    k: Float[Tensor, "B S G K"],
+    v: Float[Tensor, "B S G V"] | int,
+    selection: Int[Tensor, "B T k"],
+    *,
+    scale: float,
+    sinks: Float[Tensor, "H"] | None = None,
+) -> Float[Tensor, "B T H V"]:
+    """Attention of each query over its chosen keys.
+
+    v of an integer says that values are so many first channels of the keys. selection: places among the
+    keys, each at most once, -1 for none; a query without any gets zeros. It is taken as given: it must hold
+    no later token and none of another document. Query head h reads key head h // (H / G). sinks: one more
+    score per head, without a value. Work is O(T k (K + V)) per head.
+
+    Raises ValueError for an argument of the wrong shape or dtype.
+    """
+    _check(q, k, v, selection, sinks)
+    if takes_triton("selected_attention", q):
+        from kernels.selected_attention.triton import selected_attention_triton
+
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return selected_attention_triton(
+            q, k, v, selection, scale=scale, sinks=sinks, is_deterministic=deterministic
+        )[0]
+    return selected_attention_gathered(q, k, _values(k, v), selection, scale=scale, sinks=sinks)[0]
+
+
+def selected_attention_with_shares(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B S G K"],
+    v: Float[Tensor, "B S G V"] | int,
     selection: Int[Tensor, "B T k"],
     *,
     scale: float,
     sinks: Float[Tensor, "H"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T k"]]:
-    """Attention of each query over its chosen keys, and what all heads take of each, without gradient.
+    """`selected_attention`, and what all heads take of each chosen key, in float32 and without gradient."""
+    _check(q, k, v, selection, sinks)
+    if takes_triton("selected_attention", q):
+        from kernels.selected_attention.triton import selected_attention_triton, shares_triton
 
-    selection: places in the row, each at most once, -1 for none; a query without any gets zeros. It is taken
-    as given: it must hold no later token and none of another document. Query head h reads key head
-    h // (H / G). sinks: one more score per head, without a value. Work is O(T k (K + V)) per head.
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        out, lse = selected_attention_triton(
+            q, k, v, selection, scale=scale, sinks=sinks, is_deterministic=deterministic
+        )
+        return out, shares_triton(q, k, selection, lse, scale=scale)
+    return selected_attention_gathered(q, k, _values(k, v), selection, scale=scale, sinks=sinks)
 
-    Raises ValueError for an argument of the wrong shape or dtype.
-    """
+
+def _values(k: Tensor, v: Tensor | int) -> Tensor:
+    return k[..., :v] if isinstance(v, int) else v
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor | int, selection: Tensor, sinks: Tensor | None) -> None:
     rows, tokens, heads, key_dim = q.shape
     require(tokens > 0, "q", "at least one token", tuple(q.shape))
-    require(k.shape[:2] == (rows, tokens) and k.shape[3] == key_dim, "k", "B, T, K as q", tuple(k.shape))
-    require(v.shape[:3] == k.shape[:3], "v", "B, T, G as k", tuple(v.shape))
+    require(k.shape[0] == rows and k.shape[3] == key_dim, "k", "B, K as q", tuple(k.shape))
     require(heads % k.shape[2] == 0, "q", f"a multiple of {k.shape[2]} heads", heads)
-    require(q.dtype == k.dtype == v.dtype, "k, v", f"dtype {q.dtype}, as q", (k.dtype, v.dtype))
+    require(k.dtype == q.dtype, "k", f"dtype {q.dtype}, as q", k.dtype)
+    if isinstance(v, int):
+        require(0 < v <= key_dim, "v", f"1 to {key_dim} channels", v)
+    else:
+        require(v.shape[:3] == k.shape[:3], "v", "B, S, G as k", tuple(v.shape))
+        require(v.dtype == q.dtype, "v", f"dtype {q.dtype}, as q", v.dtype)
     require(selection.shape[:2] == (rows, tokens), "selection", (rows, tokens, "k"), tuple(selection.shape))
     if sinks is not None:
         require(sinks.shape == (heads,), "sinks", (heads,), tuple(sinks.shape))
-    return selected_attention_gathered(q, k, v, selection, scale=scale, sinks=sinks)

@@ -1,7 +1,7 @@
 """Attention over chosen keys in plain torch: masked out of all pairs, and with the chosen keys gathered.
 
-Letters: B rows, T tokens, H query heads, G key heads, K key dim, V value dim, k chosen keys, C queries of a
-block, M = B C G.
+Letters: B rows, T queries, S keys, H query heads, G key heads, K key dim, V value dim, k chosen keys, C
+queries of a block, M = B C G.
 """
 
 from typing import Any, NamedTuple, cast
@@ -16,15 +16,15 @@ GATHERED = 2**22
 
 def selected_attention_direct(
     q: Float[Tensor, "B T H K"],
-    k: Float[Tensor, "B T G K"],
-    v: Float[Tensor, "B T G V"],
+    k: Float[Tensor, "B S G K"],
+    v: Float[Tensor, "B S G V"],
     selection: Int[Tensor, "B T k"],
     *,
     scale: float,
     sinks: Float[Tensor, "H"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T k"]]:
     """Outputs and shares with the scores of all pairs in memory, in the caller's dtype."""
-    tokens, repeat = q.shape[1], q.shape[2] // k.shape[2]
+    tokens, repeat = k.shape[1], q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(repeat, dim=2) for x in (k, v))
     is_chosen = selection >= 0
     places = torch.where(is_chosen, selection, tokens)
@@ -35,15 +35,19 @@ def selected_attention_direct(
     # A sink of minus infinity stands for none.
     column = scores.new_full((q.shape[2],), float("-inf")) if sinks is None else sinks
     scores = torch.cat([scores, column[None, :, None, None].expand(*scores.shape[:3], 1)], dim=-1)
-    weights = scores.softmax(dim=-1)[..., :tokens]
+    # Where nothing is chosen the weights are zero, and so are their gradients.
+    top = scores.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
+    weights = (scores - top).exp()
+    total = weights.sum(-1, keepdim=True)
+    weights = (weights / torch.where(total > 0, total, 1.0))[..., :tokens]
     shares = weights.detach().sum(1).gather(2, selection.clamp(min=0))
     return torch.einsum("bhts,bshv->bthv", weights, v), shares.masked_fill(~is_chosen, 0.0)
 
 
 def selected_attention_gathered(
     q: Float[Tensor, "B T H K"],
-    k: Float[Tensor, "B T G K"],
-    v: Float[Tensor, "B T G V"],
+    k: Float[Tensor, "B S G K"],
+    v: Float[Tensor, "B S G V"],
     selection: Int[Tensor, "B T k"],
     *,
     scale: float,
@@ -54,7 +58,7 @@ def selected_attention_gathered(
     Computes in float32 at least; outputs take v's dtype.
     """
     per_query = q.shape[0] * max(1, selection.shape[2]) * k.shape[2] * (k.shape[3] + v.shape[3])
-    spec = _Spec(selection, scale, max(1, GATHERED // per_query))
+    spec = _Spec(selection, scale, max(1, GATHERED // per_query), k.shape[1])
     out, shares = cast(tuple[Tensor, Tensor], SelectedAttention.apply(q, k, v, sinks, spec))
     return out, shares
 
@@ -65,15 +69,15 @@ class _Spec(NamedTuple):
     selection: Tensor
     scale: float
     step: int
+    keys: int
 
     def places(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """For the queries in [start, stop): rows of B T [B C k], and which are none, for M k 1."""
+        """For the queries in [start, stop): rows of B S [B C k], and which are none, for M k 1."""
         chosen = self.selection[:, start:stop]
-        rows, tokens = self.selection.shape[:2]
         device = chosen.device
         # In the place of none stands the query's own token: no other document is read, not even times zero.
-        own = torch.arange(start, stop, device=device)[:, None]
-        lines = torch.arange(rows, device=device)[:, None, None] * tokens
+        own = torch.arange(start, stop, device=device).clamp(max=self.keys - 1)[:, None]
+        lines = torch.arange(len(chosen), device=device)[:, None, None] * self.keys
         return lines + torch.where(chosen < 0, own, chosen), chosen < 0
 
     def scores(self, q: Tensor, keys: Tensor, is_none: Tensor) -> Tensor:
@@ -86,7 +90,7 @@ class _Spec(NamedTuple):
 
 
 def _gathered(x: Tensor, places: Tensor) -> Tensor:
-    # [B T G D] at [B C k] -> [M k D].
+    # [B S G D] at [B C k] -> [M k D].
     taken = x.flatten(0, 1).index_select(0, places.flatten())
     return taken.view(*places.shape, *x.shape[2:]).transpose(2, 3).flatten(0, 2)
 
@@ -99,7 +103,7 @@ def _add_at(into: Tensor, places: Tensor, grad: Tensor) -> None:
 
 
 class SelectedAttention(torch.autograd.Function):
-    """q [B T H K], k [B T G K], v [B T G V], sinks [H] or None -> outputs [B T H V], shares [B T k]."""
+    """q [B T H K], k [B S G K], v [B S G V], sinks [H] or None -> outputs [B T H V], shares [B T k]."""
 
     @staticmethod
     def forward(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kernels.attention import attention_with_lse
 from kernels.indexer import index_loss, index_loss_of_chosen, index_select, pool_keys, pool_selection
 from kernels.rotary import RotaryLayout, rotate
-from kernels.selected_attention import selected_attention
+from kernels.selected_attention import selected_attention, selected_attention_with_shares
 from model.linear import Initial, LayerNorm, Linear
 from model.mixer import Flops, Mixed, Sequence, Split
 from model.mixers.mla import LatentConfig, LatentMixer, Latents
@@ -151,7 +151,8 @@ class Dsa(LatentMixer):
             return self._dense(x, latents, sequence)
         if self.shares_selection:
             assert selection is not None, "the layout has a layer that chooses before this one"
-            return self._out(self._attend(latents, selection)[0])
+            q, keys = self._in_latent(latents)
+            return self._out(selected_attention(q, keys, self._values, selection, scale=self.config.scale))
         index = self._index(x, latents, sequence)
         entries = index_select(
             index.q,
@@ -164,7 +165,10 @@ class Dsa(LatentMixer):
         selection = entries
         if index.last is not None:
             selection = pool_selection(entries, index.last, sequence.position, self.config.index_pool)
-        inside, shares = self._attend(latents, selection)
+        q, keys = self._in_latent(latents)
+        inside, shares = selected_attention_with_shares(
+            q, keys, self._values, selection, scale=self.config.scale
+        )
         if index.last is not None:
             # The tokens of the open pool, at the end, are no entry.
             shares = shares[..., : entries.shape[2] * self.config.index_pool]
@@ -209,15 +213,18 @@ class Dsa(LatentMixer):
         k, last = pool_keys(k, gates, self.index_places, sequence.position)
         return Index(q, k, weights, last)
 
-    def _attend(self, latents: Latents, selection: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs in the space of the latent: there all heads read the same keys, gathered once."""
+    @property
+    def _values(self) -> int:
+        # The latent is what all heads read, and the first part of their keys.
+        return self.config.latent_dim
+
+    def _in_latent(self, latents: Latents) -> tuple[Tensor, Tensor]:
+        """Queries and keys in the space of the latent: there all heads read the same keys, gathered once."""
         config = self.config
         own, shared = latents.q.split([config.key_dim, config.shared_key_dim], dim=-1)
         to_latent = self._up(own.dtype)[0]
         q = torch.cat([torch.einsum("bthk,hkl->bthl", own, to_latent), shared], dim=-1)
-        values = latents.kv_latent[:, :, None]
-        keys = torch.cat([values, latents.shared_key], dim=-1)
-        return selected_attention(q, keys, values, selection, scale=config.scale)
+        return q, torch.cat([latents.kv_latent[:, :, None], latents.shared_key], dim=-1)
 
     def _out(self, inside: Float[Tensor, "B T H L"]) -> Float[Tensor, "B T D"]:
         values = torch.einsum("bthl,hvl->bthv", inside, self._up(inside.dtype)[1])

@@ -4,14 +4,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.attention.reference import Pattern, attention_direct
-from kernels.selected_attention import CASES, Case, selected_attention
+from kernels.selected_attention import CASES, Case, selected_attention, selected_attention_with_shares
 from kernels.selected_attention import reference as forms
 from kernels.selected_attention.reference import selected_attention_direct
 from tests.closeness import assert_close, outputs_and_grads
 
 
 def inputs_of(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
-    rows, tokens, heads, key_heads, key_dim, value_dim, _ = case
+    rows, tokens, heads, key_heads, key_dim, value_dim = case[:6]
     shapes = ((heads, key_dim), (key_heads, key_dim), (key_heads, value_dim))
     return [torch.randn(rows, tokens, *shape, dtype=dtype) for shape in shapes]
 
@@ -37,11 +37,11 @@ def test_gathered_equals_direct(case, has_sinks, gathered, dtype, limit, monkeyp
     def call(form):
         return lambda q, k, v, sinks=None: form(q, k, v, selection, scale=0.4, sinks=sinks)[0]
 
-    ours = outputs_and_grads(call(selected_attention), inputs)
+    ours = outputs_and_grads(call(selected_attention_with_shares), inputs)
     direct = outputs_and_grads(call(selected_attention_direct), [x.double() for x in inputs])
     assert_close(ours, direct, limit)
     q, k, v = inputs[:3]
-    shares = selected_attention(q, k, v, selection, scale=0.4)[1]
+    shares = selected_attention_with_shares(q, k, v, selection, scale=0.4)[1]
     assert_close([shares], [selected_attention_direct(q, k, v, selection, scale=0.4)[1]], limit)
     assert_close([shares.sum(-1)], [torch.full(shares.shape[:2], float(case.heads))], 1e-5)
 
@@ -52,7 +52,7 @@ def test_all_earlier_keys_are_full_attention(tokens: int, group: int, seed: int)
     inputs = inputs_of(Case(2, tokens, 2 * group, 2, 3, 4, tokens), torch.float64)
     index = torch.arange(tokens)
     selection = torch.where(index[:, None] >= index, index, -1).expand(2, -1, -1)
-    ours = outputs_and_grads(lambda q, k, v: selected_attention(q, k, v, selection, scale=0.6)[0], inputs)
+    ours = outputs_and_grads(lambda q, k, v: selected_attention(q, k, v, selection, scale=0.6), inputs)
     full = outputs_and_grads(lambda *x: attention_direct(*x, scale=0.6, pattern=Pattern())[0], inputs)
     assert_close(ours, full, 1e-12)
 
@@ -64,14 +64,14 @@ def test_nothing_chosen_is_zero_and_a_stranger_is_never_read() -> None:
     for x in inputs[1:]:
         x[:, 0] = float("nan")
     q, k, v = (x.requires_grad_() for x in inputs)
-    out, shares = selected_attention(q, k, v, selection, scale=1.0)
+    out, shares = selected_attention_with_shares(q, k, v, selection, scale=1.0)
     assert torch.isfinite(out[:, 1:]).all()
     assert torch.equal(shares[:, 1:, 0], torch.full((1, 5), 2.0, dtype=torch.float64))
     out[:, 1:].sum().backward()
     assert all(torch.isfinite(x.grad[:, 1:]).all() for x in (q, k, v) if x.grad is not None)
     empty = torch.full((1, 6, 2), -1)
     q, k, v = (torch.ones_like(x) for x in inputs)
-    out, shares = selected_attention(q, k, v, empty, scale=1.0)
+    out, shares = selected_attention_with_shares(q, k, v, empty, scale=1.0)
     assert torch.equal(out, torch.zeros_like(out))
     assert torch.equal(shares, torch.zeros_like(shares))
 
@@ -79,7 +79,7 @@ def test_nothing_chosen_is_zero_and_a_stranger_is_never_read() -> None:
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("k", lambda x: (x[0], x[1][:, :-1], *x[2:])),
+        ("k", lambda x: (x[0], x[1][..., :-1], *x[2:])),
         ("v", lambda x: (*x[:2], x[2][:, :, :, :0].expand(1, 8, 0, 0), x[3])),
         ("selection", lambda x: (*x[:3], x[3][:, :2])),
     ],
