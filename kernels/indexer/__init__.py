@@ -2,10 +2,12 @@
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.arguments import require
+from kernels.choose import takes_triton
 from kernels.indexer.loss import index_loss_full, index_loss_selected
 from kernels.indexer.reference import choose_in_blocks, pool_keys, pool_selection
 
@@ -22,12 +24,13 @@ class Case(NamedTuple):
     heads: int
     key_dim: int
     top_k: int
+    pools: bool = False
 
 
 CASES = (
     Case(1, 1, 1, 4, 1, 4, 1),
     Case(2, 17, 2, 8, 3, 6, 4),
-    Case(2, 40, 4, 4, 2, 8, 7),
+    Case(2, 40, 4, 4, 2, 8, 7, pools=True),
     Case(1, 65, 3, 8, 4, 8, 100),
 )
 
@@ -52,6 +55,10 @@ def index_select(
     _require(q, k, weights, document)
     _require_last(q, k, last)
     require(top_k > 0, "top_k", "at least 1", top_k)
+    if takes_triton("indexer", q):
+        from kernels.indexer.triton import index_select_triton
+
+        return index_select_triton(q, k, weights, top_k=top_k, last=last, document=document)
     return choose_in_blocks(q, k, weights, top_k=top_k, last=last, document=document)
 
 
@@ -82,9 +89,12 @@ def index_loss(
     require(attention_q.shape[:2] == q.shape[:2], "attention_q", q.shape[:2], tuple(attention_q.shape))
     require(lse.shape == expected, "lse", expected, tuple(lse.shape))
     require(last is not None or size == 1, "last", f"given with entries of {size} tokens", last)
-    return index_loss_full(
-        q, k, weights, attention_q, attention_k, lse, scale=scale, last=last, size=size, document=document
-    )
+    options = {"scale": scale, "last": last, "size": size, "document": document}
+    if takes_triton("indexer", q):
+        from kernels.indexer.triton_loss import index_loss_full_triton
+
+        return index_loss_full_triton(q, k, weights, attention_q, attention_k, lse, **options)
+    return index_loss_full(q, k, weights, attention_q, attention_k, lse, **options)
 
 
 def index_loss_of_chosen(
@@ -101,6 +111,11 @@ def index_loss_of_chosen(
     _require(q, k, weights, None)
     require(entries.shape[:2] == q.shape[:2], "entries", (*q.shape[:2], "k"), tuple(entries.shape))
     require(shares.shape == entries.shape, "shares", tuple(entries.shape), tuple(shares.shape))
+    if takes_triton("indexer", q):
+        from kernels.indexer.triton_loss import index_loss_selected_triton
+
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return index_loss_selected_triton(q, k, weights, entries, shares, is_deterministic=deterministic)
     return index_loss_selected(q, k, weights, entries, shares)
 
 

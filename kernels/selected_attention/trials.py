@@ -8,7 +8,6 @@ from kernels.selected_attention.reference import selected_attention_direct
 from kernels.selected_attention.triton import Tiles, selected_attention_triton, shares_triton
 from kernels.trial import Setting, Subject, Trial, Work
 
-
 # The interpreter takes a query at a time.
 SMALL = (
     Case(1, 1, 1, 1, 4, 4, 1),

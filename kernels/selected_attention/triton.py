@@ -329,7 +329,7 @@ def selected_sum(kept, order, ends, grad, keys, groups, chosen, dim, row, DIM: t
     start = tl.load(ends + key)
     stop = tl.load(ends + key + 1)
     column = tl.arange(0, DIM)
-    target = grad + ((row.to(tl.int64) * keys + key) * groups + group) * dim + column
+    target = grad + (((tl.zeros([], tl.int64) + row) * keys + key) * groups + group) * dim + column
     total = tl.load(target, mask=column < dim, other=0.0)
     for spot in range(start, stop):
         pair = tl.load(order + spot)
@@ -455,11 +455,10 @@ def _backward_in_order(inputs: tuple[Tensor, ...], grad_k: Tensor, grad_v: Tenso
     """The gradients of keys kept by query for a slab of queries, then summed key by key in a fixed order."""
     selection = inputs[3]
     rows, tokens, chosen = selection.shape
-    keys, groups = grad_k.shape[1:3]
+    groups = grad_k.shape[2]
     parts = [grad_k] if grad_v is None else [grad_k, grad_v]
     per_query = 4 * chosen * groups * sum(part.shape[3] for part in parts)
     step = min(tokens, max(1, KEPT // per_query))
-    places = torch.arange(keys + 1, device=selection.device)
     for row in range(rows):
         for begin in range(0, tokens, step):
             count = min(step, tokens - begin)
@@ -471,14 +470,30 @@ def _backward_in_order(inputs: tuple[Tensor, ...], grad_k: Tensor, grad_v: Tenso
                 inputs, kept[0], None if grad_v is None else kept[1], form, row * tokens + begin, count,
                 keeps=True,
             )  # fmt: skip
-            # None sorts before every key, and no key sums it.
-            named, order = selection[row, begin : begin + count].flatten().sort(stable=True)
-            ends = torch.searchsorted(named, places.to(named.dtype))
-            for part, held in zip(parts, kept, strict=True):
-                selected_sum[(keys, groups)](
-                    held, order, ends, part, keys, groups, chosen, part.shape[3], row,
-                    DIM=triton.next_power_of_2(part.shape[3]),
-                )  # fmt: skip
+            sum_in_order(kept, selection[row, begin : begin + count], parts, row)
+
+
+def sum_in_order(
+    kept: list[Float[Tensor, "Q G k D"]],
+    selection: Int[Tensor, "Q k"],
+    into: list[Float[Tensor, "B S G D"]],
+    row: int,
+) -> None:
+    """Adds what is kept of some queries, by place in their selections, to the keys of one row of `into`.
+
+    Key by key, in order of queries: twice the same is bitwise the same. Mutates `into`.
+    """
+    keys, groups = into[0].shape[1:3]
+    places = torch.arange(keys + 1, device=selection.device, dtype=selection.dtype)
+    # None sorts before every key, and no key sums it.
+    named, order = selection.flatten().sort(stable=True)
+    ends = torch.searchsorted(named, places)
+    for part, target in zip(kept, into, strict=True):
+        dim = part.shape[3]
+        selected_sum[(keys, groups)](
+            part, order, ends, target, keys, groups, selection.shape[1], dim, row,
+            DIM=triton.next_power_of_2(dim),
+        )  # fmt: skip
 
 
 def selected_attention_triton(
