@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
@@ -90,7 +90,7 @@ def recording(subject: str) -> Iterator[list[Binary]]:
     """Within it, launches compile for TARGET and are recorded instead of run; once per binary."""
     binaries: list[Binary] = []
     before = driver._active
-    driver.set_active(_Driver(subject, binaries))
+    driver.set_active(cast(Any, _Driver(subject, binaries)))
     try:
         yield binaries
     finally:

@@ -80,7 +80,8 @@ class GatedRMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(dim))
         self.initial = {"weight": Initial("constant", 1.0)}
-        self.eps, self.kind = eps, kind
+        self.eps = eps
+        self.kind: Gate = kind
 
     def forward(self, x: Float[Tensor, "*N D"], gate: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
         """Computed in float32 at least; the result has the dtype of the gate."""

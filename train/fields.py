@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from train.config import RunConfig
 
 Dtype = Literal["float64", "float32", "bfloat16"]
+Form = Literal["auto", "triton", "reference"]
 
 
 class PlaceConfig(Config):
@@ -104,6 +105,33 @@ class ClusterConfig(Config):
     peak_tflops: float | None = Field(gt=0)
 
 
+class KernelsConfig(Config):
+    """How each family of kernels runs, and what a wrong one does to a run."""
+
+    check: Literal["stop", "fall_back", "off"]
+    activation: Form
+    attention: Form
+    block_attention: Form
+    block_selection: Form
+    compress: Form
+    compressed_attention: Form
+    convolution: Form
+    cross_entropy: Form
+    delta_rule: Form
+    experts: Form
+    indexer: Form
+    linear_attention: Form
+    norm: Form
+    rotary: Form
+    selected_attention: Form
+    selective_scan: Form
+    sinkhorn: Form
+
+    def forms(self) -> dict[str, Form]:
+        """The form of every family."""
+        return {name: form for name, form in self if name != "check"}
+
+
 class PlanConfig(Config):
     """What `python -m train.plan` prints."""
 
@@ -122,6 +150,7 @@ class RunFields(Config):
     schedule: Annotated[WsdConfig | CosineConfig, Discriminator("kind")]
     precision: PrecisionConfig
     parallel: ParallelConfig
+    kernels: KernelsConfig
     checkpoint: CheckpointConfig
     track: TrackConfig
     cluster: ClusterConfig

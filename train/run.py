@@ -22,6 +22,7 @@ from train.environment import Environment
 from train.evaluation import evaluate
 from train.finish import finish
 from train.interrupt import PREEMPT, REQUEUE, Interrupt
+from train.kernels import prepare_kernels
 from train.measure import Meter
 from train.optimizer import build_optimizer
 from train.start import start_from
@@ -57,6 +58,7 @@ def run_in_world(config: RunConfig, world: World, interrupt: Interrupt) -> None:
     directory = Path(config.run.dir)
     loader = open_data(config, world.rank)
     state = build_state(config, world)
+    prepare_kernels(config, state.model, world)
     store = CheckpointStore(
         directory / CHECKPOINTS, keep=config.checkpoint.keep, rank=world.rank, size=world.size
     )

@@ -83,8 +83,8 @@ def gated_rms_norm(
 
         return gated_rms_norm_triton(x, gate, weight, eps, kind=kind, gates_first=gates_first)
     dtype = torch.promote_types(gate.dtype, torch.float32)
-    parts = (part.to(dtype) for part in (x, gate, weight))
-    return gated_rms_norm_direct(*parts, eps, kind=kind, gates_first=gates_first).to(gate.dtype)
+    x, weight, wide = x.to(dtype), weight.to(dtype), gate.to(dtype)
+    return gated_rms_norm_direct(x, wide, weight, eps, kind=kind, gates_first=gates_first).to(gate.dtype)
 
 
 def unit_norm(x: Float[Tensor, "*N D"], *, factor: float = 1.0, eps: float = 1e-6) -> Float[Tensor, "*N D"]:

@@ -17,8 +17,7 @@ def _interpreted(request: pytest.FixtureRequest) -> Iterator[None]:
     assert is_interpreted(), "tests marked interpreted need TRITON_INTERPRET=1; `make prove` sets it"
     # Deterministic algorithms fill new memory with NaN, so that a number never written is seen.
     assert torch.empty(1).isnan().all()
-    from tests.kernels.interpreter import correct_interpreter
+    from kernels.interpreter import corrected
 
-    with pytest.MonkeyPatch.context() as patch:
-        correct_interpreter(patch)
+    with corrected():
         yield

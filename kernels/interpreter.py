@@ -4,11 +4,12 @@ The interpreter keeps bfloat16 as its 16 bits and then calculates with these bit
 numbers. Here every operation widens to float32 first and rounds to nearest even after.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
-import pytest
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -41,14 +42,16 @@ def _narrow(numbers: np.ndarray) -> TensorHandle:
     return TensorHandle(rounded(numbers), tl.bfloat16)
 
 
-def correct_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replaces the interpreter's operations until the end of the test or session of `monkeypatch`."""
+@contextmanager
+def corrected() -> Iterator[None]:
+    """Within it the interpreter's operations are right; for checks and tests, never for a run."""
+    stack = ExitStack()
     stock: dict[str, Callable[..., Any]] = {}
 
     def replace(name: str) -> Callable[[Callable[..., Any]], None]:
         def with_function(function: Callable[..., Any]) -> None:
             stock[name] = getattr(InterpreterBuilder, name)
-            monkeypatch.setattr(InterpreterBuilder, name, function)
+            stack.enter_context(patch.object(InterpreterBuilder, name, function))
 
         return with_function
 
@@ -59,7 +62,7 @@ def correct_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         # Triton 3.6 converts an array of one number, which numpy no longer does by itself.
         tensor.__index__ = lambda self: self.handle.data.item()
 
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_index)
+    stack.enter_context(patch.object(interpreter, "_patch_lang_tensor", with_index))
 
     @replace("binary_op")
     def _(self, lhs, rhs, op):
@@ -109,3 +112,6 @@ def correct_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
             return stock["create_dot"](self, a, b, d, input_precision, max_num_imprecise_acc)
         out = np.matmul(*(_wide(x).data.astype(np.float32) for x in (a, b))) + _wide(d).data
         return _narrow(out) if _is_narrow(d) else TensorHandle(out.astype(d.data.dtype), d.dtype.scalar)
+
+    with stack:
+        yield
