@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels.arguments import require
 from kernels.block_selection.reference import select_by_mean_slabs, select_by_peak_slabs
+from kernels.choose import takes_triton
 
 
 class Case(NamedTuple):
@@ -67,6 +68,10 @@ def select_by_peak(
     """
     _check(q, k, position, block, count)
     require(local >= 0, "local", "at least 0", local)
+    if takes_triton("block_selection", q):
+        from kernels.block_selection.triton import select_by_peak_triton
+
+        return select_by_peak_triton(q, k, block=block, count=count, local=local, position=position)
     return select_by_peak_slabs(q, k, block=block, count=count, local=local, position=position)
 
 
