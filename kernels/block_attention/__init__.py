@@ -2,11 +2,13 @@
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.arguments import require
 from kernels.block_attention.reference import block_attention_gathered
+from kernels.choose import takes_triton
 
 
 class Case(NamedTuple):
@@ -66,4 +68,12 @@ def block_attention(
     slots = tokens // block
     require(selected.shape[3] <= slots, "selected", f"at most {slots} blocks", selected.shape[3])
     require(position.shape == (rows, tokens), "position", (rows, tokens), tuple(position.shape))
+    require(position.dtype in (torch.int32, torch.int64), "position", "int32 or int64", position.dtype)
+    require(selected.dtype in (torch.int32, torch.int64), "selected", "int32 or int64", selected.dtype)
+    for name, x in (("k", k), ("v", v), ("selected", selected), ("position", position)):
+        require(x.device == q.device, name, f"on {q.device}, as q", x.device)
+    if takes_triton("block_attention", q):
+        from kernels.block_attention.triton import block_attention_triton
+
+        return block_attention_triton(q, k, v, selected, scale=scale, block=block, position=position)
     return block_attention_gathered(q, k, v, selected, scale=scale, block=block, position=position)

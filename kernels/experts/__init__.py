@@ -2,11 +2,13 @@
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.activation import is_gated
 from kernels.arguments import require
+from kernels.choose import takes_triton
 from kernels.experts.reference import PLAIN, ExpertBiases, ExpertForm, experts_grouped
 
 __all__ = ["CASES", "PLAIN", "Case", "ExpertBiases", "ExpertForm", "routed_experts"]
@@ -51,9 +53,24 @@ def routed_experts(
     require(down.shape == (experts, width, hidden), "down", (experts, width, hidden), tuple(down.shape))
     require(chosen.shape[0] == x.shape[0], "chosen", f"{x.shape[0]} tokens", tuple(chosen.shape))
     require(weights.shape == chosen.shape, "weights", tuple(chosen.shape), tuple(weights.shape))
-    require(gate_up.dtype == down.dtype == x.dtype, "gate_up, down", f"dtype {x.dtype}", gate_up.dtype)
+    require(chosen.shape[1] > 0, "chosen", "at least one expert per token", tuple(chosen.shape))
+    require(chosen.dtype in (torch.int32, torch.int64), "chosen", "int32 or int64", chosen.dtype)
+    found = (gate_up.dtype, down.dtype)
+    require(found == (x.dtype, x.dtype), "gate_up, down", f"dtype {x.dtype}, as x", found)
+    given = {"gate_up": gate_up, "down": down, "chosen": chosen, "weights": weights}
+    if biases is not None:
+        given |= {"biases.up": biases.up, "biases.down": biases.down}
+        found = (biases.up.dtype, biases.down.dtype)
+        require(found == (x.dtype, x.dtype), "biases", f"dtype {x.dtype}, as x", found)
+    for name, part in given.items():
+        require(part.device == x.device, name, f"on {x.device}, as x", part.device)
+    require(form.limit is None or form.limit > 0, "form.limit", "None or above 0", form.limit)
     if biases is not None:
         shapes = ((experts, columns), (experts, width))
         found = (tuple(biases.up.shape), tuple(biases.down.shape))
         require(found == shapes, "biases", shapes, found)
+    if takes_triton("experts", x):
+        from kernels.experts.triton import routed_experts_triton
+
+        return routed_experts_triton(x, gate_up, down, chosen, weights, form, biases)
     return experts_grouped(x, gate_up, down, chosen, weights.to(x.dtype), form, biases, num_idle=num_idle)

@@ -1,0 +1,167 @@
+"""The indexer and attention to what it chose, in Triton: ties, nothing chosen, far scores, and defects."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.block_selection import triton as peaks
+from kernels.indexer import Case as IndexCase
+from kernels.indexer import triton as indexer
+from kernels.indexer import triton_loss as index_losses
+from kernels.indexer.reference import choose_directly
+from kernels.indexer.trials import draw_chosen, draw_full, draw_selection
+from kernels.indexer.triton import index_select_triton
+from kernels.selected_attention import triton as selected
+from kernels.selected_attention.reference import selected_attention_direct
+from kernels.selected_attention.trials import Case, draw
+from kernels.selected_attention.triton import Tiles, selected_attention_triton
+from kernels.trial import Trial, deviations, outputs_and_grads, setting, subjects
+
+pytestmark = pytest.mark.interpreted
+LIMIT = 1e-5
+SMALL = Tiles(16, 16, 1, 1)
+INDEX_TILES = indexer.Tiles(16, 16, 64, 16, 1)
+
+
+@settings(max_examples=8)
+@given(
+    tokens=st.integers(1, 7),
+    groups=st.sampled_from([1, 2]),
+    repeat=st.sampled_from([1, 3, 17]),
+    chosen=st.integers(1, 20),
+    flags=st.tuples(st.booleans(), st.booleans()),
+    seed=st.integers(0, 2**20),
+)
+def test_attention_to_any_selection(tokens, groups, repeat, chosen, flags, seed) -> None:
+    is_shared, has_sinks = flags
+    case = Case(1, tokens, groups * repeat, groups, 24, 16, chosen, None, is_shared, has_sinks)
+    trial = draw(case, setting(torch.float32, seed=seed, is_small=True))
+    assert max(deviations(trial).values()) <= LIMIT
+
+
+def trial_of(selection: torch.Tensor, scale: float = 0.3, sinks: torch.Tensor | None = None) -> Trial:
+    shape = (*selection.shape[:2], 4, 16)
+    inputs = {"q": torch.randn(shape), "k": torch.randn(1, 12, 2, 16), "v": torch.randn(1, 12, 2, 8)}
+    options = {"scale": scale, "sinks": sinks}
+    return Trial(
+        inputs,
+        lambda q, k, v: selected_attention_triton(q, k, v, selection, **options, tiles=SMALL)[:1],
+        lambda q, k, v: selected_attention_direct(q, k, v, selection, **options)[:1],
+    )
+
+
+def test_nothing_chosen_is_zero_and_unseen_keys_get_no_gradient() -> None:
+    selection = torch.full((1, 3, 20), -1)
+    selection[0, 1, 17] = 5
+    found = outputs_and_grads(trial_of(selection).triton, trial_of(selection).inputs)
+    assert torch.equal(found["out0"][0, [0, 2]], torch.zeros(2, 4, 8))
+    for name in ("grad k", "grad v"):
+        unseen = [key for key in range(12) if key != 5]
+        assert torch.equal(found[name][:, unseen], torch.zeros_like(found[name][:, unseen]))
+        assert found[name][:, 5].abs().sum() > 0
+    assert max(deviations(trial_of(selection)).values()) <= LIMIT
+
+
+@pytest.mark.parametrize("scale", [1e-3, 3.0])
+@pytest.mark.parametrize("sink", [-1e4, 0.0, 60.0, float("-inf")])
+def test_far_scores_and_sinks(scale: float, sink: float) -> None:
+    selection = torch.rand(1, 3, 12).argsort(-1)[..., :7]
+    assert max(deviations(trial_of(selection, scale, torch.full((4,), sink))).values()) <= LIMIT
+
+
+def count_without_the_last(selection, line, chosen, CHOSEN: tl.constexpr):
+    place = tl.arange(0, CHOSEN)
+    key = tl.load(selection + line * chosen + place, mask=place < chosen, other=-1)
+    return tl.max(tl.where(key >= 0, place + 1, 0), axis=0) // 16 * 16
+
+
+def rows_of_the_first_part(x, base, key, is_key, first, dim, stride, DIM: tl.constexpr):
+    column = tl.arange(0, DIM)
+    place = base + key[:, None] * stride + column[None, :]
+    return tl.load(x + place, mask=is_key[:, None] & (column < dim)[None, :], other=0.0)
+
+
+def everything_is_visible(
+    last, owner, document, row, query, entry, tokens, entries, HAS_DOCUMENTS: tl.constexpr
+):
+    return (query < tokens)[:, None] & (entry < entries)[None, :]
+
+
+def the_later_of_equals(best, at, scores, key, is_in):
+    scores = tl.where(is_in, scores, float("-inf"))
+    top = tl.max(scores, axis=1)
+    place = tl.max(tl.where(scores == top[:, None], key[None, :], -1), axis=1)
+    return tl.where(top > best, top, best), tl.where(top > best, place, at)
+
+
+def shares_of_their_neighbours(
+    k, entries, shares, line, row, start, count, dim, k_row, k_token,
+    ENTRIES: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    place = start + tl.arange(0, ENTRIES)
+    entry = tl.load(entries + line * count + place, mask=place < count, other=-1).to(tl.int32)
+    is_entry = entry >= 0
+    other = (place + 1) % count
+    share = tl.load(shares + line * count + other, mask=is_entry, other=0.0).to(tl.float32)
+    column = tl.arange(0, DIM)
+    source = k + row * k_row + entry[:, None] * k_token + column[None, :]
+    keys = tl.load(source, mask=is_entry[:, None] & (column < dim)[None, :], other=0.0)
+    return keys, share, entry, place, is_entry
+
+
+DEFECTS = [
+    (selected, "selected_count", count_without_the_last, "selected_attention.dsa", 2),
+    (selected, "selected_rows", rows_of_the_first_part, "selected_attention.dsa", 3),
+    (indexer, "index_visible", everything_is_visible, "indexer.selection", 1),
+    (indexer, "index_visible", everything_is_visible, "indexer.full", 1),
+    (index_losses, "index_chosen_tile", shares_of_their_neighbours, "indexer.chosen", 1),
+    (peaks, "selection_better", the_later_of_equals, "block_selection.peak", 1),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "defect", "subject", "place"), DEFECTS)
+def test_a_defect_in_a_kernel_is_seen(module, name, defect, subject, place, monkeypatch) -> None:
+    found = next(s for s in subjects(subject.split(".")[0]) if s.name == subject)
+    trial = found.draw(found.cases[place], setting(torch.float32, is_small=True))
+    assert max(deviations(trial).values()) <= LIMIT
+    monkeypatch.setattr(module, name, triton.jit(defect))
+    assert not max(deviations(trial).values()) <= 1e-3
+
+
+@settings(max_examples=8)
+@given(
+    tokens=st.integers(1, 20),
+    heads=st.integers(1, 3),
+    top_k=st.integers(1, 30),
+    pools=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_the_best_of_any_scores(tokens: int, heads: int, top_k: int, pools: bool, seed: int) -> None:
+    drawn = setting(torch.float32, seed=seed, is_small=True)
+    case = IndexCase(2, tokens, heads, 4, 2, 8, top_k, pools)
+    assert max(deviations(draw_selection(case, drawn)).values()) == 0.0
+    assert max(deviations(draw_full(case, drawn)).values()) <= LIMIT
+    assert max(deviations(draw_chosen(case._replace(rows=1), drawn)).values()) <= LIMIT
+
+
+def test_equal_negative_infinite_and_zero_scores_go_by_place() -> None:
+    # Scores of minus zero, zero and less than zero: the first places win among equals.
+    q, k = torch.ones(1, 40, 1, 4), torch.zeros(1, 40, 4)
+    k[0, 30:] = 1.0
+    for weight in (-1.0, 0.0, 1.0):
+        weights = torch.full((1, 40, 1), weight)
+        ours = index_select_triton(q, k, weights, top_k=5, tiles=INDEX_TILES)
+        assert torch.equal(ours, choose_directly(q, k, weights, top_k=5))
+
+
+def test_what_is_chosen_does_not_depend_on_later_tokens() -> None:
+    q, k, weights = torch.randn(1, 24, 2, 8), torch.randn(1, 24, 8), torch.randn(1, 24, 2)
+    before = index_select_triton(q, k, weights, top_k=6, tiles=INDEX_TILES)
+    changed = [x.clone() for x in (q, k, weights)]
+    for x in changed:
+        x[:, 13:] += 1.0
+    after = index_select_triton(*changed, top_k=6, tiles=INDEX_TILES)
+    assert torch.equal(before[:, :13], after[:, :13])
