@@ -25,6 +25,11 @@ class Windows(NamedTuple):
     length: int
     stride: int
 
+    @property
+    def last(self) -> Int[Tensor, "B N"]:
+        """The last token of each window, -1 in slots without one."""
+        return torch.where(self.is_filled, self.start + self.length - 1, -1)
+
     def gather(self, x: Float[Tensor, "B T *E"], *, shift: int = 0) -> Float[Tensor, "B N L *E"]:
         """The tokens of each window, or those `shift` tokens later; any tokens where that leaves the row."""
         rows, tokens = x.shape[:2]

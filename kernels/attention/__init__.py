@@ -2,11 +2,13 @@
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.arguments import require
 from kernels.attention.reference import Pattern, attention_blocked, attention_fused
+from kernels.choose import takes_triton
 
 # Up to so many tokens one mask over all pairs of a row costs less than going block by block.
 MASKED_TOKENS = 2048
@@ -31,6 +33,8 @@ CASES = (
     Case(1, 64, 4, 4, 8, 12, 1),
     Case(1, 130, 8, 1, 16, 16, 200),
     Case(2, 300, 4, 2, 8, 6, 40),
+    Case(1, 65, 3, 1, 96, 80, None),
+    Case(1, 63, 2, 2, 192, 128, None),
 )
 
 
@@ -57,7 +61,7 @@ def attention(
     document numbers the documents of a row in order, position the tokens in each. Work is O(T min(T, window)
     (K + V)) per head.
 
-    Raises ValueError for an argument of the wrong shape, dtype or range.
+    Raises ValueError for an argument of the wrong shape, dtype, device or range.
     """
     return _attention(
         q, k, v, scale, Pattern(window, block, first), sinks, logit_cap, document, position, needs_lse=False
@@ -112,16 +116,24 @@ def _attention(
     require(logit_cap is None or logit_cap > 0, "logit_cap", "None or above 0", logit_cap)
     if sinks is not None:
         require(sinks.shape == (heads,), "sinks", (heads,), tuple(sinks.shape))
+        require(sinks.is_floating_point(), "sinks", "a floating dtype", sinks.dtype)
     for name, x in (("document", document), ("position", position)):
         if x is not None:
             require(x.shape == (rows, tokens), name, (rows, tokens), tuple(x.shape))
+            require(x.dtype in (torch.int32, torch.int64), name, "int32 or int64", x.dtype)
+    for name, x in (("k", k), ("v", v), ("sinks", sinks), ("document", document), ("position", position)):
+        require(x is None or x.device == q.device, name, q.device, None if x is None else x.device)
     is_local = window is not None and (block > 1 or first > 0)
     require(
         position is not None or document is None or not is_local, "position", "given with documents", position
     )
+    options = {"sinks": sinks, "logit_cap": logit_cap, "document": document, "position": position}
+    if takes_triton("attention", q):
+        from kernels.attention.triton import attention_triton
+
+        return attention_triton(q, k, v, scale=scale, pattern=pattern, **options)
     is_plain = not (is_local or needs_lse) and sinks is None and logit_cap is None and v.shape[3] == key_dim
     is_masked = window is not None or document is not None
     if is_plain and (not is_masked or tokens <= min(MASKED_TOKENS, 4 * (window or tokens))):
         return attention_fused(q, k, v, scale=scale, pattern=pattern, document=document), None
-    options = {"sinks": sinks, "logit_cap": logit_cap, "document": document, "position": position}
     return attention_blocked(q, k, v, scale=scale, pattern=pattern, **options)

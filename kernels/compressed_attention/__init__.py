@@ -1,17 +1,15 @@
 """Softmax attention over compressed entries: alone, or joined with a window of raw keys."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.arguments import require
-from kernels.compressed_attention.entries import entry_attention_slabs, select_by_entries_slabs
-from kernels.compressed_attention.joint import (
-    joint_attention_slabs,
-    select_entries_slabs,
-    selected_scores_slabs,
-)
+from kernels.choose import takes_triton
+from kernels.compressed_attention.entries import Choice, entry_attention_slabs, select_by_entries_slabs
+from kernels.compressed_attention.joint import joint_attention_slabs
 from kernels.document_windows import Windows
 
 
@@ -64,16 +62,13 @@ def entry_attention(
     """
     _check(q, k, entries, blocks, position)
     require(v.shape[:3] == k.shape[:3], "v", "B, N, G as k", tuple(v.shape))
-    return entry_attention_slabs(
-        q,
-        k,
-        v,
-        entries=entries,
-        blocks=blocks,
-        position=position,
-        scale=scale,
-        choice={"count": count, "initial": initial, "local": local},
-    )
+    options = {"entries": entries, "blocks": blocks, "position": position, "scale": scale}
+    choice: Choice = {"count": count, "initial": initial, "local": local}
+    if takes_triton("compressed_attention", q):
+        from kernels.compressed_attention.triton import entry_attention_triton
+
+        return entry_attention_triton(q, k, v, **options, choice=choice)
+    return entry_attention_slabs(q, k, v, **options, choice=choice)
 
 
 def select_by_entries(
@@ -90,15 +85,13 @@ def select_by_entries(
 ) -> Int[Tensor, "B T G n"]:
     """The second result of `entry_attention` alone. Raises ValueError for an argument of the wrong shape."""
     _check(q, k, entries, blocks, position)
-    return select_by_entries_slabs(
-        q,
-        k,
-        entries=entries,
-        blocks=blocks,
-        position=position,
-        scale=scale,
-        choice={"count": count, "initial": initial, "local": local},
-    )
+    options = {"entries": entries, "blocks": blocks, "position": position, "scale": scale}
+    choice: Choice = {"count": count, "initial": initial, "local": local}
+    if takes_triton("compressed_attention", q):
+        from kernels.compressed_attention.triton import select_by_entries_triton
+
+        return select_by_entries_triton(q, k, **options, choice=choice)
+    return select_by_entries_slabs(q, k, **options, choice=choice)
 
 
 def _check(q: Tensor, k: Tensor, entries: Windows, blocks: Windows, position: Tensor) -> None:
@@ -108,6 +101,9 @@ def _check(q: Tensor, k: Tensor, entries: Windows, blocks: Windows, position: Te
     require(k.shape[:2] == slots and k.shape[3] == dim, "k", (*slots, "G", dim), tuple(k.shape))
     require(heads % k.shape[2] == 0, "q", f"a multiple of {k.shape[2]} heads", heads)
     require(position.shape == (rows, tokens), "position", (rows, tokens), tuple(position.shape))
+    require(not position.is_floating_point(), "position", "whole numbers", position.dtype)
+    for name, x in (("k", k), ("position", position), ("entries", entries.start), ("blocks", blocks.start)):
+        require(x.device == q.device, name, q.device, x.device)
     require(blocks.start.shape[0] == rows, "blocks", f"{rows} rows", blocks.start.shape[0])
     stride = entries.stride
     is_whole = entries.length % stride == 0 and blocks.length % stride == 0 and blocks.stride == blocks.length
@@ -167,47 +163,17 @@ def joint_attention(
     if selected is not None:
         require(selected.shape[:2] == (rows, tokens), "selected", (rows, tokens, "k"), tuple(selected.shape))
         require(selected.shape[2] <= slots[1], "selected", f"at most {slots[1]}", selected.shape[2])
-    return joint_attention_slabs(
-        q, kv, entries, sinks, selected, windows=windows, position=position, scale=scale, window=window
-    )
+    options: dict[str, Any] = {"windows": windows, "position": position, "scale": scale, "window": window}
+    if takes_triton("compressed_attention", q):
+        if selected is None:
+            from kernels.compressed_attention.triton import joint_attention_triton
 
+            return joint_attention_triton(q, kv, entries, sinks, **options)
+        from kernels.compressed_attention.triton_selected import joint_selected_triton
 
-def select_entries(
-    q: Float[Tensor, "B T J I"],
-    k: Float[Tensor, "B N I"],
-    weight: Float[Tensor, "B T J"],
-    *,
-    windows: Windows,
-    position: Int[Tensor, "B T"],
-    count: int,
-) -> Int[Tensor, "B T k"]:
-    """Slots of the `count` highest-scored entries whose windows a query sees whole, -1 where there are fewer.
-
-    The score is the sum over index heads of weight times relu(q k). No gradient.
-
-    Raises ValueError for an argument of the wrong shape.
-    """
-    _check_index(q, k, weight)
-    require(k.shape[:2] == windows.start.shape, "k", tuple(windows.start.shape), tuple(k.shape))
-    return select_entries_slabs(q, k, weight, windows=windows, position=position, count=count)
-
-
-def selected_scores(
-    q: Float[Tensor, "B T J I"],
-    k: Float[Tensor, "B N I"],
-    weight: Float[Tensor, "B T J"],
-    selected: Int[Tensor, "B T k"],
-) -> Float[Tensor, "B T k"]:
-    """The scores of `select_entries` for the entries that it chose, in float32 at least; any number for -1.
-
-    Raises ValueError for an argument of the wrong shape.
-    """
-    _check_index(q, k, weight)
-    require(selected.shape[:2] == q.shape[:2], "selected", tuple(q.shape[:2]), tuple(selected.shape))
-    return selected_scores_slabs(q, k, weight, selected)
-
-
-def _check_index(q: Tensor, k: Tensor, weight: Tensor) -> None:
-    require(q.shape[1] > 0, "q", "at least one token", tuple(q.shape))
-    require(k.shape[0] == q.shape[0] and k.shape[2] == q.shape[3], "k", "B, I as q", tuple(k.shape))
-    require(weight.shape == q.shape[:3], "weight", tuple(q.shape[:3]), tuple(weight.shape))
+        del options["windows"]
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        return joint_selected_triton(
+            q, kv, entries, sinks, selected, **options, is_deterministic=deterministic
+        )
+    return joint_attention_slabs(q, kv, entries, sinks, selected, **options)

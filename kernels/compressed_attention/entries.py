@@ -81,7 +81,7 @@ def entry_attention_slabs(
     """A slab of queries at a time, in float32 at least; probabilities are computed again for backward."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     k, v = k.to(dtype), v.to(dtype)
-    shares = _shares(entries, blocks, position)
+    shares = block_shares(entries, blocks, position)
     outs, chosen = [], []
     for a, b in _slabs(q, k.shape[1]):
         seen = entries.is_seen(position[:, a:b], a)
@@ -89,7 +89,7 @@ def entry_attention_slabs(
             _attend, q[:, a:b].to(dtype), k, v, seen, scale, use_reentrant=False, preserve_rng_state=False
         )
         outs.append(out.to(q.dtype))
-        chosen.append(blocks.choose(_importance(pooled, *shares), position[:, a:b], a, **choice))
+        chosen.append(blocks.choose(block_importance(pooled, *shares), position[:, a:b], a, **choice))
     return torch.cat(outs, dim=1), torch.cat(chosen, dim=1)
 
 
@@ -106,10 +106,10 @@ def select_by_entries_slabs(
 ) -> Int[Tensor, "B T G n"]:
     """The choice alone, a slab of queries at a time."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    k, shares, chosen = k.to(dtype), _shares(entries, blocks, position), []
+    k, shares, chosen = k.to(dtype), block_shares(entries, blocks, position), []
     for a, b in _slabs(q, k.shape[1]):
         weights = _probabilities(q[:, a:b].to(dtype), k, entries.is_seen(position[:, a:b], a), scale)
-        scores = _importance(weights.sum(3), *shares)
+        scores = block_importance(weights.sum(3), *shares)
         chosen.append(blocks.choose(scores, position[:, a:b], a, **choice))
     return torch.cat(chosen, dim=1)
 
@@ -128,7 +128,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tupl
     return out, weights.detach().sum(3)
 
 
-def _shares(entries: Windows, blocks: Windows, position: Tensor) -> tuple[Tensor, Tensor]:
+def block_shares(entries: Windows, blocks: Windows, position: Tensor) -> tuple[Tensor, Tensor]:
     """For each block the slots of entries that reach into it, and how many strides of each do; [B M c]."""
     stride, slots = entries.stride, entries.start.shape[1]
     length, size = entries.length // stride, blocks.length // stride
@@ -144,7 +144,7 @@ def _shares(entries: Windows, blocks: Windows, position: Tensor) -> tuple[Tensor
     return slot, count * (filled & (found == start) & (opening + cell * stride >= 0))
 
 
-def _importance(pooled: Tensor, slot: Tensor, count: Tensor) -> Tensor:
+def block_importance(pooled: Tensor, slot: Tensor, count: Tensor) -> Tensor:
     """Attention [B Q G N] to entries, by blocks [B Q G M]."""
     if pooled.shape[-1] == 0:
         return pooled.new_zeros(*pooled.shape[:3], slot.shape[1])

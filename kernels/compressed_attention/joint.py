@@ -1,7 +1,7 @@
 """Attention over a window of raw keys and compressed entries under one softmax, in plain torch.
 
 Letters: B rows, T tokens, H query heads, K dim of a key, which is its value too, N slots of entries, k
-selected entries, W window, J index heads, I index dim, Q queries of a slab, S raw keys beside a slab.
+selected entries, W window, Q queries of a slab, S raw keys beside a slab.
 """
 
 import torch
@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.document_windows import Windows, top_slots
+from kernels.document_windows import Windows
 
 # Elements of the scores that a slab of queries may hold: bounds memory, not the result.
 SLAB = 1 << 22
@@ -145,59 +145,6 @@ def _marked(chosen: Tensor, count: int) -> Tensor:
 def _taken(entries: Tensor, chosen: Tensor) -> Tensor:
     index = chosen.clamp(min=0).flatten(1)[..., None].expand(-1, -1, entries.shape[-1])
     return entries.gather(1, index).view(*chosen.shape, entries.shape[-1])
-
-
-def entry_scores_direct(
-    q: Float[Tensor, "B T J I"], k: Float[Tensor, "B N I"], weight: Float[Tensor, "B T J"]
-) -> Float[Tensor, "B T N"]:
-    """Scores of all pairs, in the caller's dtype: over index heads, weight times relu(q k)."""
-    products = torch.einsum("btji,bni->btjn", q, k).relu()
-    return torch.einsum("btjn,btj->btn", products, weight)
-
-
-@torch.no_grad()
-def select_entries_slabs(
-    q: Float[Tensor, "B T J I"],
-    k: Float[Tensor, "B N I"],
-    weight: Float[Tensor, "B T J"],
-    *,
-    windows: Windows,
-    position: Int[Tensor, "B T"],
-    count: int,
-) -> Int[Tensor, "B T k"]:
-    """A slab of queries at a time, in float32 at least."""
-    dtype, chosen = torch.promote_types(q.dtype, torch.float32), []
-    k, size = k.to(dtype), _slab(q, k.shape[1])
-    for a in range(0, q.shape[1], size):
-        b = min(a + size, q.shape[1])
-        scores = entry_scores_direct(q[:, a:b].to(dtype), k, weight[:, a:b].to(dtype))
-        is_seen = windows.is_seen(position[:, a:b], a)
-        chosen.append(top_slots(scores.masked_fill(~is_seen, float("-inf")), count))
-    return torch.cat(chosen, dim=1)
-
-
-def selected_scores_slabs(
-    q: Float[Tensor, "B T J I"],
-    k: Float[Tensor, "B N I"],
-    weight: Float[Tensor, "B T J"],
-    selected: Int[Tensor, "B T k"],
-) -> Float[Tensor, "B T k"]:
-    """A slab of queries at a time, in float32 at least; computed again for backward."""
-    dtype, scores = torch.promote_types(q.dtype, torch.float32), []
-    width = selected.shape[2] * max(1, q.shape[3] // q.shape[2])
-    k, size = k.to(dtype), _slab(q, width if _gathers(k.shape[1], selected) else k.shape[1])
-    for a in range(0, q.shape[1], size):
-        b = min(a + size, q.shape[1])
-        part = (q[:, a:b].to(dtype), k, weight[:, a:b].to(dtype), selected[:, a:b])
-        scores.append(checkpoint(_score, *part, use_reentrant=False, preserve_rng_state=False))
-    return torch.cat(scores, dim=1)
-
-
-def _score(q: Tensor, k: Tensor, weight: Tensor, selected: Tensor) -> Tensor:
-    if not _gathers(k.shape[1], selected):
-        return entry_scores_direct(q, k, weight).gather(-1, selected.clamp(min=0))
-    products = torch.einsum("bqji,bqni->bqjn", q, _taken(k, selected)).relu()
-    return torch.einsum("bqjn,bqj->bqn", products, weight)
 
 
 def _slab(q: Tensor, keys: int) -> int:

@@ -111,6 +111,10 @@ def index_loss_of_chosen(
     _require(q, k, weights, None)
     require(entries.shape[:2] == q.shape[:2], "entries", (*q.shape[:2], "k"), tuple(entries.shape))
     require(shares.shape == entries.shape, "shares", tuple(entries.shape), tuple(shares.shape))
+    if entries.shape[2] == 0:
+        # Nothing to learn from, but all of it takes part in the graph.
+        parts = (x.to(torch.promote_types(x.dtype, torch.float32)).sum() for x in (q, k, weights))
+        return 0.0 * torch.stack(list(parts)).sum()
     if takes_triton("indexer", q):
         from kernels.indexer.triton_loss import index_loss_selected_triton
 

@@ -72,6 +72,8 @@ def choose_in_blocks(
     count = min(top_k, entries)
     turned = k.mT.contiguous()
     chosen = torch.empty(rows, tokens, count, dtype=torch.long, device=q.device)
+    if count == 0:
+        return chosen
     step = max(1, SCORES // (rows * heads * entries))
     for start in range(0, tokens, step):
         stop = min(start + step, tokens)

@@ -7,10 +7,10 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from kernels.compressed_attention import joint_attention, select_entries, selected_scores
+from kernels.compressed_attention import joint_attention
 from kernels.document_windows import Windows, document_windows
+from kernels.indexer import index_loss_of_chosen, index_select
 from kernels.rotary import rotate
-from kernels.selection_loss import selection_loss
 from model.linear import Linear
 from model.mixer import Context, Mixed, Sequence, Split
 from model.mixers.hca import Compressor, SharedKeyConfig, SharedKeyMixer, compressor_roles
@@ -106,8 +106,13 @@ class Csa(SharedKeyMixer):
         latent, q, kv = self._read(x, sequence)
         windows = document_windows(position, config.compression, config.compression)
         index_q, index_k, weight = self.indexer(x.detach(), latent.detach(), sequence, windows)
-        selected = select_entries(
-            index_q, index_k, weight, windows=windows, position=position, count=config.index_top_k
+        selected = index_select(
+            index_q,
+            index_k,
+            weight,
+            top_k=config.index_top_k,
+            last=windows.last,
+            document=sequence.document,
         )
         entries = self.compressor(x, position, windows)
         options = {"windows": windows, "position": position, "scale": self.scale, "window": config.window}
@@ -115,6 +120,5 @@ class Csa(SharedKeyMixer):
         out = self._write(out, sequence)
         if not config.index_loss:
             return Mixed(out)
-        scores = selected_scores(index_q, index_k, weight, selected)
-        loss = selection_loss(scores, mass, selected >= 0)
+        loss = index_loss_of_chosen(index_q, index_k, weight, selected, mass)
         return Mixed(out, {"index": config.index_loss * loss})

@@ -7,11 +7,10 @@ from kernels.compressed_attention import (
     JointCase,
     joint,
     joint_attention,
-    select_entries,
-    selected_scores,
 )
-from kernels.compressed_attention.joint import entry_scores_direct, joint_attention_direct
+from kernels.compressed_attention.joint import joint_attention_direct
 from kernels.document_windows import document_windows
+from kernels.indexer import index_select
 from tests.closeness import assert_close, outputs_and_grads
 from tests.kernels.test_block_attention import positions_of
 
@@ -40,7 +39,8 @@ def test_slabs_equal_one_query_at_a_time(case: JointCase, starts, dtype, limit, 
     slots, selected = windows.start.shape[1], None
     if case.chosen is not None:
         index = index_of(case, slots)
-        selected = select_entries(*index, windows=windows, position=position, count=case.chosen)
+        document = (position == 0).long().cumsum(1)
+        selected = index_select(*index, top_k=case.chosen, last=windows.last, document=document)
     shapes = [(case.rows, case.tokens, case.heads, case.dim), (case.rows, case.tokens, case.dim)]
     shapes += [(case.rows, slots, case.dim), (case.heads,)]
     inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
@@ -53,24 +53,3 @@ def test_slabs_equal_one_query_at_a_time(case: JointCase, starts, dtype, limit, 
     assert_close(ours, theirs, limit)
     masses = [joint_attention(*typed, selected, **options)[1]]
     assert_close(masses, [joint_attention_direct(*inputs, selected, **options)[1]], limit)
-
-
-@pytest.mark.parametrize("slab", [100, 1 << 30])
-@pytest.mark.parametrize("starts", [0.0, 0.1])
-def test_selection_and_its_scores_equal_the_direct_form(slab: int, starts: float, monkeypatch) -> None:
-    monkeypatch.setattr("kernels.compressed_attention.joint.SLAB", slab)
-    case = JOINT_CASES[-1]
-    position = positions_of(case.rows, case.tokens, starts)
-    windows = document_windows(position, case.length, case.length)
-    index = index_of(case, windows.start.shape[1])
-    selected = select_entries(*index, windows=windows, position=position, count=4)
-    scores = entry_scores_direct(*index).masked_fill(~windows.is_seen(position), float("-inf"))
-    is_chosen = selected >= 0
-    # By their scores: zeros of the relu tie.
-    chosen = scores.gather(-1, selected.clamp(min=0)).where(is_chosen, float("-inf"))
-    assert torch.equal(chosen, scores.topk(4).values)
-    ours = outputs_and_grads(lambda *x: selected_scores(*x, selected)[is_chosen], index)
-    theirs = outputs_and_grads(
-        lambda *x: entry_scores_direct(*x).gather(-1, selected.clamp(min=0))[is_chosen], index
-    )
-    assert_close(ours, theirs, 1e-10)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernels.compressed_attention import select_entries
 from kernels.document_windows import document_windows
+from kernels.indexer import index_select
 from model.mixer import Mixed, Sequence
 from model.mixers.csa import Csa, CsaConfig
 from model.mixers.hca import HcaConfig
@@ -172,7 +172,7 @@ def test_the_same_entries_are_chosen() -> None:
     latent = mixer._read(x, sequence)[0]
     windows = document_windows(position, config.compression, config.compression)
     index = mixer.indexer(x, latent, sequence, windows)
-    ours = select_entries(*index, windows=windows, position=position, count=config.index_top_k)
+    ours = index_select(*index, top_k=config.index_top_k, last=windows.last)
     theirs = layer.compressor.indexer(x, latent, position, None, 0)
     assert torch.equal(ours.sort(-1).values, theirs.sort(-1).values)
 
