@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 Form = Literal["auto", "triton", "reference"]
+# Those with Triton kernels; the selective scan has none and always runs in plain torch.
 FAMILIES = (
     "activation",
     "attention",
@@ -29,7 +30,6 @@ FAMILIES = (
     "norm",
     "rotary",
     "selected_attention",
-    "selective_scan",
     "sinkhorn",
 )
 # What the kernels compute in; a run in float64 is a proof and takes the plain form.

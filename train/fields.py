@@ -124,7 +124,6 @@ class KernelsConfig(Config):
     norm: Form
     rotary: Form
     selected_attention: Form
-    selective_scan: Form
     sinkhorn: Form
 
     def forms(self) -> dict[str, Form]:

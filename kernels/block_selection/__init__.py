@@ -42,7 +42,8 @@ def select_by_mean(
     """Slots of the blocks before the query's own whose mean key goes best with the query; n is at most count.
 
     Slots are those of `document_windows(position, block, block)`, best first, -1 where there are fewer. No
-    gradient. MoBA, arXiv 2502.13189, equations 5 and 6.
+    gradient. In plain torch on every device: the means of blocks are few.
+    MoBA, arXiv 2502.13189, equations 5 and 6.
 
     Raises ValueError for an argument of the wrong shape or range.
     """
