@@ -81,10 +81,10 @@ def _plain(heads: int, key_heads: int, key_dim: int, value_dim: int) -> Callable
 
 
 BASE = Case(2, 70, 4, 2, 16, 16, None)
-# 512 columns of two operands make 64 products a tile, and the compiler keeps the places of them all.
+# A sum of 64 rows and 256 columns takes half of the registers; operands of 512 columns have many places.
 EXCUSED = {
-    "attention_backward_queries": "keeps the places of operands of 512 columns, read again once a tile",
-    "attention_backward_keys": "keeps the places of operands of 512 columns, most of them outside its loops",
+    "attention_backward_queries": "50 reloads for the 66 products of a tile: places of operands, addresses",
+    "attention_backward_keys": "reloads outside its loops, and a few for the 68 products of a tile",
 }
 SUBJECTS = (
     Subject(

@@ -10,11 +10,8 @@ from torch import Tensor
 
 from kernels.arguments import require
 from kernels.attention.reference import Pattern
-from kernels.attention.triton_backward import (
-    attention_backward_keys,
-    attention_backward_queries,
-    attention_backward_rows,
-)
+from kernels.attention.triton_backward import attention_backward_queries, attention_backward_rows
+from kernels.attention.triton_backward_keys import attention_backward_keys
 from kernels.attention.triton_forward import attention_forward
 
 MAX_DIM = 512

@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.arguments import require
+from kernels.choose import takes_triton
 from kernels.delta_rule.channel import channel_delta_rule_chunked
 from kernels.delta_rule.reference import gated_delta_rule_chunked
 
@@ -66,6 +67,10 @@ def gated_delta_rule(
     if state is not None:
         expected = (rows, value_heads, key_dim, value_dim)
         require(state.shape == expected, "state", expected, tuple(state.shape))
+    if takes_triton("delta_rule", q):
+        from kernels.delta_rule.triton import gated_delta_rule_triton
+
+        return gated_delta_rule_triton(q, k, v, log_decay, beta, document=document, state=state)
     if log_decay.ndim == 4:
         return channel_delta_rule_chunked(q, k, v, log_decay, beta, document=document, state=state)
     return gated_delta_rule_chunked(q, k, v, log_decay, beta, document=document, state=state)

@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.arguments import require
+from kernels.choose import takes_triton
 from kernels.linear_attention.channel import linear_attention_by_channel
 from kernels.linear_attention.reference import linear_attention_chunked
 
@@ -64,6 +65,10 @@ def linear_attention(
     if state is not None:
         expected = (rows, value_heads, key_dim, value_dim)
         require(state.shape == expected, "state", expected, tuple(state.shape))
+    if takes_triton("linear_attention", q):
+        from kernels.linear_attention.triton import linear_attention_triton
+
+        return linear_attention_triton(q, k, v, log_decay, document=document, state=state)
     if log_decay is not None and log_decay.ndim == 4:
         return linear_attention_by_channel(q, k, v, log_decay, document=document, state=state)
     return linear_attention_chunked(q, k, v, log_decay, document=document, state=state)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.attention import triton_backward, triton_forward
+from kernels.attention import triton_backward_keys, triton_forward
 from kernels.choose import chosen
 from kernels.compressed_attention import Case, JointCase, entry_attention, joint_attention, select_by_entries
 from kernels.compressed_attention import triton as triton_form
@@ -244,7 +244,7 @@ def test_a_defect_in_a_kernel_is_seen(monkeypatch) -> None:
         patch.setattr(triton_forward, "attention_interval", one_entry_too_many)
         assert deviations(draw())["out0"] > 1e-3
     with monkeypatch.context() as patch:
-        patch.setattr(triton_backward, "attention_readers", no_readers)
+        patch.setattr(triton_backward_keys, "attention_readers", no_readers)
         assert deviations(draw())["grad entries"] > 1e-3
 
 
