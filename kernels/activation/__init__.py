@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kernels.activation.reference import Kind, activate_direct, is_gated
-from kernels.arguments import require
+from kernels.arguments import checked, require
 from kernels.choose import takes_triton
 
 __all__ = ["CASES", "Case", "Kind", "activate", "is_gated"]
@@ -32,6 +32,7 @@ CASES = (
 )
 
 
+@checked
 def activate(
     hidden: Float[Tensor, "*N F2"], kind: Kind, *, limit: float | None = None, clamps_product: bool = False
 ) -> Float[Tensor, "*N F"]:

@@ -2,11 +2,10 @@
 
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kernels.arguments import require
+from kernels.arguments import checked, require, require_order
 from kernels.attention.reference import Pattern, attention_blocked, attention_fused
 from kernels.choose import takes_triton
 
@@ -38,6 +37,7 @@ CASES = (
 )
 
 
+@checked
 def attention(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T G K"],
@@ -68,6 +68,7 @@ def attention(
     )[0]
 
 
+@checked
 def attention_with_lse(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T G K"],
@@ -103,10 +104,9 @@ def _attention(
     *,
     needs_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    rows, tokens, heads, key_dim = q.shape
+    tokens, heads, key_dim = q.shape[1:]
     require(tokens > 0, "q", "at least one token", tuple(q.shape))
-    require(k.shape[:2] == (rows, tokens) and k.shape[3] == key_dim, "k", "B, T, K as q", tuple(k.shape))
-    require(v.shape[:3] == k.shape[:3], "v", "B, T, G as k", tuple(v.shape))
+    require_order("document", document)
     require(heads % k.shape[2] == 0, "q", f"a multiple of {k.shape[2]} heads", heads)
     require(q.dtype == k.dtype == v.dtype, "k, v", f"dtype {q.dtype}, as q", (k.dtype, v.dtype))
     window, block, first = pattern
@@ -114,15 +114,6 @@ def _attention(
     require(block > 0 and (window or 0) % block == 0, "block", f"a divisor of the window {window}", block)
     require(first >= 0, "first", "at least 0", first)
     require(logit_cap is None or logit_cap > 0, "logit_cap", "None or above 0", logit_cap)
-    if sinks is not None:
-        require(sinks.shape == (heads,), "sinks", (heads,), tuple(sinks.shape))
-        require(sinks.is_floating_point(), "sinks", "a floating dtype", sinks.dtype)
-    for name, x in (("document", document), ("position", position)):
-        if x is not None:
-            require(x.shape == (rows, tokens), name, (rows, tokens), tuple(x.shape))
-            require(x.dtype in (torch.int32, torch.int64), name, "int32 or int64", x.dtype)
-    for name, x in (("k", k), ("v", v), ("sinks", sinks), ("document", document), ("position", position)):
-        require(x is None or x.device == q.device, name, q.device, None if x is None else x.device)
     is_local = window is not None and (block > 1 or first > 0)
     require(
         position is not None or document is None or not is_local, "position", "given with documents", position

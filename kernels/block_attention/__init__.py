@@ -2,11 +2,10 @@
 
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kernels.arguments import require
+from kernels.arguments import checked, require, require_within
 from kernels.block_attention.reference import block_attention_gathered
 from kernels.choose import takes_triton
 
@@ -34,6 +33,7 @@ CASES = (
 )
 
 
+@checked
 def block_attention(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T G K"],
@@ -55,23 +55,16 @@ def block_attention(
 
     Raises ValueError for an argument of the wrong shape, dtype or range.
     """
-    rows, tokens, heads, key_dim = q.shape
+    tokens, heads = q.shape[1:3]
     key_heads, selectors = k.shape[2], selected.shape[2]
     require(tokens > 0, "q", "at least one token", tuple(q.shape))
-    require(k.shape[:2] == (rows, tokens) and k.shape[3] == key_dim, "k", "B, T, K as q", tuple(k.shape))
-    require(v.shape[:3] == k.shape[:3], "v", "B, T, G as k", tuple(v.shape))
     require(heads % key_heads == 0, "q", f"a multiple of {key_heads} heads", heads)
     require(q.dtype == k.dtype == v.dtype, "k, v", f"dtype {q.dtype}, as q", (k.dtype, v.dtype))
-    require(selected.shape[:2] == (rows, tokens), "selected", (rows, tokens, "J", "n"), tuple(selected.shape))
     require(selectors in (heads, key_heads), "selected", f"{key_heads} or {heads} heads", selectors)
     require(block > 0, "block", "at least 1", block)
     slots = tokens // block
     require(selected.shape[3] <= slots, "selected", f"at most {slots} blocks", selected.shape[3])
-    require(position.shape == (rows, tokens), "position", (rows, tokens), tuple(position.shape))
-    require(position.dtype in (torch.int32, torch.int64), "position", "int32 or int64", position.dtype)
-    require(selected.dtype in (torch.int32, torch.int64), "selected", "int32 or int64", selected.dtype)
-    for name, x in (("k", k), ("v", v), ("selected", selected), ("position", position)):
-        require(x.device == q.device, name, f"on {q.device}, as q", x.device)
+    require_within("selected", selected, -1, max(slots, 1))
     if takes_triton("block_attention", q):
         from kernels.block_attention.triton import block_attention_triton
 

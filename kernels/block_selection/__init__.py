@@ -5,7 +5,7 @@ from typing import NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kernels.arguments import require
+from kernels.arguments import checked, require
 from kernels.block_selection.reference import select_by_mean_slabs, select_by_peak_slabs
 from kernels.choose import takes_triton
 
@@ -31,6 +31,7 @@ CASES = (
 )
 
 
+@checked
 def select_by_mean(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B T G K"],
@@ -47,10 +48,11 @@ def select_by_mean(
 
     Raises ValueError for an argument of the wrong shape or range.
     """
-    _check(q, k, position, block, count)
+    _check(q, k, block, count)
     return select_by_mean_slabs(q, k, block=block, count=count, position=position)
 
 
+@checked
 def select_by_peak(
     q: Float[Tensor, "B T J K"],
     k: Float[Tensor, "B T 1 K"],
@@ -67,7 +69,7 @@ def select_by_peak(
 
     Raises ValueError for an argument of the wrong shape or range.
     """
-    _check(q, k, position, block, count)
+    _check(q, k, block, count)
     require(local >= 0, "local", "at least 0", local)
     if takes_triton("block_selection", q):
         from kernels.block_selection.triton import select_by_peak_triton
@@ -76,11 +78,9 @@ def select_by_peak(
     return select_by_peak_slabs(q, k, block=block, count=count, local=local, position=position)
 
 
-def _check(q: Tensor, k: Tensor, position: Tensor, block: int, count: int) -> None:
-    rows, tokens, heads, dim = q.shape
+def _check(q: Tensor, k: Tensor, block: int, count: int) -> None:
+    tokens, heads = q.shape[1:3]
     require(tokens > 0, "q", "at least one token", tuple(q.shape))
-    require(k.shape[:2] == (rows, tokens) and k.shape[3] == dim, "k", "B, T, K as q", tuple(k.shape))
     require(heads % k.shape[2] == 0, "q", f"a multiple of {k.shape[2]} heads", heads)
     require(block > 0, "block", "at least 1", block)
     require(count >= 0, "count", "at least 0", count)
-    require(position.shape == (rows, tokens), "position", (rows, tokens), tuple(position.shape))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kernels.arguments import require
+from kernels.arguments import checked, require
 from kernels.choose import takes_triton
 from kernels.compress.reference import gated_compress_gathered, mlp_compress_gathered
 from kernels.document_windows import Windows
@@ -30,8 +30,13 @@ CASES = (
 )
 
 
+@checked
 def mean_compress(x: Float[Tensor, "B T G K"], windows: Windows) -> Float[Tensor, "B N G K"]:
-    """The mean of each window; anything in slots without one."""
+    """The mean of each window; anything in slots without one.
+
+    Raises ValueError for an argument of the wrong shape.
+    """
+    _check("x", x, windows)
     if takes_triton("compress", x):
         from kernels.compress.triton import mean_compress_triton
 
@@ -39,6 +44,7 @@ def mean_compress(x: Float[Tensor, "B T G K"], windows: Windows) -> Float[Tensor
     return windows.gather(x).mean(2)
 
 
+@checked
 def mlp_compress(
     x: Float[Tensor, "B T G K"],
     place: Float[Tensor, "G L K"],
@@ -53,12 +59,12 @@ def mlp_compress(
 
     Raises ValueError for an argument of the wrong shape.
     """
+    _check("x", x, windows)
     heads, dim = x.shape[2:]
     require(place.shape == (heads, windows.length, dim), "place", (heads, windows.length, dim), place.shape)
     inner = first.shape[1]
     expected = (heads, inner, windows.length * dim)
     require(first.shape == expected, "first", expected, tuple(first.shape))
-    require(second.shape == (heads, dim, inner), "second", (heads, dim, inner), tuple(second.shape))
     if takes_triton("compress", x):
         from kernels.compress.triton import mlp_compress_triton
 
@@ -66,6 +72,7 @@ def mlp_compress(
     return mlp_compress_gathered(x, place, first, second, windows)
 
 
+@checked
 def gated_compress(
     values: Float[Tensor, "B T E"],
     gates: Float[Tensor, "B T E"],
@@ -83,11 +90,10 @@ def gated_compress(
 
     Raises ValueError for an argument of the wrong shape.
     """
-    require(gates.shape == values.shape, "gates", tuple(values.shape), tuple(gates.shape))
+    _check("values", values, windows)
     expected = (windows.length, values.shape[-1])
     require(bias.shape == expected, "bias", expected, tuple(bias.shape))
     require(not is_overlapping or values.shape[-1] % 2 == 0, "values", "even channels", values.shape[-1])
-    require(position.shape == values.shape[:2], "position", values.shape[:2], tuple(position.shape))
     if takes_triton("compress", values):
         from kernels.compress.triton import gated_compress_triton
 
@@ -97,3 +103,11 @@ def gated_compress(
     return gated_compress_gathered(
         values, gates, bias, windows, position=position, is_overlapping=is_overlapping
     )
+
+
+def _check(name: str, x: Tensor, windows: Windows) -> None:
+    require(x.shape[1] > 0, name, "at least one token", tuple(x.shape))
+    rows, slots = windows.start.shape
+    found = (x.shape[0], x.shape[1] // windows.stride)
+    require(found == (rows, slots), name, f"{rows} rows of {slots} slots, as the windows", tuple(x.shape))
+    require(windows.start.device == x.device, "windows", f"on {x.device}", windows.start.device)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kernels.arguments import require
+from kernels.arguments import checked, require, require_within
 from kernels.choose import takes_triton
 from kernels.compressed_attention.entries import Choice, entry_attention_slabs, select_by_entries_slabs
 from kernels.compressed_attention.joint import joint_attention_slabs
@@ -37,6 +37,7 @@ CASES = (
 )
 
 
+@checked
 def entry_attention(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B N G K"],
@@ -61,7 +62,6 @@ def entry_attention(
     Raises ValueError for an argument of the wrong shape.
     """
     _check(q, k, entries, blocks, position)
-    require(v.shape[:3] == k.shape[:3], "v", "B, N, G as k", tuple(v.shape))
     options = {"entries": entries, "blocks": blocks, "position": position, "scale": scale}
     choice: Choice = {"count": count, "initial": initial, "local": local}
     if takes_triton("compressed_attention", q):
@@ -71,6 +71,7 @@ def entry_attention(
     return entry_attention_slabs(q, k, v, **options, choice=choice)
 
 
+@checked
 def select_by_entries(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B N G K"],
@@ -100,8 +101,6 @@ def _check(q: Tensor, k: Tensor, entries: Windows, blocks: Windows, position: Te
     require(tokens > 0, "q", "at least one token", tuple(q.shape))
     require(k.shape[:2] == slots and k.shape[3] == dim, "k", (*slots, "G", dim), tuple(k.shape))
     require(heads % k.shape[2] == 0, "q", f"a multiple of {k.shape[2]} heads", heads)
-    require(position.shape == (rows, tokens), "position", (rows, tokens), tuple(position.shape))
-    require(not position.is_floating_point(), "position", "whole numbers", position.dtype)
     for name, x in (("k", k), ("position", position), ("entries", entries.start), ("blocks", blocks.start)):
         require(x.device == q.device, name, q.device, x.device)
     require(blocks.start.shape[0] == rows, "blocks", f"{rows} rows", blocks.start.shape[0])
@@ -131,6 +130,7 @@ JOINT_CASES = (
 )
 
 
+@checked
 def joint_attention(
     q: Float[Tensor, "B T H K"],
     kv: Float[Tensor, "B T K"],
@@ -152,17 +152,14 @@ def joint_attention(
 
     Raises ValueError for an argument of the wrong shape or range.
     """
-    rows, tokens, heads, dim = q.shape
+    tokens, dim = q.shape[1], q.shape[3]
     slots = windows.start.shape
     require(tokens > 0, "q", "at least one token", tuple(q.shape))
-    require(kv.shape == (rows, tokens, dim), "kv", (rows, tokens, dim), tuple(kv.shape))
     require(entries.shape == (*slots, dim), "entries", (*slots, dim), tuple(entries.shape))
-    require(sinks.shape == (heads,), "sinks", (heads,), tuple(sinks.shape))
-    require(position.shape == (rows, tokens), "position", (rows, tokens), tuple(position.shape))
     require(window > 0, "window", "at least 1", window)
     if selected is not None:
-        require(selected.shape[:2] == (rows, tokens), "selected", (rows, tokens, "k"), tuple(selected.shape))
         require(selected.shape[2] <= slots[1], "selected", f"at most {slots[1]}", selected.shape[2])
+        require_within("selected", selected, -1, slots[1])
     options: dict[str, Any] = {"windows": windows, "position": position, "scale": scale, "window": window}
     if takes_triton("compressed_attention", q):
         if selected is None:

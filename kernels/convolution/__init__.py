@@ -5,7 +5,7 @@ from typing import NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kernels.arguments import require
+from kernels.arguments import checked, require, require_order
 from kernels.choose import takes_triton
 from kernels.convolution.reference import ShortConvolution, behind
 
@@ -33,6 +33,7 @@ CASES = (
 )
 
 
+@checked
 def short_convolution(
     x: Float[Tensor, "B T D"],
     weight: Float[Tensor, "D W"],
@@ -49,13 +50,10 @@ def short_convolution(
     Raises ValueError for an argument of the wrong shape or dtype.
     """
     require(x.shape[1] > 0, "x", "at least one token", tuple(x.shape))
-    require(weight.shape[0] == x.shape[2], "weight", f"{x.shape[2]} channels", tuple(weight.shape))
+    require_order("document", document)
     require(weight.dtype == x.dtype, "weight", f"dtype {x.dtype}, as x", weight.dtype)
     if bias is not None:
-        require(bias.shape == x.shape[2:], "bias", tuple(x.shape[2:]), tuple(bias.shape))
         require(bias.dtype == x.dtype, "bias", f"dtype {x.dtype}, as x", bias.dtype)
-    if document is not None:
-        require(document.shape == x.shape[:2], "document", tuple(x.shape[:2]), tuple(document.shape))
     if state is not None:
         expected = (x.shape[0], weight.shape[1] - 1, x.shape[2])
         require(state.shape == expected, "state", expected, tuple(state.shape))

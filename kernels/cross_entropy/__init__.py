@@ -5,7 +5,7 @@ from typing import NamedTuple, cast
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kernels.arguments import require
+from kernels.arguments import checked, require, require_within
 from kernels.choose import takes_triton
 from kernels.cross_entropy.reference import IGNORED, PLAIN, Form, LinearCrossEntropy
 
@@ -32,6 +32,7 @@ CASES = (
 )
 
 
+@checked
 def linear_cross_entropy(
     x: Float[Tensor, "N D"], weight: Float[Tensor, "M D"], targets: Int[Tensor, "N"], form: Form = PLAIN
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
@@ -39,16 +40,15 @@ def linear_cross_entropy(
 
     In nats. With `form.cap` the logits are cap tanh(logits / cap) (Gemma 2); z is `form.z`, lse the
     log-sum-exp of a token's logits (PaLM, arXiv 2204.02311, section 5); the second result has no gradient.
-    Targets equal to IGNORED count nothing; others are trusted to lie in [0, M). Gradients are computed in
-    forward: call it once per backward. Memory is O(D (N + M)) beside the inputs.
+    Targets equal to IGNORED count nothing. Gradients are computed in forward: call it once per backward.
+    Memory is O(D (N + M)) beside the inputs.
 
     Raises ValueError for an argument of the wrong shape, dtype or range.
     """
-    require(x.shape[1] == weight.shape[1], "weight", f"width {x.shape[1]}", tuple(weight.shape))
-    require(targets.shape == x.shape[:1], "targets", tuple(x.shape[:1]), tuple(targets.shape))
     require(weight.dtype == x.dtype, "weight", f"dtype {x.dtype}, as x", weight.dtype)
     require(form.cap is None or form.cap > 0, "form.cap", "None or above 0", form.cap)
     require(form.z >= 0, "form.z", "at least 0", form.z)
+    require_within("targets", targets, 0, weight.shape[0], ignored=IGNORED)
     if takes_triton("cross_entropy", x):
         from kernels.cross_entropy.triton import linear_cross_entropy_triton
 

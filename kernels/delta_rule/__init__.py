@@ -5,7 +5,7 @@ from typing import NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kernels.arguments import require
+from kernels.arguments import checked, require, require_order
 from kernels.choose import takes_triton
 from kernels.delta_rule.channel import channel_delta_rule_chunked
 from kernels.delta_rule.reference import gated_delta_rule_chunked
@@ -31,6 +31,7 @@ CASES = (
 )
 
 
+@checked
 def gated_delta_rule(
     q: Float[Tensor, "B T G K"],
     k: Float[Tensor, "B T G K"],
@@ -50,23 +51,12 @@ def gated_delta_rule(
     Raises ValueError for an argument of the wrong shape, dtype or device.
     Gated DeltaNet, arXiv 2412.06464, equation 10; per channel Kimi Delta Attention, 2510.26692, equation 1.
     """
-    rows, tokens, key_heads, key_dim = q.shape
-    value_heads, value_dim = v.shape[2:]
+    tokens, key_heads, value_heads = *q.shape[1:3], v.shape[2]
     require(tokens > 0, "q", "at least one token", tuple(q.shape))
+    require_order("document", document)
     require(value_heads % key_heads == 0, "v", f"a multiple of {key_heads} heads", value_heads)
-    require(k.shape == q.shape, "k", tuple(q.shape), tuple(k.shape))
-    require(v.shape[:2] == (rows, tokens), "v", (rows, tokens, "H", "V"), tuple(v.shape))
-    gates = (rows, tokens, value_heads)
-    decays = (*gates, key_dim) if log_decay.ndim == 4 else gates
-    require(log_decay.shape == decays, "log_decay", decays, tuple(log_decay.shape))
-    require(beta.shape == gates, "beta", gates, tuple(beta.shape))
     for name, x in (("k", k), ("v", v)):
         require(x.dtype == q.dtype, name, f"dtype {q.dtype}, as q", x.dtype)
-    if document is not None:
-        require(document.shape == (rows, tokens), "document", (rows, tokens), tuple(document.shape))
-    if state is not None:
-        expected = (rows, value_heads, key_dim, value_dim)
-        require(state.shape == expected, "state", expected, tuple(state.shape))
     if takes_triton("delta_rule", q):
         from kernels.delta_rule.triton import gated_delta_rule_triton
 

@@ -2,12 +2,11 @@
 
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.activation import is_gated
-from kernels.arguments import require
+from kernels.arguments import checked, require, require_within
 from kernels.choose import takes_triton
 from kernels.experts.reference import PLAIN, ExpertBiases, ExpertForm, experts_grouped
 
@@ -27,6 +26,7 @@ class Case(NamedTuple):
 CASES = (Case(1, 16, 4, 1, 16), Case(33, 16, 8, 3, 16), Case(64, 32, 4, 4, 16), Case(7, 16, 32, 2, 32))
 
 
+@checked
 def routed_experts(
     x: Float[Tensor, "N D"],
     gate_up: Float[Tensor, "E H D"],
@@ -41,29 +41,24 @@ def routed_experts(
     """Sum over each token's chosen experts of weight * down(act(gate_up x)).
 
     The rows of gate_up are the F gate rows, then the F up rows; without a gate only F rows. Experts may be
-    chosen by no token or by all; their gradient is then zero or full. Ids in `chosen` are trusted to be
-    below E + num_idle; those from E on add nothing.
+    chosen by no token or by all; their gradient is then zero or full. Ids from E to
+    E + num_idle add nothing.
 
-    Raises ValueError for an argument of the wrong shape or dtype.
+    Raises ValueError for an argument of the wrong shape, dtype, device or range.
     """
     experts, columns, width = gate_up.shape
     hidden = columns // 2 if is_gated(form.kind) else columns
-    require(x.shape[1] == width, "x", f"width {width}", tuple(x.shape))
     require(columns % 2 == 0 or not is_gated(form.kind), "gate_up", "an even number of rows", columns)
     require(down.shape == (experts, width, hidden), "down", (experts, width, hidden), tuple(down.shape))
-    require(chosen.shape[0] == x.shape[0], "chosen", f"{x.shape[0]} tokens", tuple(chosen.shape))
-    require(weights.shape == chosen.shape, "weights", tuple(chosen.shape), tuple(weights.shape))
     require(chosen.shape[1] > 0, "chosen", "at least one expert per token", tuple(chosen.shape))
-    require(chosen.dtype in (torch.int32, torch.int64), "chosen", "int32 or int64", chosen.dtype)
+    require_within("chosen", chosen, 0, experts + num_idle)
     found = (gate_up.dtype, down.dtype)
     require(found == (x.dtype, x.dtype), "gate_up, down", f"dtype {x.dtype}, as x", found)
-    given = {"gate_up": gate_up, "down": down, "chosen": chosen, "weights": weights}
     if biases is not None:
-        given |= {"biases.up": biases.up, "biases.down": biases.down}
         found = (biases.up.dtype, biases.down.dtype)
         require(found == (x.dtype, x.dtype), "biases", f"dtype {x.dtype}, as x", found)
-    for name, part in given.items():
-        require(part.device == x.device, name, f"on {x.device}, as x", part.device)
+        found = (biases.up.device, biases.down.device)
+        require(found == (x.device, x.device), "biases", f"on {x.device}, as x", found)
     require(form.limit is None or form.limit > 0, "form.limit", "None or above 0", form.limit)
     if biases is not None:
         shapes = ((experts, columns), (experts, width))
@@ -73,4 +68,8 @@ def routed_experts(
         from kernels.experts.triton import routed_experts_triton
 
         return routed_experts_triton(x, gate_up, down, chosen, weights, form, biases)
+    # torch's grouped product reads whole 16 bytes.
+    unit = 16 // x.element_size()
+    for dim in (width, columns, hidden):
+        require(dim % unit == 0, "gate_up", f"dims of multiples of {unit} in {x.dtype}", tuple(gate_up.shape))
     return experts_grouped(x, gate_up, down, chosen, weights.to(x.dtype), form, biases, num_idle=num_idle)

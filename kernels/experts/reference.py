@@ -224,7 +224,7 @@ def matmul_by_group(
         parts = zip(x[: sum(sizes)].split(sizes), weight, strict=True)
         rest = x.new_zeros(x.shape[0] - sum(sizes), weight.shape[2])
         return torch.cat([*(rows @ matrix for rows, matrix in parts), rest])
-    return grouped_mm(x, weight, offs=ends)
+    return grouped_mm(_laid_out(x), _laid_out(weight), offs=ends)
 
 
 def outer_by_group(
@@ -235,7 +235,12 @@ def outer_by_group(
         sizes = _sizes(ends)
         x, y = x[: sum(sizes)], y[: sum(sizes)]
         return torch.stack([a.T @ b for a, b in zip(x.split(sizes), y.split(sizes), strict=True)])
-    return grouped_mm(x.T, y, offs=ends)
+    return grouped_mm(_laid_out(x).T, _laid_out(y), offs=ends)
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """x in a layout that torch's grouped product takes: one of the last two dims without gaps."""
+    return x if 1 in x.stride()[-2:] else x.contiguous()
 
 
 def _sizes(ends: Int[Tensor, "E"]) -> list[int]:

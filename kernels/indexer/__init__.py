@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kernels.arguments import require
+from kernels.arguments import checked, require, require_order, require_within
 from kernels.choose import takes_triton
 from kernels.indexer.loss import index_loss_full, index_loss_selected
 from kernels.indexer.reference import choose_in_blocks, pool_keys, pool_selection
@@ -35,6 +35,7 @@ CASES = (
 )
 
 
+@checked
 def index_select(
     q: Float[Tensor, "B T N D"],
     k: Float[Tensor, "B P D"],
@@ -52,7 +53,8 @@ def index_select(
 
     Raises ValueError for an argument of the wrong shape or range.
     """
-    _require(q, k, weights, document)
+    require(q.shape[1] > 0, "q", "at least one token", tuple(q.shape))
+    require_order("document", document)
     _require_last(q, k, last)
     require(top_k > 0, "top_k", "at least 1", top_k)
     if takes_triton("indexer", q):
@@ -62,6 +64,7 @@ def index_select(
     return choose_in_blocks(q, k, weights, top_k=top_k, last=last, document=document)
 
 
+@checked
 def index_loss(
     q: Float[Tensor, "B T N D"],
     k: Float[Tensor, "B P D"],
@@ -83,11 +86,11 @@ def index_loss(
 
     Raises ValueError for an argument of the wrong shape.
     """
-    _require(q, k, weights, document)
+    require(q.shape[1] > 0, "q", "at least one token", tuple(q.shape))
+    require_order("document", document)
     _require_last(q, k, last)
-    expected = (*q.shape[:2], attention_q.shape[2])
-    require(attention_q.shape[:2] == q.shape[:2], "attention_q", q.shape[:2], tuple(attention_q.shape))
-    require(lse.shape == expected, "lse", expected, tuple(lse.shape))
+    heads, key_heads = attention_q.shape[2], attention_k.shape[2]
+    require(heads % key_heads == 0, "attention_k", f"a divisor of {heads} heads", key_heads)
     require(last is not None or size == 1, "last", f"given with entries of {size} tokens", last)
     options = {"scale": scale, "last": last, "size": size, "document": document}
     if takes_triton("indexer", q):
@@ -97,6 +100,7 @@ def index_loss(
     return index_loss_full(q, k, weights, attention_q, attention_k, lse, **options)
 
 
+@checked
 def index_loss_of_chosen(
     q: Float[Tensor, "B T N D"],
     k: Float[Tensor, "B P D"],
@@ -108,9 +112,8 @@ def index_loss_of_chosen(
 
     Raises ValueError for an argument of the wrong shape.
     """
-    _require(q, k, weights, None)
-    require(entries.shape[:2] == q.shape[:2], "entries", (*q.shape[:2], "k"), tuple(entries.shape))
-    require(shares.shape == entries.shape, "shares", tuple(entries.shape), tuple(shares.shape))
+    require(q.shape[1] > 0, "q", "at least one token", tuple(q.shape))
+    require_within("entries", entries, -1, k.shape[1])
     if entries.shape[2] == 0:
         # Nothing to learn from, but all of it takes part in the graph.
         parts = (x.to(torch.promote_types(x.dtype, torch.float32)).sum() for x in (q, k, weights))
@@ -123,16 +126,6 @@ def index_loss_of_chosen(
     return index_loss_selected(q, k, weights, entries, shares)
 
 
-def _require(q: Tensor, k: Tensor, weights: Tensor, document: Tensor | None) -> None:
-    rows, tokens, _, dim = q.shape
-    require(k.shape[0] == rows and k.shape[2] == dim, "k", (rows, "P", dim), tuple(k.shape))
-    require(weights.shape == q.shape[:3], "weights", tuple(q.shape[:3]), tuple(weights.shape))
-    if document is not None:
-        require(document.shape == (rows, tokens), "document", (rows, tokens), tuple(document.shape))
-
-
 def _require_last(q: Tensor, k: Tensor, last: Tensor | None) -> None:
     if last is None:
         require(k.shape[1] == q.shape[1], "k", f"an entry for each of {q.shape[1]} tokens", tuple(k.shape))
-    else:
-        require(last.shape == k.shape[:2], "last", tuple(k.shape[:2]), tuple(last.shape))

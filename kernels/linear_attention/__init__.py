@@ -5,7 +5,7 @@ from typing import NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kernels.arguments import require
+from kernels.arguments import checked, require, require_order
 from kernels.choose import takes_triton
 from kernels.linear_attention.channel import linear_attention_by_channel
 from kernels.linear_attention.reference import linear_attention_chunked
@@ -31,6 +31,7 @@ CASES = (
 )
 
 
+@checked
 def linear_attention(
     q: Float[Tensor, "B T G K"],
     k: Float[Tensor, "B T G K"],
@@ -49,22 +50,12 @@ def linear_attention(
     Raises ValueError for an argument of the wrong shape or dtype.
     Gated linear attention, arXiv 2312.06635, equation 3; per head it is Mamba-2's duality, 2405.21060.
     """
-    rows, tokens, key_heads, key_dim = q.shape
-    value_heads, value_dim = v.shape[2:]
+    tokens, key_heads, value_heads = *q.shape[1:3], v.shape[2]
     require(tokens > 0, "q", "at least one token", tuple(q.shape))
+    require_order("document", document)
     require(value_heads % key_heads == 0, "v", f"a multiple of {key_heads} heads", value_heads)
-    require(k.shape == q.shape, "k", tuple(q.shape), tuple(k.shape))
-    require(v.shape[:2] == (rows, tokens), "v", (rows, tokens, "H", "V"), tuple(v.shape))
     for name, x in (("k", k), ("v", v)):
         require(x.dtype == q.dtype, name, f"dtype {q.dtype}, as q", x.dtype)
-    if log_decay is not None:
-        gates = (rows, tokens, value_heads, key_dim)[: max(3, log_decay.ndim)]
-        require(log_decay.shape == gates, "log_decay", gates, tuple(log_decay.shape))
-    if document is not None:
-        require(document.shape == (rows, tokens), "document", (rows, tokens), tuple(document.shape))
-    if state is not None:
-        expected = (rows, value_heads, key_dim, value_dim)
-        require(state.shape == expected, "state", expected, tuple(state.shape))
     if takes_triton("linear_attention", q):
         from kernels.linear_attention.triton import linear_attention_triton
 

@@ -86,12 +86,12 @@ def linear_attention_prepare_channel(
             half = 1
             while half < CHUNK:
                 decay = tl.exp(sums_of(is_between(t[:, None], j[None, :], half), first, second, third))
-                is_later = is_right(half, CHUNK)[:, None]
+                is_later = is_right(t, half)[:, None]
                 decayed = key.to(tl.float32) * decay
                 later = tl.where(is_later, decayed, 0.0).to(key.dtype)
                 earlier = tl.trans(tl.where(is_later, 0.0, decayed).to(key.dtype))
                 asking = tl.where(is_later, query.to(tl.float32) * decay, 0.0).to(query.dtype)
-                is_block = is_pair(half, CHUNK)
+                is_block = is_pair(t[:, None], j[None, :], half)
                 score += tl.where(is_block, tl.dot(asking, earlier, input_precision="tf32x3"), 0.0)
                 if IS_DELTA:
                     system += tl.where(is_block, tl.dot(later, earlier, input_precision="tf32x3"), 0.0)
@@ -309,7 +309,7 @@ def linear_attention_backward_channel(
     half = 1
     while half < CHUNK:
         decay = tl.exp(sums_of(is_between(t[:, None], j[None, :], half), first, second, third))
-        is_later, is_block = is_right(half, CHUNK)[:, None], is_pair(half, CHUNK)
+        is_later, is_block = is_right(t, half)[:, None], is_pair(t[:, None], j[None, :], half)
         earlier = tl.where(is_later, 0.0, key.to(tl.float32) * decay).to(key.dtype)
         asking = tl.where(is_later, query.to(tl.float32) * decay, 0.0).to(query.dtype)
         pairs = tl.load(grad_scores + square, mask=is_in[:, None], other=0.0)

@@ -91,27 +91,34 @@ def _block_of(x, row, column, CHUNK: tl.constexpr, SIZE: tl.constexpr):
     return tl.sum(tl.sum(tl.where(is_it, x, 0.0), axis=2), axis=0)
 
 
-@triton.jit
-def is_right(half, CHUNK: tl.constexpr):
-    """Whether a token is in the right half of its block of twice `half` tokens [C]."""
-    return (tl.arange(0, CHUNK) // half) % 2 == 1
+# Each of these says of one token which range the other must be in, as bounds that hang on `half`: comparisons
+# of all pairs alone would be hoisted out of the loop over `half` and fill the registers.
 
 
 @triton.jit
-def is_pair(half, CHUNK: tl.constexpr):
-    """Whether token i is in the right and token j in the left half of the same block [C C]."""
-    i, j = tl.arange(0, CHUNK)[:, None] // half, tl.arange(0, CHUNK)[None, :] // half
-    return (i == j + 1) & (i % 2 == 1)
+def is_right(i, half):
+    """Whether a token is in the right half of its block of twice `half` tokens; `half` is a power of two."""
+    return (i & half) != 0
+
+
+@triton.jit
+def is_pair(i, j, half):
+    """Whether token i is in the right and token j in the left half of the same block."""
+    middle = i & -half
+    first = tl.where(is_right(i, half), middle - half, middle)
+    return (first <= j) & (j < middle)
 
 
 @triton.jit
 def is_between(i, t, half):
-    """Whether the gate of token t is between token i and the middle of its block of twice `half` tokens.
+    """Whether the gate of token t is between token i and the middle of its block.
 
     A token of the right half has the gates from the middle up to and with its own, one of the left half the
     gates after its own up to the middle.
     """
-    return (i // half == t // half) & tl.where((i // half) % 2 == 1, t <= i, t > i)
+    edge, is_later = i & -half, is_right(i, half)
+    first, last = tl.where(is_later, edge, i + 1), tl.where(is_later, i, edge + half - 1)
+    return (first <= t) & (t <= last)
 
 
 @triton.jit

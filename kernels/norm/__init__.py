@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kernels.arguments import require
+from kernels.arguments import checked, require
 from kernels.choose import takes_triton
 from kernels.norm.reference import Gate, RmsNorm, gated_rms_norm_direct, unit_norm_direct
 
@@ -40,6 +40,7 @@ GATED_CASES = (
 )
 
 
+@checked
 def rms_norm(
     x: Float[Tensor, "*N D"], weight: Float[Tensor, "D"], eps: float, *, is_zero_centered: bool = False
 ) -> Float[Tensor, "*N D"]:
@@ -49,7 +50,6 @@ def rms_norm(
 
     Raises ValueError for a weight of another width.
     """
-    require(weight.shape == x.shape[-1:], "weight", tuple(x.shape[-1:]), tuple(weight.shape))
     if takes_triton("norm", x):
         from kernels.norm.triton import rms_norm_triton
 
@@ -59,6 +59,7 @@ def rms_norm(
     return out
 
 
+@checked
 def gated_rms_norm(
     x: Float[Tensor, "*N D"],
     gate: Float[Tensor, "*N D"],
@@ -75,7 +76,6 @@ def gated_rms_norm(
 
     Raises ValueError for a gate or weight of another shape.
     """
-    require(gate.shape == x.shape, "gate", tuple(x.shape), tuple(gate.shape))
     inner = x.shape[-2] if x.ndim > 1 else 1
     require(weight.shape in ((1, x.shape[-1]), (inner, x.shape[-1])), "weight", x.shape[-2:], weight.shape)
     if takes_triton("norm", gate):
@@ -87,6 +87,7 @@ def gated_rms_norm(
     return gated_rms_norm_direct(x, wide, weight, eps, kind=kind, gates_first=gates_first).to(gate.dtype)
 
 
+@checked
 def unit_norm(x: Float[Tensor, "*N D"], *, factor: float = 1.0, eps: float = 1e-6) -> Float[Tensor, "*N D"]:
     """x over its length, times factor, in float32 at least; a zero vector stays zero. Has the dtype of x."""
     if takes_triton("norm", x):

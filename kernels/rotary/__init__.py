@@ -5,7 +5,7 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from kernels.arguments import require
+from kernels.arguments import checked, require
 from kernels.choose import takes_triton
 from kernels.rotary.reference import RotaryLayout, rotate_direct
 
@@ -33,6 +33,7 @@ CASES = (
 )
 
 
+@checked
 def rotate(
     x: Float[Tensor, "B T H K"],
     cos: Float[Tensor, "#B T R"],
@@ -48,9 +49,7 @@ def rotate(
 
     Raises ValueError for tables of another shape.
     """
-    rows, tokens, _, dim = x.shape
-    require(cos.shape[0] in (1, rows) and cos.shape[1] == tokens, "cos", (rows, tokens, "R"), cos.shape)
-    require(sin.shape == cos.shape, "sin", tuple(cos.shape), tuple(sin.shape))
+    dim = x.shape[-1]
     require(2 * cos.shape[-1] <= dim, "cos", f"at most {dim // 2} angles", cos.shape[-1])
     if takes_triton("rotary", x):
         from kernels.rotary.triton import rotate_triton

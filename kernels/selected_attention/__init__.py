@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kernels.arguments import require
+from kernels.arguments import checked, require, require_within
 from kernels.choose import takes_triton
 from kernels.selected_attention.reference import selected_attention_gathered
 
@@ -36,6 +36,7 @@ CASES = (
 )
 
 
+@checked
 def selected_attention(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B S G K"],
@@ -65,6 +66,7 @@ def selected_attention(
     return selected_attention_gathered(q, k, _values(k, v), selection, scale=scale, sinks=sinks)[0]
 
 
+@checked
 def selected_attention_with_shares(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B S G K"],
@@ -92,16 +94,12 @@ def _values(k: Tensor, v: Tensor | int) -> Tensor:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor | int, selection: Tensor, sinks: Tensor | None) -> None:
-    rows, tokens, heads, key_dim = q.shape
+    tokens, heads, key_dim = q.shape[1:]
     require(tokens > 0, "q", "at least one token", tuple(q.shape))
-    require(k.shape[0] == rows and k.shape[3] == key_dim, "k", "B, K as q", tuple(k.shape))
     require(heads % k.shape[2] == 0, "q", f"a multiple of {k.shape[2]} heads", heads)
     require(k.dtype == q.dtype, "k", f"dtype {q.dtype}, as q", k.dtype)
     if isinstance(v, int):
         require(0 < v <= key_dim, "v", f"1 to {key_dim} channels", v)
     else:
-        require(v.shape[:3] == k.shape[:3], "v", "B, S, G as k", tuple(v.shape))
         require(v.dtype == q.dtype, "v", f"dtype {q.dtype}, as q", v.dtype)
-    require(selection.shape[:2] == (rows, tokens), "selection", (rows, tokens, "k"), tuple(selection.shape))
-    if sinks is not None:
-        require(sinks.shape == (heads,), "sinks", (heads,), tuple(sinks.shape))
+    require_within("selection", selection, -1, k.shape[1])

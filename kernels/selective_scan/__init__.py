@@ -5,7 +5,7 @@ from typing import NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kernels.arguments import require
+from kernels.arguments import checked, require, require_order
 from kernels.selective_scan.reference import selective_scan_chunked
 
 
@@ -21,6 +21,7 @@ class Case(NamedTuple):
 CASES = (Case(1, 1, 2, 3), Case(2, 15, 4, 2), Case(1, 16, 3, 4), Case(2, 17, 6, 4), Case(1, 100, 5, 8))
 
 
+@checked
 def selective_scan(
     x: Float[Tensor, "B T D"],
     step: Float[Tensor, "B T D"],
@@ -40,15 +41,7 @@ def selective_scan(
     Mamba, arXiv 2312.00752, algorithm 2; rate is -A, k is B, q is C.
     """
     require(x.shape[1] > 0, "x", "at least one token", tuple(x.shape))
-    require(step.shape == x.shape, "step", tuple(x.shape), tuple(step.shape))
-    require(rate.shape[0] == x.shape[2], "rate", f"{x.shape[2]} channels", tuple(rate.shape))
-    reads = (*x.shape[:2], rate.shape[1])
+    require_order("document", document)
     for name, part in (("k", k), ("q", q)):
-        require(part.shape == reads, name, reads, tuple(part.shape))
         require(part.dtype == x.dtype, name, f"dtype {x.dtype}, as x", part.dtype)
-    if document is not None:
-        require(document.shape == x.shape[:2], "document", tuple(x.shape[:2]), tuple(document.shape))
-    if state is not None:
-        expected = (x.shape[0], *rate.shape)
-        require(state.shape == expected, "state", expected, tuple(state.shape))
     return selective_scan_chunked(x, step, rate, k, q, document=document, state=state)

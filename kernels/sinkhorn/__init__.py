@@ -5,7 +5,7 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from kernels.arguments import require
+from kernels.arguments import checked, require
 from kernels.choose import takes_triton
 from kernels.sinkhorn.reference import sinkhorn_planar
 
@@ -21,6 +21,7 @@ class Case(NamedTuple):
 CASES = (Case(1, 1, 1), Case(3, 2, 4), Case(17, 4, 20), Case(5, 3, 7))
 
 
+@checked
 def sinkhorn(logits: Float[Tensor, "*N n n"], *, iterations: int, eps: float) -> Float[Tensor, "*N n n"]:
     """Matrices whose columns sum to 1 and whose rows nearly do, at least zero everywhere.
 
