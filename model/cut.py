@@ -1,0 +1,87 @@
+"""How a mixer meets a row of tokens that may be cut over ranks.
+
+One process holds whole rows, and everything here is the identity. Context parallelism puts another `Cut`
+into the `Sequence`: a rank then holds some chunks of each row, and what a mixer needs of the others comes
+through the cut. A mixer is written once, for both.
+
+Letters: B rows, T tokens of a row on this rank, S tokens that a view reaches, X rows of a view.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class View:
+    """Queries beside the keys that they may reach, as rows that a kernel takes.
+
+    Of [B T ...] tensors of this rank, `queries` makes [X Q ...], `keys` makes [X S ...], and `restore` makes
+    [B T ...] of a kernel's [X Q ...]. position and document are those of the keys; places are where the
+    queries stand among the keys, ascending in each chunk, None where queries and keys are the same tokens.
+    All three functions carry gradients.
+    """
+
+    position: Int[Tensor, "X S"]
+    document: Int[Tensor, "X S"] | None
+    places: Int[Tensor, "X Q"] | None
+    queries: Callable[[Tensor], Tensor]
+    keys: Callable[[Tensor], Tensor]
+    restore: Callable[[Tensor], Tensor]
+
+
+class Cut(ABC):
+    """How the rows of a sequence are cut over ranks."""
+
+    @abstractmethod
+    def view(
+        self, position: Int[Tensor, "B T"], document: Int[Tensor, "B T"] | None, reach: int | None
+    ) -> View:
+        """What queries meet that reach so many tokens to the left; None reaches to the start of the row.
+
+        position and document are those of this rank's tokens.
+        """
+
+    @abstractmethod
+    def before(self, x: Float[Tensor, "B T *E"], count: int) -> Float[Tensor, "X U *E"] | None:
+        """The U = count tokens before each chunk of `chunks(x)`; None where a row starts there."""
+
+    @abstractmethod
+    def chunks(self, x: Tensor) -> Tensor:
+        """[B T ...] as [X C ...]: each chunk of consecutive tokens a row of its own."""
+
+    @abstractmethod
+    def restore(self, x: Tensor) -> Tensor:
+        """[X C ...] back as [B T ...]."""
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+class Whole(Cut):
+    """Rows that are not cut."""
+
+    def view(
+        self, position: Int[Tensor, "B T"], document: Int[Tensor, "B T"] | None, reach: int | None
+    ) -> View:
+        """Queries and keys are the same tokens."""
+        return View(position, document, None, _same, _same, _same)
+
+    def before(self, x: Tensor, count: int) -> None:
+        """Nothing: rows start here."""
+        return
+
+    def chunks(self, x: Tensor) -> Tensor:
+        """The rows."""
+        return x
+
+    def restore(self, x: Tensor) -> Tensor:
+        """The rows."""
+        return x
+
+
+WHOLE = Whole()
