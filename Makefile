@@ -13,7 +13,7 @@ SHELL := /bin/bash
 # Two targets that write one .venv at a time would break it.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: train test prove prove-newest lint setup lock clean
+.PHONY: train test prove lint setup lock clean
 .DEFAULT_GOAL := train
 
 VENV := .venv
@@ -43,14 +43,11 @@ test: lint
 	$(BIN)/python -m pytest -m "not prove and not interpreted" $(TESTS)
 
 # Triton decides when it is imported whether kernels are interpreted or compiled: one process cannot do both.
-prove: $(VENV)/test.ready
+prove: $(VENV)/test.ready $(VENV)/triton-$(TRITON_NEWEST).ready
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m interpreted tests/kernels
 	$(BIN)/python -m kernels.compiled
-	$(BIN)/python -m pytest -m prove $(TESTS)
-
-# The same gate on the newest release, apart from the other proofs until all of it holds.
-prove-newest: $(VENV)/test.ready $(VENV)/triton-$(TRITON_NEWEST).ready
 	PYTHONPATH=$(VENV)/triton-$(TRITON_NEWEST) TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m kernels.compiled
+	$(BIN)/python -m pytest -m prove $(TESTS)
 
 lint: $(VENV)/test.ready
 	$(BIN)/ruff check .

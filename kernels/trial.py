@@ -87,7 +87,8 @@ class Setting(NamedTuple):
 class Subject(NamedTuple):
     """A kernel and its trials: `cases` in small shapes, `at` a number of tokens with the dims of a model.
 
-    excused: for a kernel, by its name, why it spills registers or makes its products without HGMMA on Hopper.
+    excused: for a kernel, by its name, why it spills registers or makes its products without HGMMA on Hopper;
+    by `name@3.9` only where that release of triton compiles it.
     """
 
     name: str
@@ -125,7 +126,7 @@ def outputs_and_grads(
     """
     leaves = {}
     for name, x in inputs.items():
-        leaf = x.detach().to(dtype) if dtype and x.is_floating_point() else x.detach().clone()
+        leaf = x.detach().to(dtype) if dtype and x.is_floating_point() else x.detach()
         leaves[name] = leaf.requires_grad_(leaf.is_floating_point())
     outputs = function(**leaves)
     generator = torch.Generator().manual_seed(1)

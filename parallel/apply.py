@@ -1,44 +1,85 @@
 """A plain model made parallel from outside, in one visible order."""
 
-import torch
-from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from collections.abc import Mapping
+from dataclasses import dataclass
 
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from model.config import Architecture
 from model.initial import draw, initial_values
 from model.language_model import LanguageModel
+from model.linear import Initial
 from parallel.config import ParallelConfig
 from parallel.data import shard_data
+from parallel.expert import spread_experts
+from parallel.placement import Placement, held_boxes, undivided
+from parallel.stored import Stored
 from parallel.world import World
 
 
-def build_parallel(model: LanguageModel, config: ParallelConfig, world: World, seed: int) -> LanguageModel:
-    """The model of this rank: sharded, on its device, with its first values.
+@dataclass(frozen=True)
+class Parallel:
+    """This rank's part of a model, and where each of its parameters lies in the whole one.
 
-    model must stand on the meta device; it is changed in place. First values do not depend on the layout.
+    Parameters have the names of the whole model.
     """
+
+    model: LanguageModel
+    placements: Mapping[str, Placement]
+
+    def stored(self, name: str, x: Tensor) -> Tensor:
+        """A parameter, or what has its form, as checkpoints take it."""
+        is_whole = not isinstance(x, DTensor) and x.shape == self.placements[name].shape
+        return x if is_whole else Stored.of(x, self.placements[name])
+
+    @torch.no_grad()
+    def fill(self, name: str, x: Tensor, whole: Tensor) -> None:
+        """Copies from the whole parameter what this rank holds of it into x, which has its form."""
+        for block, box in held_boxes(x.detach(), self.placements[name]):
+            block.copy_(box.of_whole(whole))
+
+
+def build_parallel(
+    config: Architecture,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    parallel: ParallelConfig,
+    world: World,
+    seed: int,
+) -> Parallel:
+    """The model of this rank on its device, with its first values, which do not depend on the layout.
+
+    dtypes are those of the parameters and of the computation.
+    """
+    with torch.device("meta"):
+        model = LanguageModel(config, dtypes[1])
+    model.to(dtypes[0])
     initials = initial_values(model)
-    if world.mesh is not None:
-        shard_data(model, config, world.mesh)
-        for router in model.routers():
-            router.sum_load = world.sum
+    placements = {name: undivided(parameter.shape) for name, parameter in model.named_parameters()}
+    placements |= spread_experts(model, world.axes)
+    if world.size > 1:
+        reshard = parallel.reshard_after_forward
+        shard_data(model, world.axes, world.device.type, reshard_after_forward=reshard)
+    for router in model.routers():
+        router.sum_load = world.sum_over_tokens
     model.to_empty(device=world.device)
-    _initialise(model, initials, seed)
-    return model
+    built = Parallel(model, placements)
+    _initialise(built, initials, seed)
+    return built
 
 
 @torch.no_grad()
-def _initialise(model: nn.Module, initials: dict, seed: int) -> None:
-    for name, parameter in model.named_parameters():
-        value = draw(name, initials[name], parameter.shape, seed).to(parameter.dtype)
-        if isinstance(parameter, DTensor):
-            # Every rank draws the same values and keeps its part: no broadcast.
-            value = value.to(parameter.device)
-            part = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.to_local().copy_(part.to_local())
-        else:
-            parameter.copy_(value)
-    for module in model.modules():
-        if next(module.buffers(recurse=False), None) is not None:
-            reset = getattr(module, "reset_buffers", None)
-            assert callable(reset), f"{type(module).__name__} has buffers and no reset_buffers"
-            reset()
+def _initialise(built: Parallel, initials: Mapping[str, Initial], seed: int) -> None:
+    for name, parameter in built.model.named_parameters():
+        # Every rank draws the same values and keeps its part: no broadcast.
+        built.fill(name, parameter, draw(name, initials[name], built.placements[name].shape, seed))
+    for module in built.model.modules():
+        _reset_buffers(module)
+
+
+def _reset_buffers(module: nn.Module) -> None:
+    if next(module.buffers(recurse=False), None) is not None:
+        reset = getattr(module, "reset_buffers", None)
+        assert callable(reset), f"{type(module).__name__} has buffers and no reset_buffers"
+        reset()

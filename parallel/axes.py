@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -25,6 +25,17 @@ class Degrees(NamedTuple):
     def size(self) -> int:
         """Number of processes."""
         return self.pp * self.dp_replicate * self.dp_shard * self.cp * self.tp
+
+    @property
+    def rows(self) -> int:
+        """Number of ranks with rows of their own."""
+        return self.dp_replicate * self.dp_shard
+
+    def describe(self) -> str:
+        """The number of processes as a product: `16 = dp_replicate 2 x dp_shard 8, ep 4`."""
+        cut = [f"{name} {getattr(self, name)}" for name in ORDER if getattr(self, name) > 1]
+        experts = f", ep {self.ep}" if self.ep > 1 else ""
+        return f"{self.size} = {' x '.join(cut) or 'one process'}{experts}"
 
 
 @dataclass(frozen=True)
@@ -74,9 +85,10 @@ class Axes:
 Opener = Callable[[Sequence[int]], dist.ProcessGroup | None]
 
 
-def open_group(ranks: Sequence[int]) -> dist.ProcessGroup:
-    """A process group of some ranks. Every rank of the world must call it."""
-    return cast(dist.ProcessGroup, dist.new_group(list(ranks)))
+def open_group(ranks: Sequence[int]) -> dist.ProcessGroup | None:
+    """A process group of some ranks, None on others. Every rank of the world must call it."""
+    group = dist.new_group(list(ranks))
+    return group if isinstance(group, dist.ProcessGroup) else None
 
 
 def open_axes(degrees: Degrees, rank: int, opener: Opener = open_group) -> Axes:
@@ -95,8 +107,10 @@ def open_axes(degrees: Degrees, rank: int, opener: Opener = open_group) -> Axes:
 
     def axis(name: str, lines: Iterable[tuple[int, ...]]) -> Axis:
         own: tuple[int, ...] = (rank,)
+        # Hybrid sharding wants a group for both dims of its mesh, even of one rank.
+        least = 1 if degrees.dp_replicate > 1 and name in ("shard", "edp") else 2
         for line in lines:
-            if len(line) > 1 and line not in made:
+            if len(line) >= least and line not in made:
                 made[line] = opener(line)
             if rank in line:
                 own = line

@@ -6,44 +6,66 @@ from pydantic import Field
 
 from conf.compose import Config
 from conf.errors import Violation
+from parallel.axes import Degrees
 
 
 class ParallelConfig(Config):
-    """Degrees of the mesh axes. Their product is the number of processes."""
+    """Degrees of the mesh axes. The product of all but ep is the number of processes."""
 
     data: Literal["fsdp"]
     dp_replicate: int = Field(ge=1)
     dp_shard: int
+    ep: int = Field(ge=1)
     reshard_after_forward: bool
     timeout_seconds: int = Field(ge=1)
 
-    def degrees(self, world_size: int) -> tuple[int, int]:
-        """dp_replicate and dp_shard, with -1 replaced by what is left of `world_size`."""
+    def degrees(self, world_size: int) -> Degrees:
+        """All degrees, with a dp_shard of -1 replaced by what is left of `world_size`."""
         shard = world_size // self.dp_replicate if self.dp_shard == -1 else self.dp_shard
-        return self.dp_replicate, shard
+        return Degrees(dp_replicate=self.dp_replicate, dp_shard=shard, ep=self.ep)
 
 
-def layout_violations(config: ParallelConfig, world_size: int) -> list[Violation]:
-    """Everything that makes the layout impossible on `world_size` processes, with nearest legal values."""
-    found = []
+def layout_violations(config: ParallelConfig, world_size: int, num_experts: int) -> list[Violation]:
+    """Everything that makes the layout impossible on `world_size` processes, with nearest legal values.
+
+    num_experts is that of each mixture, 0 without any.
+    """
+    found = _data_violations(config, world_size)
+    return found or _expert_violations(config, world_size, num_experts)
+
+
+def _data_violations(config: ParallelConfig, world_size: int) -> list[Violation]:
     if config.dp_shard != -1 and config.dp_shard < 1:
-        message = f"must be -1 or at least 1; found {config.dp_shard}"
-        found.append(Violation("parallel.dp_shard", message))
-        return found
+        return [Violation("parallel.dp_shard", f"must be -1 or at least 1; found {config.dp_shard}")]
     if world_size % config.dp_replicate:
-        legal = [str(n) for n in range(1, world_size + 1) if world_size % n == 0]
+        legal = ", ".join(map(str, _divisors(world_size)))
         message = (
             f"{config.dp_replicate} does not divide the {world_size} processes started; "
-            f"legal values are {', '.join(legal)}"
+            f"legal values are {legal}"
         )
-        found.append(Violation("parallel.dp_replicate", message))
-    elif config.dp_shard != -1 and config.dp_replicate * config.dp_shard != world_size:
+        return [Violation("parallel.dp_replicate", message)]
+    if config.dp_shard != -1 and config.dp_replicate * config.dp_shard != world_size:
+        product = config.dp_replicate * config.dp_shard
         message = (
-            f"dp_replicate x dp_shard = {config.dp_replicate} x {config.dp_shard} = "
-            f"{config.dp_replicate * config.dp_shard}, but {world_size} "
-            f"{'process was' if world_size == 1 else 'processes were'} started; "
-            f"set it to {world_size // config.dp_replicate} or -1, or start "
-            f"{config.dp_replicate * config.dp_shard} processes"
+            f"dp_replicate x dp_shard = {config.dp_replicate} x {config.dp_shard} = {product}, but "
+            f"{world_size} {'process was' if world_size == 1 else 'processes were'} started; "
+            f"set it to {world_size // config.dp_replicate} or -1, or start {product} processes"
         )
-        found.append(Violation("parallel.dp_shard", message))
-    return found
+        return [Violation("parallel.dp_shard", message)]
+    return []
+
+
+def _expert_violations(config: ParallelConfig, world_size: int, num_experts: int) -> list[Violation]:
+    ranks = config.degrees(world_size).dp_shard
+    legal = [degree for degree in _divisors(ranks) if num_experts % degree == 0]
+    if config.ep in legal:
+        return []
+    message = (
+        f"{config.ep} does not divide the {num_experts} experts and the {ranks} ranks of dp_shard; "
+        f"legal values are {', '.join(map(str, legal))}"
+    )
+    return [Violation("parallel.ep", message)]
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

@@ -1,4 +1,4 @@
-"""Data parallelism: FSDP2 over dp_shard, copies over dp_replicate."""
+"""Data parallelism: FSDP2 over the ranks that share a copy of the weights, copies over dp_replicate."""
 
 import torch
 from torch import nn
@@ -9,44 +9,86 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.tensor import Shard
 
 from model.language_model import LanguageModel
+from model.moe.layer import Experts
 from model.residual import Residual
-from parallel.config import ParallelConfig
+from parallel.axes import Axes, Axis
 
 
-def shard_data(model: LanguageModel, config: ParallelConfig, mesh: DeviceMesh) -> None:
-    """Shards each block, then what is left. Mutates the model: its parameters become DTensors.
+def shard_data(model: LanguageModel, axes: Axes, device_type: str, *, reshard_after_forward: bool) -> None:
+    """Shards experts, then each block, then what is left. Mutates the model: parameters become DTensors.
 
-    Gradients are summed over ranks, never averaged: the loss is divided by global counts beforehand.
+    Gradients are summed over ranks, never averaged: the loss is divided by global counts beforehand. Experts
+    are shared by other ranks than the rest, so they have a mesh of their own.
     """
-    axes = ("dp_replicate", "dp_shard") if config.dp_replicate > 1 else ("dp_shard",)
+    dense, expert = (data_mesh(axes, shard, device_type) for shard in (axes.shard, axes.edp))
     reduce_dtype = torch.promote_types(model.dtype, torch.float32)
     low = MixedPrecisionPolicy(model.dtype, reduce_dtype, cast_forward_inputs=False)
     full = MixedPrecisionPolicy(reduce_dtype, reduce_dtype, cast_forward_inputs=False)
-    reshard = config.reshard_after_forward
+    apart: set[nn.Parameter] = set()
+    for module in model.modules():
+        if isinstance(module, Experts) and axes.shard.ranks != axes.edp.ranks:
+            if expert is not None:
+                fully_shard(
+                    module,
+                    mesh=expert,
+                    mp_policy=low,
+                    reshard_after_forward=reshard_after_forward,
+                    shard_placement_fn=lambda parameter: _cut_of(parameter, axes.edp.size),
+                )
+            apart.update(module.parameters())
 
     def shard(module: nn.Module, policy: MixedPrecisionPolicy, *, frees: bool) -> None:
-        fully_shard(module, mesh=mesh[axes], mp_policy=policy, reshard_after_forward=frees)
-        if isinstance(module, Residual):
+        if dense is not None:
+            fully_shard(
+                module, mesh=dense, mp_policy=policy, reshard_after_forward=frees, ignored_params=apart
+            )
+        if isinstance(module, Residual) and isinstance(module, FSDPModule):
             register_fsdp_forward_method(module, "read")
 
     for block in [*model.blocks, *model.predictions]:
         if low.param_dtype != full.param_dtype:
             for module in list(block.modules()):
                 if getattr(module, "needs_full_precision", False):
-                    shard(module, full, frees=reshard)
-        shard(block, low, frees=reshard)
+                    shard(module, full, frees=reshard_after_forward)
+        shard(block, low, frees=reshard_after_forward)
     # The root holds embedding, norm and head; backward needs them at once.
     shard(model, low, frees=False)
-    register_fsdp_forward_method(model, "loss")
+    if isinstance(model, FSDPModule):
+        register_fsdp_forward_method(model, "loss")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
+def _cut_of(parameter: nn.Parameter, degree: int) -> Shard | None:
+    # Fewer experts than ranks: each expert is cut along its rows.
+    if parameter.shape[0] % degree and parameter.ndim > 1 and parameter.shape[1] % degree == 0:
+        return Shard(1)
+    return None
+
+
+def data_mesh(axes: Axes, shard: Axis, device_type: str) -> DeviceMesh | None:
+    """The mesh of copies and shards for parameters that `shard` shares; None where this rank has all."""
+    copies = axes.dp_replicate
+    if copies.size * shard.size == 1:
+        return None
+    if copies.size == 1:
+        assert shard.group is not None, f"{shard=}"
+        return DeviceMesh.from_group(shard.group, device_type, mesh_dim_names=("shard",))
+    own = copies.ranks[copies.rank]
+    ranks = [[rank + copy - own for rank in shard.ranks] for copy in copies.ranks]
+    groups = [group for group in (copies.group, shard.group) if group is not None]
+    assert len(groups) == 2, f"{copies=} {shard=}"
+    names = ("copies", "shard")
+    return DeviceMesh.from_group(groups, device_type, mesh=torch.tensor(ranks), mesh_dim_names=names)
+
+
 def reduce_over_copies(model: nn.Module, *, is_last: bool) -> None:
     """Whether the next backward also sums gradients over dp_replicate; the last micro-batch must."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_all_reduce(is_last)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_requires_all_reduce(is_last, recurse=False)

@@ -8,19 +8,24 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from parallel.axes import Axes, Degrees, open_axes
 from parallel.config import ParallelConfig
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all. mesh is None when there is only one process."""
+    """This process among all, and its place on every axis of the mesh."""
 
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh | None
+    axes: Axes
+
+    @staticmethod
+    def alone(device: torch.device) -> "World":
+        """The only process."""
+        return World(0, 1, device, open_axes(Degrees(), 0))
 
     def sum(self, x: Tensor) -> Tensor:
         """x summed over all processes, in place."""
@@ -35,6 +40,12 @@ class World:
         parts = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(parts, x.contiguous())
         return torch.stack(parts)
+
+    def sum_over_tokens(self, x: Tensor) -> Tensor:
+        """x summed over the processes that hold other tokens of the same layers, in place."""
+        if self.axes.tokens.size > 1:
+            dist.all_reduce(x, group=self.axes.tokens.group)
+        return x
 
     def barrier(self) -> None:
         """Returns when every process has come here."""
@@ -57,14 +68,12 @@ def open_world(config: ParallelConfig, rank: int, size: int, local_rank: int) ->
         # take the setting from the one that starts them: it comes before the first parallel operation.
         torch.set_flush_denormal(True)
     if size == 1:
-        yield World(rank, size, device, None)
+        yield World.alone(device)
         return
     timeout = timedelta(seconds=config.timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
     try:
-        names = ("dp_replicate", "dp_shard")
-        mesh = init_device_mesh(device.type, config.degrees(size), mesh_dim_names=names)
-        yield World(rank, size, device, mesh)
+        yield World(rank, size, device, open_axes(config.degrees(size), rank))
     finally:
         dist.destroy_process_group()

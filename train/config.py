@@ -8,9 +8,9 @@ from train.fields import RunFields
 class RunConfig(RunFields, Architecture):
     """Everything that a run is."""
 
-    def rank_rows(self, world_size: int) -> tuple[int, int]:
+    def rank_rows(self, ranks: int) -> tuple[int, int]:
         """Sequences of one rank per step, and how many of them go through the model at a time."""
-        rows = self.train.global_batch // world_size
+        rows = self.train.global_batch // ranks
         return rows, self.train.micro_batch or rows
 
     @property

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> None:
     loader = open_data(config, 0)
     model, step = load_model(command.run, config)
     rows = command.rows or loader.held_out_rows
-    world = World(0, 1, torch.device("cpu"), None)
+    world = World.alone(torch.device("cpu"))
     held_out = evaluate(model, loader, world, rows=rows, micro_batch=config.rank_rows(1)[1])
     print_table(
         "Held-out documents",

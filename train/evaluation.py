@@ -33,10 +33,11 @@ def evaluate(
     model.eval()
     rows = min(rows, loader.held_out_rows)
     totals = torch.zeros(2, dtype=torch.float64, device=world.device)
-    stride = world.size * micro_batch
+    ranks = world.axes.rows
+    stride = ranks.size * micro_batch
     for start in range(0, rows, stride):
         # Every rank runs every round, also with nothing to count: sharded weights are gathered together.
-        first = start + world.rank * micro_batch
+        first = start + ranks.rank * micro_batch
         batch = to_device(loader.held_out(first, micro_batch), world.device)
         targets = batch.targets.clone()
         targets[max(0, rows - first) :] = IGNORED

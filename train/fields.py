@@ -173,7 +173,7 @@ class RunDraft(RunFields):
 
 def run_violations(config: "RunDraft | RunConfig", world_size: int) -> list[Violation]:
     """Everything that types and ranges cannot see: what does not fit together."""
-    found = layout_violations(config.parallel, world_size)
+    found = layout_violations(config.parallel, world_size, config.moe.num_experts)
     rows, micro = config.train.global_batch, config.train.micro_batch
     if rows % world_size:
         below = rows - rows % world_size

@@ -26,7 +26,7 @@ def finish(state: TrainState, loader: Loader, tracker: Tracker, config: RunConfi
     """Scores held-out documents, then rank 0 writes result.json and loss.png and prints both."""
     held_out, rows = None, 0
     if loader.held_out_rows:
-        _, micro = config.rank_rows(world.size)
+        _, micro = config.rank_rows(world.axes.rows.size)
         rows = min(config.train.final_rows or loader.held_out_rows, loader.held_out_rows)
         held_out = evaluate(state.model, loader, world, rows=rows, micro_batch=micro)
         tracker.log_evaluation(state.step, held_out._asdict())

@@ -33,7 +33,8 @@ def memory_per_rank(config: RunConfig, world_size: int) -> Memory:
     architecture = config.architecture
     counts = count(architecture)
     kept, computed = _BYTES[config.precision.parameters], _BYTES[config.precision.compute]
-    _, shards = config.parallel.degrees(world_size)
+    degrees = config.parallel.degrees(world_size)
+    shards = degrees.dp_shard
     owned = -(-counts.total // shards)
     largest = max(layer.params for layer in counts.layers)
     tables = counts.embedding + counts.head + counts.norm
@@ -41,7 +42,7 @@ def memory_per_rank(config: RunConfig, world_size: int) -> Memory:
     gathered = (
         computed * (2 * largest + tables) if shards > 1 else computed * counts.total * (computed < kept)
     )
-    tokens = config.rank_rows(world_size)[1] * config.data.sequence_length
+    tokens = config.rank_rows(degrees.rows)[1] * config.data.sequence_length
     layers = range(architecture.model.depth)
     activations = sum(activation_bytes(architecture, layer, element_bytes=computed) for layer in layers)
     # The loss holds some rows of logits at a time, and the gradient of the whole head in float32.

@@ -9,6 +9,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
 from conf.errors import ConfigError, Violation
+from parallel.apply import Parallel
+from parallel.placement import held_boxes
+from parallel.world import World
 from train.fields import AdamwConfig
 
 
@@ -20,7 +23,9 @@ def build_optimizer(model: nn.Module, config: AdamwConfig) -> AdamW:
 
     Raises ConfigError for a pattern of optim.lr_scales that no parameter fits.
     """
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float, int], list[nn.Parameter]] = {}
+    # One update over many tensors takes those of one mesh only.
+    meshes: list[object] = []
     fitting: set[str] = set()
     for name, parameter in model.named_parameters():
         patterns = [pattern for pattern in config.lr_scales if fnmatchcase(name, pattern)]
@@ -29,7 +34,9 @@ def build_optimizer(model: nn.Module, config: AdamwConfig) -> AdamW:
         parameter.requires_grad_(scale > 0)
         if scale:
             is_decayed = parameter.ndim >= 2 and not name.startswith("embed.")
-            groups.setdefault((is_decayed, scale), []).append(parameter)
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            meshes += [mesh] * (mesh not in meshes)
+            groups.setdefault((is_decayed, scale, meshes.index(mesh)), []).append(parameter)
     unused = [pattern for pattern in config.lr_scales if pattern not in fitting]
     if unused:
         names = [name for name, _ in model.named_parameters()]
@@ -40,7 +47,7 @@ def build_optimizer(model: nn.Module, config: AdamwConfig) -> AdamW:
     return AdamW(
         [
             {"params": parameters, "weight_decay": config.weight_decay * is_decayed, "lr_scale": scale}
-            for (is_decayed, scale), parameters in sorted(
+            for (is_decayed, scale, _), parameters in sorted(
                 groups.items(), key=lambda item: item[0], reverse=True
             )
         ],
@@ -51,11 +58,17 @@ def build_optimizer(model: nn.Module, config: AdamwConfig) -> AdamW:
     )
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """The Euclidean norm of all gradients together, over all ranks, in float32 at least."""
-    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+def gradient_norm(built: Parallel, world: World) -> Tensor:
+    """The Euclidean norm of all gradients together, over all ranks, each number counted once; in float64."""
+    blocks: dict[int, list[Tensor]] = {}
+    for name, parameter in built.model.named_parameters():
+        if parameter.grad is not None:
+            for block, box in held_boxes(parameter.grad, built.placements[name]):
+                blocks.setdefault(box.sharers, []).append(block)
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    for sharers, parts in blocks.items():
+        total += torch.stack([part.norm() for part in parts]).double().square().sum() / sharers
+    return (world.sum(total) / world.axes.dp_replicate.size).sqrt()
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, limit: float) -> None:

@@ -11,7 +11,6 @@ import xxhash
 
 from conf.errors import ConfigError, NumericsError, Violation, as_storage_error
 from data.loader import Batch, Loader
-from model.language_model import LanguageModel
 from parallel.apply import build_parallel
 from parallel.world import World, open_world
 from train.checkpoint.atomic import write_atomically
@@ -63,7 +62,7 @@ def run_in_world(config: RunConfig, world: World, interrupt: Interrupt) -> None:
         directory / CHECKPOINTS, keep=config.checkpoint.keep, rank=world.rank, size=world.size
     )
     if not resume(state, store, loader, world) and config.train.start is not None:
-        fresh = start_from(state.model, Path(config.train.start), config.train.fresh)
+        fresh = start_from(state.built, Path(config.train.start), config.train.fresh)
         if world.rank == 0:
             print(
                 f"began from {config.train.start}, {len(fresh)} parameters from their first values",
@@ -94,13 +93,14 @@ def train(
     """The loop. True when the last step is done, False when a request to stop came first."""
     directory = Path(config.run.dir)
     meter = Meter(config, world.device, world.size)
-    rows, micro = config.rank_rows(world.size)
-    upcoming = loader.prefetch(state.cursor + world.rank * rows, rows)
+    rows, micro = config.rank_rows(world.axes.rows.size)
+    first = world.axes.rows.rank * rows
+    upcoming = loader.prefetch(state.cursor + first, rows)
     while state.step < config.train.steps:
         meter.start_step()
         batch = upcoming.result()
         # Read while this step computes.
-        upcoming = loader.prefetch(state.cursor + config.train.global_batch + world.rank * rows, rows)
+        upcoming = loader.prefetch(state.cursor + config.train.global_batch + first, rows)
         meter.end_data()
         samples = digest_samples(batch, world)
         result = train_step(state, batch, config, world)
@@ -176,13 +176,11 @@ def open_data(config: RunConfig, rank: int) -> Loader:
 
 def build_state(config: RunConfig, world: World) -> TrainState:
     """The state before the first step: the same weights for every layout."""
-    with torch.device("meta"):
-        model = LanguageModel(config.architecture, getattr(torch, config.precision.compute))
-    model.to(getattr(torch, config.precision.parameters))
-    model = build_parallel(model, config.parallel, world, config.train.seed)
+    dtypes = (getattr(torch, config.precision.parameters), getattr(torch, config.precision.compute))
+    built = build_parallel(config.architecture, dtypes, config.parallel, world, config.train.seed)
     # Dropout differs between ranks, weights do not.
     torch.manual_seed(config.train.seed * 100_003 + world.rank)
-    return TrainState(model, build_optimizer(model, config.optim))
+    return TrainState(built, build_optimizer(built.model, config.optim))
 
 
 def save(state: TrainState, store: CheckpointStore, loader: Loader, world: World) -> None:

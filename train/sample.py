@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
     print(f"step {step} of {command.run}", file=sys.stderr)
     sample = SampleConfig(prompt=command.prompt, tokens=command.tokens, temperature=command.temperature)
     train = config.train.model_copy(update={"seed": command.seed})
-    world = World(0, 1, torch.device("cpu"), None)
+    world = World.alone(torch.device("cpu"))
     tokenizer = load_tokenizer(Path(config.data.directory) / TOKENIZER)
     print(sample_text(model, tokenizer, config.model_copy(update={"sample": sample, "train": train}), world))
 

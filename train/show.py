@@ -10,8 +10,8 @@ from train.track.report import print_table
 def show_config(config: RunConfig, world_size: int) -> None:
     """Prints sizes, layout, data, optimizer and parallelism of the run."""
     counts = count(config.architecture)
-    replicate, shard = config.parallel.degrees(world_size)
-    optim, train, (_, micro) = config.optim, config.train, config.rank_rows(world_size)
+    degrees = config.parallel.degrees(world_size)
+    optim, train, (_, micro) = config.optim, config.train, config.rank_rows(degrees.rows)
     print_table(
         "Run",
         {
@@ -23,7 +23,7 @@ def show_config(config: RunConfig, world_size: int) -> None:
             "steps": f"{train.steps:,} ({tokens_of(config):,} tokens)",
             "optimizer": f"{optim.kind}, lr {optim.lr:g}, {config.schedule.kind}, clip {optim.clip_norm:g}",
             "precision": f"{config.precision.compute}, weights {config.precision.parameters}",
-            "ranks": f"{world_size} = dp_replicate {replicate} x dp_shard {shard}",
+            "ranks": degrees.describe(),
         },
     )
 

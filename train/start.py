@@ -5,16 +5,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from conf.errors import CheckpointError
 from model.hf.files import HubDirectory, shortened
+from parallel.apply import Parallel
 
 
 @torch.no_grad()
-def start_from(model: nn.Module, directory: Path, fresh: Sequence[str]) -> list[str]:
-    """Copies the weights in `directory` into a model, sharded or not; gives the names that it lacks.
+def start_from(built: Parallel, directory: Path, fresh: Sequence[str]) -> list[str]:
+    """Copies the weights in `directory` into a model in any layout; gives the names that it lacks.
 
     Only names that a pattern of `fresh` fits may be missing. Each process reads one tensor at a time and
     keeps its part. Mutates the model.
@@ -22,9 +21,10 @@ def start_from(model: nn.Module, directory: Path, fresh: Sequence[str]) -> list[
     Raises CheckpointError before anything is copied.
     """
     hub = HubDirectory(directory)
-    forms, state = hub.forms(), model.state_dict()
+    forms, state, placements = hub.forms(), built.model.state_dict(), built.placements
     kept = {name for name in state.keys() - forms.keys() if any(fnmatchcase(name, like) for like in fresh)}
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name in forms}
+    wholes = {name: placements.get(name, tensor) for name, tensor in state.items()}
+    shapes = {name: tuple(whole.shape) for name, whole in wholes.items() if name in forms}
     problems = {
         "missing": state.keys() - forms.keys() - kept,
         "unexpected": forms.keys() - state.keys(),
@@ -41,14 +41,8 @@ def start_from(model: nn.Module, directory: Path, fresh: Sequence[str]) -> list[
             "of the weights, or name new parameters in train.fresh"
         )
     for name, tensor in hub.tensors():
-        _copy(state[name], tensor)
+        if name in placements:
+            built.fill(name, state[name], tensor)
+        else:
+            state[name].copy_(tensor)
     return sorted(kept)
-
-
-def _copy(target: Tensor, value: Tensor) -> None:
-    if isinstance(target, DTensor):
-        value = value.to(target.device, target.dtype)
-        part = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
-        target.to_local().copy_(part.to_local())
-    else:
-        target.copy_(value)

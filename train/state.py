@@ -4,14 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.optim import AdamW
 
 from model.language_model import LanguageModel
+from parallel.apply import Parallel
 from parallel.world import World
 
 
@@ -23,31 +19,56 @@ class TrainState:
     skipped steps in a row without update.
     """
 
-    model: LanguageModel
+    built: Parallel
     optimizer: AdamW
     step: int = 0
     cursor: int = 0
     tokens: int = 0
     skipped: int = 0
 
+    @property
+    def model(self) -> LanguageModel:
+        """This rank's part of the model."""
+        return self.built.model
+
     def tensors(self, world: World) -> dict[str, Any]:
-        """Weights, expert biases, optimizer state and this rank's random state, for sharded storage."""
+        """Weights, expert biases, optimizer state and this rank's random state, for sharded storage.
+
+        Mutates the optimizer: moments that it has not made yet are made, as zeros.
+        """
         random = {"cpu": torch.get_rng_state()}
         if world.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state()
+        placements, stored = self.built.placements, self.built.stored
         return {
-            "model": get_model_state_dict(self.model),
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+            "model": {
+                name: stored(name, value) if name in placements else value
+                for name, value in self.model.state_dict().items()
+            },
+            "optimizer": {"state": self._moments()},
             "random": {f"rank_{world.rank}_of_{world.size}": random},
         }
+
+    def _moments(self) -> dict[str, dict[str, torch.Tensor]]:
+        trained = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
+        found = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter in trained:
+                state = self.optimizer.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+                    state["exp_avg"] = torch.zeros_like(parameter.detach())
+                    state["exp_avg_sq"] = torch.zeros_like(parameter.detach())
+                moments = {key: self.built.stored(name, state[key]) for key in ("exp_avg", "exp_avg_sq")}
+                found[name] = {"step": state["step"], **moments}
+        return found
 
     def counters(self) -> dict[str, int]:
         """What is not a tensor, for the manifest."""
         return {"step": self.step, "cursor": self.cursor, "tokens": self.tokens, "skipped": self.skipped}
 
     def restore(self, tensors: dict[str, Any], counters: dict[str, int], world: World) -> None:
-        """Takes over what was loaded into the result of `tensors`. Weights were loaded in place."""
-        set_optimizer_state_dict(self.model, self.optimizer, tensors["optimizer"])
+        """Takes over what was loaded into the result of `tensors`; weights and moments were, in place."""
         random = tensors["random"][f"rank_{world.rank}_of_{world.size}"]
         torch.set_rng_state(random["cpu"])
         if world.device.type == "cuda":

@@ -44,7 +44,7 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World)
     targets = world.sum((batch.targets != IGNORED).sum().to(world.device))
     batch = to_device(batch, world.device)
     tokens = config.train.global_batch * batch.tokens.shape[1]
-    _, micro = config.rank_rows(world.size)
+    _, micro = config.rank_rows(world.axes.rows.size)
     draw = draw_of(config.train.seed, state.step)
     total: Losses | None = None
     for start in range(0, batch.tokens.shape[0], micro):
@@ -60,15 +60,14 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World)
     cross_entropy = total.cross_entropy / targets.clamp(min=1)
 
     lr = config.optim.lr * lr_factor(config.schedule, state.step, config.train.steps)
-    parameters = list(state.model.parameters())
-    norm = gradient_norm(parameters)
+    norm = gradient_norm(state.built, world)
     # The step waits for the device here: whether to update must be known.
     loss_value, norm_value, count = float(cross_entropy), float(norm), int(targets)
     is_skipped = not (math.isfinite(loss_value) and math.isfinite(norm_value))
     if not is_skipped:
         for group in state.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        clip_gradients(parameters, norm, config.optim.clip_norm)
+        clip_gradients(state.model.parameters(), norm, config.optim.clip_norm)
         state.optimizer.step()
         state.model.update_expert_biases(total.load)
     state.optimizer.zero_grad()

@@ -464,6 +464,7 @@ def interval_attention(
     Raises ValueError for dims above MAX_DIM.
     """
     q, keys, spec = key_sets(q, k, v, far_k, far_v, spec)
+    sinks = None if sinks is None else sinks.contiguous()
     out, lse = cast(tuple[Tensor, Tensor], IntervalAttention.apply(q, *keys, sinks, spec))
     return out, lse
 

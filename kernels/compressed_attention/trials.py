@@ -17,6 +17,7 @@ from kernels.compressed_attention.triton import (
 )
 from kernels.compressed_attention.triton_selected import joint_selected_triton
 from kernels.document_windows import document_windows
+from kernels.selected_attention.trials import WIDE_NEWEST
 from kernels.selected_attention.triton import Tiles as SelectedTiles
 from kernels.trial import Outputs, Setting, Subject, Trial, Work
 
@@ -212,5 +213,6 @@ SUBJECTS = (
         lambda tokens: JointPacked(JointCase(1, tokens, 64, 512, 4, 128, 512)),
         draw_selected,
         work_of_selected,
+        WIDE_NEWEST,
     ),
 )

@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 from kernels.delta_rule import CASES, Case
 from kernels.delta_rule.reference import gated_delta_rule_recurrent
 from kernels.delta_rule.triton import gated_delta_rule_triton
-from kernels.linear_attention.trials import WIDE, small_tiles
+from kernels.linear_attention.trials import WIDE_NEWEST, small_tiles
 from kernels.trial import Setting, Subject, Trial, Work
 
 
@@ -61,6 +61,6 @@ def _kimi(tokens: int) -> Case:
 
 
 SUBJECTS = (
-    Subject("delta_rule.head", CASES, _qwen, draw_of("head"), work, WIDE),
-    Subject("delta_rule.channel", CASES, _kimi, draw_of("channel"), work, WIDE),
+    Subject("delta_rule.head", CASES, _qwen, draw_of("head"), work),
+    Subject("delta_rule.channel", CASES, _kimi, draw_of("channel"), work, WIDE_NEWEST),
 )

@@ -102,6 +102,6 @@ SUBJECTS = (
         ),
         draw,
         work,
-        {"experts_down_grad": "triton 3.9 alone: 128 registers, so that two programs share a core"},
+        {"experts_down_grad@3.9": "128 registers, so that two programs share a core"},
     ),
 )

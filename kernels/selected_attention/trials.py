@@ -90,8 +90,10 @@ WIDE = {
     "selected_forward": "the outputs of 64 heads by 512 dims fill more than half of all registers",
     "selected_backward_q": "the gradients of 64 heads by 576 dims fill more than half of all registers",
 }
+# With heads of 512 dims the older release keeps all of it in registers.
+WIDE_NEWEST = {f"{kernel}@3.9": reason for kernel, reason in WIDE.items()}
 SUBJECTS = (
     Subject("selected_attention.dsa", SMALL, dsa, draw, work, WIDE),
-    Subject("selected_attention.csa", (), csa, draw, work),
+    Subject("selected_attention.csa", (), csa, draw, work, WIDE_NEWEST),
     Subject("selected_attention.in_order", SMALL[2:], dsa, draw_in_order, work, WIDE),
 )

@@ -531,6 +531,7 @@ def selected_attention_triton(
     values = values if values is None or values.stride(3) == 1 else values.contiguous()
     tiles = tiles or tiles_for(q.shape[2] // k.shape[2])
     form = Form(scale, value_dim if shared else None, is_deterministic, tiles)
+    sinks = None if sinks is None else sinks.contiguous()
     out = SelectedAttentionTriton.apply(q, k, values, sinks, selection.contiguous(), form)
     return cast(tuple[Tensor, Tensor], out)
 

@@ -8,6 +8,7 @@ from kernels.experts import ExpertBiases, ExpertForm, routed_experts
 from model.ffn import FeedForward
 from model.linear import Initial, Linear
 from model.moe.config import MoeConfig
+from model.moe.dispatch import Dispatch, here
 from model.moe.router import Router, Routing
 
 
@@ -21,6 +22,8 @@ class Experts(nn.Module):
             activation.kind, activation.limit_at(layer), activation.clamps_product, config.scales_input
         )
         self.num_idle = config.num_zero_experts
+        # Set from outside where other ranks hold experts too.
+        self.dispatch: Dispatch = here
         self.gate_up = nn.Parameter(torch.empty(experts, activation.factors * hidden, width))
         self.down = nn.Parameter(torch.empty(experts, width, hidden))
         self.initial = {"gate_up": Initial("normal", 0.0, stds[0]), "down": Initial("normal", 0.0, stds[1])}
@@ -34,6 +37,9 @@ class Experts(nn.Module):
         self, x: Float[Tensor, "N D"], chosen: Int[Tensor, "N k"], weights: Float[Tensor, "N k"]
     ) -> Float[Tensor, "N D"]:
         """Weighted sum of the chosen experts of each token."""
+        return self.dispatch(x, chosen, weights, self._run)
+
+    def _run(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         gate_up, down = self.gate_up.to(x.dtype), self.down.to(x.dtype)
         biases = None
         if self.gate_up_bias is not None and self.down_bias is not None:

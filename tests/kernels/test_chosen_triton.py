@@ -26,7 +26,7 @@ SMALL = Tiles(16, 16, 1, 1)
 INDEX_TILES = indexer.Tiles(16, 16, 64, 16, 1)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     tokens=st.integers(1, 7),
     groups=st.sampled_from([1, 2]),

@@ -56,6 +56,9 @@ LAYOUTS = {
     "hybrid4": (4, ["parallel.dp_replicate=2", "train.micro_batch=1"]),
     "shard2-accumulate": (2, ["train.micro_batch=1", "parallel.reshard_after_forward=false"]),
     "accumulate": (1, ["train.micro_batch=1"]),
+    "expert2": (2, ["parallel.ep=2"]),
+    "expert2of4": (4, ["parallel.ep=2"]),
+    "expert2-hybrid": (4, ["parallel.dp_replicate=2", "parallel.ep=2"]),
 }
 
 

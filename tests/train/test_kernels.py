@@ -40,7 +40,7 @@ def test_a_model_names_the_families_that_it_uses() -> None:
 
 
 def test_a_wrong_kernel_stops_the_run_or_is_left_out(capsys) -> None:
-    world, families = World(0, 1, torch.device("cpu"), None), ["attention", "norm"]
+    world, families = World.alone(torch.device("cpu")), ["attention", "norm"]
     verdict = Verdict("attention.window", torch.bfloat16, "grad q", 0.3, 0.01)
     assert kernels.wrong_anywhere([], families, world) == []
     wrong = kernels.wrong_anywhere([verdict], families, world)

@@ -1,0 +1,57 @@
+"""A rank's part of a tensor in the form that checkpoints are written from and read into.
+
+Checkpoints know whole tensors only, so that any layout reads what any other has written.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from parallel.placement import Box, Placement, held_boxes
+
+
+class Stored(Tensor):
+    """A tensor with the shape of the whole and the memory of a part.
+
+    Speaks the protocol by which torch.distributed.checkpoint asks a tensor for its blocks. Reading mutates
+    the tensor that it was made of.
+    """
+
+    blocks: dict[tuple[int, ...], tuple[Tensor, Box]]
+
+    @staticmethod
+    def of(x: Tensor, placement: Placement) -> "Stored":
+        """The stored form of a parameter, or of what has its form, such as a moment of its optimizer."""
+        # No memory: all elements of the whole are one.
+        whole = torch.empty((), dtype=x.dtype).expand(placement.shape)
+        stored = Tensor._make_subclass(Stored, whole)
+        found = held_boxes(x.detach(), placement)
+        stored.blocks = {box.whole: (block, box) for block, box in found}
+        return stored
+
+    def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
+        """One item for each block."""
+        properties = TensorProperties(dtype=self.dtype)
+        return [
+            WriteItem(
+                MetadataIndex(fqn, torch.Size(corner)),
+                WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, properties, self.shape),
+            )
+            for corner, chunk in zip(self.blocks, self.__create_chunk_list__(), strict=True)
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        """Corner and sizes of each block in the whole."""
+        return [
+            ChunkStorageMetadata(torch.Size(corner), torch.Size(box.sizes))
+            for corner, (_, box) in self.blocks.items()
+        ]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        """The block at a corner, as a view."""
+        assert index.offset is not None, f"{index=}"
+        return self.blocks[tuple(index.offset)][0]
