@@ -42,6 +42,7 @@ class Block(nn.Module):
 
     def __init__(self, config: Architecture, layer: int, names: Layer) -> None:
         super().__init__()
+        self.layer, self.names = layer, names
         shape, width = config.model, config.model.width
         # Outputs that add to the residual stream start smaller, so that its scale does not grow with depth.
         stds = (shape.init_std, shape.init_std / (2 * shape.depth) ** 0.5)

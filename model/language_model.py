@@ -6,15 +6,15 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import embedding
 
-from kernels.cross_entropy import IGNORED, linear_cross_entropy
+from kernels.cross_entropy import IGNORED
 from kernels.cross_entropy import Form as LossForm
 from model.block import Block, Carry, Notes
 from model.config import Architecture
 from model.linear import Initial
 from model.mixer import Sequence
 from model.moe.router import Router
+from model.peers import Vocabulary, WholeVocabulary
 from model.prediction import Prediction, targets_ahead
 from model.residual import build_collapse, build_norm, open_streams
 
@@ -63,6 +63,8 @@ class LanguageModel(nn.Module):
     def __init__(self, config: Architecture, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config, self.dtype = config, dtype
+        # Set from outside where ranks share out the vocabulary.
+        self.vocabulary: Vocabulary = WholeVocabulary()
         shape, residual = config.model, config.residual
         self.embed = Table(shape.vocab_size, shape.width, shape.init_std)
         self.blocks = nn.ModuleList(Block(config, layer, names) for layer, names in enumerate(config.layers))
@@ -100,11 +102,12 @@ class LanguageModel(nn.Module):
 
     def _cross_entropy(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         form = LossForm(self.config.model.logit_cap, self.config.model.z_loss)
-        loss, z = linear_cross_entropy(x.flatten(0, 1), self._head_weight(), targets.flatten(), form)
+        loss, z = self.vocabulary.cross_entropy(x, self._head_weight(), targets, form)
         return loss - z, z
 
-    def _embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        x, scale = embedding(tokens, self.embed.weight).to(self.dtype), self.config.model.embedding_scale
+    def _embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B P D"]:
+        x = self.vocabulary.embed(tokens, self.embed.weight).to(self.dtype)
+        scale = self.config.model.embedding_scale
         return x if scale == 1.0 else x * scale
 
     def _hidden(self, sequence: Sequence) -> tuple[Float[Tensor, "B T D"], list[Notes]]:

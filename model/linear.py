@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm, linear
+from torch.nn.functional import layer_norm, linear, silu
 
 from kernels.norm import Gate, gated_rms_norm, rms_norm
+from model.peers import ALONE, Peers
 
 
 class Initial(NamedTuple):
@@ -49,6 +50,8 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if has_bias else None
+        # Set from outside where outputs of several ranks are summed.
+        self.bias_share = 1.0
         self.initial = {"weight": Initial("normal", 0.0, init_std)}
         if has_bias:
             self.initial["bias"] = Initial("constant", 0.0)
@@ -56,6 +59,8 @@ class Linear(nn.Module):
     def forward(self, x: Float[Tensor, "*N I"]) -> Float[Tensor, "*N O"]:
         """The product; accumulation is the device's own for the dtype of x."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
+        if bias is not None and self.bias_share != 1.0:
+            bias = bias * self.bias_share
         return linear(x, self.weight.to(x.dtype), bias)
 
 
@@ -68,8 +73,14 @@ class RMSNorm(nn.Module):
         self.initial = {"weight": Initial("constant", 0.0 if is_zero_centered else 1.0)}
         self.eps, self.is_zero_centered = eps, is_zero_centered
 
-    def forward(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
-        """Statistics and product in float32 at least; the result has the dtype of x."""
+    def forward(self, x: Float[Tensor, "*N D"], peers: Peers = ALONE) -> Float[Tensor, "*N D"]:
+        """Statistics and product in float32 at least; the result has the dtype of x.
+
+        With peers the root mean square is that of all shares.
+        """
+        if peers.size > 1:
+            weight = self.weight + 1.0 if self.is_zero_centered else self.weight
+            return (_normed(x, self.eps, peers) * weight).to(x.dtype)
         return rms_norm(x, self.weight, self.eps, is_zero_centered=self.is_zero_centered)
 
 
@@ -83,9 +94,24 @@ class GatedRMSNorm(nn.Module):
         self.eps = eps
         self.kind: Gate = kind
 
-    def forward(self, x: Float[Tensor, "*N D"], gate: Float[Tensor, "*N D"]) -> Float[Tensor, "*N D"]:
-        """Computed in float32 at least; the result has the dtype of the gate."""
+    def forward(
+        self, x: Float[Tensor, "*N D"], gate: Float[Tensor, "*N D"], peers: Peers = ALONE
+    ) -> Float[Tensor, "*N D"]:
+        """Computed in float32 at least; the result has the dtype of the gate.
+
+        With peers the root mean square is that of all shares.
+        """
+        if peers.size > 1:
+            wide = _normed(x, self.eps, peers)
+            activated = silu(gate.to(wide.dtype)) if self.kind == "silu" else gate.to(wide.dtype).sigmoid()
+            return (wide * self.weight * activated).to(gate.dtype)
         return gated_rms_norm(x, gate, self.weight[None], self.eps, kind=self.kind)
+
+
+def _normed(x: Float[Tensor, "*N D"], eps: float, peers: Peers) -> Float[Tensor, "*N D"]:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = peers.sum(wide.square().sum(-1, keepdim=True)) / (x.shape[-1] * peers.size)
+    return wide * (mean + eps).rsqrt()
 
 
 class LayerNorm(nn.Module):

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Annotated, Any, Literal, NamedTuple, Union
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import model.mixers
 from conf.compose import Config
+from model.peers import ALONE, Peers
 from model.rotary import RotaryScaling, rotary_table
 
 
@@ -99,6 +100,9 @@ class Mixed(NamedTuple):
 class Mixer(nn.Module, ABC):
     """Mixes along the sequence; everything else in a block works on each token alone."""
 
+    # Set from outside where other ranks hold other heads of the same tokens.
+    peers: Peers = ALONE
+
     # Whether forward takes the selection of an earlier layer as its third argument.
     shares_selection = False
 
@@ -112,6 +116,30 @@ class MixerConfig(Config, ABC):
 
     A subclass has a field `kind`, a literal of the mixer's name and its own default.
     """
+
+    # Fields that count what tensor parallelism shares out, and those of which ranks may share one.
+    spread: ClassVar[tuple[str, ...]] = ()
+    shared: ClassVar[tuple[str, ...]] = ()
+
+    def per_rank(self, degree: int) -> "MixerConfig":
+        """The config of what one of `degree` ranks of the tensor axis computes.
+
+        Raises ValueError where the degree does not fit, with the degrees that do.
+        """
+        legal = [n for n in range(1, self._most_ranks() + 1) if self._can_be_cut(n)]
+        if degree not in legal:
+            counts = ", ".join(f"{name} {getattr(self, name)}" for name in (*self.spread, *self.shared))
+            raise ValueError(f"{degree} ranks cannot share {counts}; legal are {', '.join(map(str, legal))}")
+        parts = {name: max(1, getattr(self, name) // degree) for name in (*self.spread, *self.shared)}
+        return self.model_copy(update=parts)
+
+    def _most_ranks(self) -> int:
+        return min((getattr(self, name) for name in self.spread), default=1)
+
+    def _can_be_cut(self, degree: int) -> bool:
+        counts = (getattr(self, name) for name in self.shared)
+        is_even = all(getattr(self, name) % degree == 0 for name in self.spread)
+        return is_even and all(count % degree == 0 or degree % count == 0 for count in counts)
 
     @abstractmethod
     def build(self, width: int, layer: int, depth: int, init_std: float) -> Mixer:

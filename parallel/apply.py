@@ -11,11 +11,13 @@ from model.config import Architecture
 from model.initial import draw, initial_values
 from model.language_model import LanguageModel
 from model.linear import Initial
+from parallel.axes import Axes
 from parallel.config import ParallelConfig
 from parallel.data import shard_data
 from parallel.expert import spread_experts
 from parallel.placement import Placement, held_boxes, undivided
 from parallel.stored import Stored
+from parallel.tensor import spread_tensors, sum_shared_gradients
 from parallel.world import World
 
 
@@ -33,6 +35,10 @@ class Parallel:
         """A parameter, or what has its form, as checkpoints take it."""
         is_whole = not isinstance(x, DTensor) and x.shape == self.placements[name].shape
         return x if is_whole else Stored.of(x, self.placements[name])
+
+    def sum_shared_gradients(self, axes: Axes) -> None:
+        """Sums what several ranks hold the same copy of, beyond data parallelism; once, after backward."""
+        sum_shared_gradients(self.model, self.placements, axes.tp)
 
     @torch.no_grad()
     def fill(self, name: str, x: Tensor, whole: Tensor) -> None:
@@ -57,12 +63,16 @@ def build_parallel(
     model.to(dtypes[0])
     initials = initial_values(model)
     placements = {name: undivided(parameter.shape) for name, parameter in model.named_parameters()}
+    if world.axes.tp.size > 1:
+        placements = spread_tensors(model, config, world.axes.tp)
     placements |= spread_experts(model, world.axes)
     if world.size > 1:
         reshard = parallel.reshard_after_forward
         shard_data(model, world.axes, world.device.type, reshard_after_forward=reshard)
     for router in model.routers():
         router.sum_load = world.sum_over_tokens
+        router.row_parts = world.axes.row.size
+        router.sum_row_load = world.sum_over_row
     model.to_empty(device=world.device)
     built = Parallel(model, placements)
     _initialise(built, initials, seed)

@@ -66,7 +66,8 @@ class Axes:
 
     rows: the ranks with other rows of the batch, dp_replicate x dp_shard. shard: those that share a copy of
     the dense weights, dp_shard x cp. edp: those that share a copy of the same experts, dp_shard x cp x tp
-    over ep. tokens: all ranks of the same pipeline stage.
+    over ep. row: those with other tokens of the same rows,
+    cp x tp. tokens: all ranks of the same pipeline stage.
     """
 
     degrees: Degrees
@@ -79,6 +80,7 @@ class Axes:
     edp: Axis
     rows: Axis
     shard: Axis
+    row: Axis
     tokens: Axis
 
 
@@ -101,6 +103,7 @@ def open_axes(degrees: Degrees, rank: int, opener: Opener = open_group) -> Axes:
         "tp": ("tp",),
         "rows": ("dp_replicate", "dp_shard"),
         "shard": ("dp_shard", "cp"),
+        "row": ("cp", "tp"),
         "tokens": ORDER[1:],
     }
     made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}

@@ -60,6 +60,7 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World)
     cross_entropy = total.cross_entropy / targets.clamp(min=1)
 
     lr = config.optim.lr * lr_factor(config.schedule, state.step, config.train.steps)
+    state.built.sum_shared_gradients(world.axes)
     norm = gradient_norm(state.built, world)
     # The step waits for the device here: whether to update must be known.
     loss_value, norm_value, count = float(cross_entropy), float(norm), int(targets)

@@ -20,6 +20,8 @@ class AttnConfig(MixerConfig):
     """Fields of grouped-query softmax attention."""
 
     kind: Literal["attn"] = "attn"
+    spread = ("num_heads",)
+    shared = ("num_key_heads",)
     num_heads: int = Field(ge=1)
     num_key_heads: int = Field(ge=1)
     head_dim: int = Field(ge=2)
@@ -175,7 +177,7 @@ class Attn(Mixer):
         """Heads apart; normed, clipped, rotated and scaled as the fields say."""
         config = self.config
         if config.qk_norm == "all_heads":
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm(q, self.peers), self.k_norm(k, self.peers)
         if config.clip is not None:
             q, k, v = (part.clamp(-config.clip, config.clip) for part in (q, k, v))
         q, k = (part.unflatten(-1, (-1, config.head_dim)) for part in (q, k))

@@ -17,6 +17,7 @@ class ConvConfig(MixerConfig):
     """Fields of the gated short convolution."""
 
     kind: Literal["conv"] = "conv"
+    spread = ("num_channels",)
     num_channels: int = Field(ge=1)
     conv_width: int = Field(ge=2)
 

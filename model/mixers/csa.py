@@ -120,5 +120,6 @@ class Csa(SharedKeyMixer):
         out = self._write(out, sequence)
         if not config.index_loss:
             return Mixed(out)
-        loss = index_loss_of_chosen(index_q, index_k, weight, selected, mass)
-        return Mixed(out, {"index": config.index_loss * loss})
+        # Ranks with other heads compute the same loss: each counts its share.
+        loss = index_loss_of_chosen(index_q, index_k, weight, selected, self.peers.sum(mass))
+        return Mixed(out, {"index": config.index_loss / self.peers.size * loss})

@@ -173,8 +173,9 @@ class Dsa(LatentMixer):
             # The tokens of the open pool, at the end, are no entry.
             shares = shares[..., : entries.shape[2] * self.config.index_pool]
             shares = shares.unflatten(2, (-1, self.config.index_pool)).sum(3)
-        loss = index_loss_of_chosen(index.q, index.k, index.weights, entries, shares)
-        return Mixed(self._out(inside), {"index": self.config.index_loss * loss}, selection)
+        # Ranks with other heads compute the same loss: each counts its share.
+        loss = index_loss_of_chosen(index.q, index.k, index.weights, entries, self.peers.sum(shares))
+        return Mixed(self._out(inside), {"index": self._index_loss * loss}, selection)
 
     def _dense(self, x: Tensor, latents: Latents, sequence: Sequence) -> Tensor | Mixed:
         keys, values = self.keys_values(latents)
@@ -188,15 +189,19 @@ class Dsa(LatentMixer):
             index.q,
             index.k,
             index.weights,
-            latents.q.detach(),
-            keys.detach(),
-            lse.detach(),
+            self.peers.join(latents.q.detach(), 2),
+            self.peers.join(keys.detach(), 2),
+            self.peers.join(lse.detach(), 2),
             scale=scale,
             last=index.last,
             size=self.config.index_pool,
             document=document,
         )
-        return Mixed(out, {"index": self.config.index_loss * loss})
+        return Mixed(out, {"index": self._index_loss * loss})
+
+    @property
+    def _index_loss(self) -> float:
+        return self.config.index_loss / self.peers.size
 
     def _index(self, x: Tensor, latents: Latents, sequence: Sequence) -> Index:
         config = self.config

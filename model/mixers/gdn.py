@@ -23,6 +23,8 @@ class GdnConfig(MixerConfig):
     """Fields of Gated DeltaNet."""
 
     kind: Literal["gdn"] = "gdn"
+    spread = ("num_value_heads",)
+    shared = ("num_key_heads",)
     num_key_heads: int = Field(ge=1)
     num_value_heads: int = Field(ge=1)
     key_dim: int = Field(ge=1)

@@ -26,6 +26,7 @@ from model.rotary import RotaryScaling, rotary_table
 class SharedKeyConfig(MixerConfig):
     """Fields of attention with one shared key, low-rank queries and a grouped low-rank output."""
 
+    spread = ("num_heads", "output_groups")
     num_heads: int = Field(ge=1)
     head_dim: int = Field(ge=2)
     query_rank: int = Field(ge=1)

@@ -20,6 +20,7 @@ class KdaConfig(MixerConfig):
     """Fields of Kimi Delta Attention."""
 
     kind: Literal["kda"] = "kda"
+    spread = ("num_heads",)
     num_heads: int = Field(ge=1)
     key_dim: int = Field(ge=1)
     value_dim: int = Field(ge=1)

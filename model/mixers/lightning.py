@@ -13,12 +13,14 @@ from kernels.linear_attention import linear_attention
 from kernels.rotary import rotate
 from model.linear import GatedRMSNorm, Initial, Linear, RMSNorm
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
+from model.peers import ALONE
 
 
 class LightningConfig(MixerConfig):
     """Fields of linear attention with decay."""
 
     kind: Literal["lightning"] = "lightning"
+    spread = ("num_heads",)
     num_heads: int = Field(ge=1)
     key_dim: int = Field(ge=1)
     value_dim: int = Field(ge=1)
@@ -163,7 +165,9 @@ class Lightning(Mixer):
             q = q * config.key_dim**-0.5
         out, _ = linear_attention(q, k, v, self._log_decay(x, rate), document=sequence.document)
         out = out.flatten(-2) if config.norm == "all_heads" else out
-        out = self.out_norm(out) if config.output_gate == "none" else self.out_norm(out, gate.view(out.shape))
+        peers = self.peers if config.norm == "all_heads" else ALONE
+        gates = () if config.output_gate == "none" else (gate.view(out.shape),)
+        out = self.out_norm(out, *gates, peers=peers)
         return self.out_proj(out.view(*x.shape[:2], -1))
 
     def _log_decay(
@@ -175,4 +179,5 @@ class Lightning(Mixer):
         if kind == "channel":
             return self.decay(self.decay_up_proj(self.decay_down_proj(x))).unflatten(-1, (heads, -1))
         wide = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
-        return fixed_log_decay(kind, heads, self.layer, self.depth, wide).expand(*x.shape[:2], -1)
+        decay = fixed_log_decay(kind, heads * self.peers.size, self.layer, self.depth, wide)
+        return decay.view(-1, heads)[self.peers.rank].expand(*x.shape[:2], -1)

@@ -19,6 +19,7 @@ class MambaConfig(MixerConfig):
     """Fields of Mamba."""
 
     kind: Literal["mamba"] = "mamba"
+    spread = ("num_channels",)
     num_channels: int = Field(ge=1)
     state_dim: int = Field(ge=1)
     dt_rank: int = Field(ge=1)
@@ -141,7 +142,7 @@ class Mamba(Mixer):
         config = self.config
         mixed, gate = self.in_proj(x).chunk(2, dim=-1)
         mixed = self.conv(mixed, sequence)
-        dt, k, q = self.x_proj(mixed).split(config._inner(), dim=-1)
+        dt, k, q = self.peers.sum(self.x_proj(mixed)).split(config._inner(), dim=-1)
         if config.has_inner_norm:
             dt, k, q = self.dt_norm(dt), self.k_norm(k), self.q_norm(q)
         step, rate = self.step(self.dt_proj(dt))

@@ -23,6 +23,7 @@ class Mamba2Config(MixerConfig):
     """Fields of Mamba-2."""
 
     kind: Literal["mamba2"] = "mamba2"
+    spread = ("num_heads", "num_key_heads")
     num_heads: int = Field(ge=1)
     num_key_heads: int = Field(ge=1)
     key_dim: int = Field(ge=1)

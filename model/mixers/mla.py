@@ -18,6 +18,7 @@ from model.rotary import RotaryScaling
 class LatentConfig(MixerConfig):
     """Fields of every attention over a latent."""
 
+    spread = ("num_heads",)
     num_heads: int = Field(ge=1)
     query_latent_dim: int | None = Field(ge=1)
     latent_dim: int = Field(ge=1)

@@ -18,6 +18,8 @@ class MobaConfig(MixerConfig):
     """Fields of mixture of block attention."""
 
     kind: Literal["moba"] = "moba"
+    spread = ("num_heads",)
+    shared = ("num_key_heads",)
     num_heads: int = Field(ge=1)
     num_key_heads: int = Field(ge=1)
     head_dim: int = Field(ge=2)

@@ -21,6 +21,7 @@ class MsaConfig(MixerConfig):
     """Fields of block-sparse attention with an indexer."""
 
     kind: Literal["msa"] = "msa"
+    spread = ("num_heads", "num_key_heads")
     num_heads: int = Field(ge=1)
     num_key_heads: int = Field(ge=1)
     head_dim: int = Field(ge=2)

@@ -23,6 +23,7 @@ class NsaConfig(MixerConfig):
     """Fields of native sparse attention."""
 
     kind: Literal["nsa"] = "nsa"
+    spread = ("num_heads", "num_key_heads")
     num_heads: int = Field(ge=1)
     num_key_heads: int = Field(ge=1)
     key_dim: int = Field(ge=2)

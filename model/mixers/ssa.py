@@ -23,6 +23,7 @@ class SsaConfig(MixerConfig):
     """Fields of sparse attention trained along with full attention."""
 
     kind: Literal["ssa"] = "ssa"
+    spread = ("num_heads", "num_key_heads")
     num_heads: int = Field(ge=1)
     num_key_heads: int = Field(ge=1)
     head_dim: int = Field(ge=2)
@@ -112,7 +113,7 @@ class Ssa(Mixer):
             return self.out_proj((gate * stream(q, k, v, sequence)).flatten(-2))
         full, sparse = (gate * stream(q, k, v, sequence) for stream in (self._full, self._sparse))
         drawn = sparse if sequence.draw < config.sparse_share else full
-        losses = {"alignment": config.alignment_loss / self.depth * _apart(full, sparse)}
+        losses = {"alignment": config.alignment_loss / (self.depth * self.peers.size) * _apart(full, sparse)}
         return Mixed(self.out_proj(drawn.flatten(-2)), losses)
 
     def _full(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:

@@ -1,7 +1,7 @@
 """How tokens reach the experts that they chose."""
 
 from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 Compute: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
+@runtime_checkable
 class Dispatch(Protocol):
     """Brings tokens to experts, lets them compute, and brings the results back."""
 

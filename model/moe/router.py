@@ -62,6 +62,9 @@ class Router(nn.Module):
             self.reset_buffers()
         # The load of the whole global batch from that of this rank; set from outside where there are ranks.
         self.sum_load: Callable[[Tensor], Tensor] = _as_is
+        # The load of whole rows, where ranks hold parts of a row: how many, and their sum.
+        self.row_parts = 1
+        self.sum_row_load: Callable[[Tensor], Tensor] = _as_is
 
     @torch.no_grad()
     def reset_buffers(self) -> None:
@@ -112,10 +115,11 @@ class Router(nn.Module):
         # equations 17 to 20. A row at a time it is the same however rows are spread over micro-batches and
         # ranks; over the global batch, if the load is summed over it; over the local batch it is not.
         if config.balance_scope == "sequence":
-            balance = (load * (count / (k * length)) * shares.sum(1)).sum()
+            seen, length = self.sum_row_load(load), length * self.row_parts
+            balance = (seen * (count / (k * length)) * shares.sum(1)).sum()
         else:
             seen = load.sum(0)
-            seen = self.sum_load(seen) if config.balance_scope == "global" else seen
+            seen = self.sum_load(seen.clone()) if config.balance_scope == "global" else seen
             balance = (seen * (count / seen.sum()) * shares.sum((0, 1))).sum()
         z_loss = scores.new_zeros(())
         if config.z_loss:

@@ -1,0 +1,76 @@
+"""Who has the other heads of a mixer, and the other rows of the vocabulary: nobody, in one process."""
+
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from kernels.cross_entropy import Form, linear_cross_entropy
+
+
+@runtime_checkable
+class Peers(Protocol):
+    """Who has the other heads of a mixer that is cut over ranks."""
+
+    @property
+    def rank(self) -> int:
+        """Which share of the heads is here."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Into how many shares the heads are cut."""
+        ...
+
+    def sum(self, x: Tensor) -> Tensor:
+        """x summed over the shares; so is its gradient."""
+        ...
+
+    def join(self, x: Tensor, dim: int) -> Tensor:
+        """The x of all shares along a dim, in order, without a gradient."""
+        ...
+
+
+class Alone:
+    """All heads are here."""
+
+    rank, size = 0, 1
+
+    def sum(self, x: Tensor) -> Tensor:
+        """x itself."""
+        return x
+
+    def join(self, x: Tensor, dim: int) -> Tensor:
+        """x itself."""
+        return x
+
+
+ALONE = Alone()
+
+
+@runtime_checkable
+class Vocabulary(Protocol):
+    """How tokens become vectors, and hidden states losses."""
+
+    def embed(self, tokens: Int[Tensor, "B T"], weight: Float[Tensor, "M D"]) -> Float[Tensor, "B P D"]:
+        """The embeddings of the tokens that are here."""
+        ...
+
+    def cross_entropy(
+        self, x: Float[Tensor, "B P D"], weight: Float[Tensor, "M D"], targets: Int[Tensor, "B T"], form: Form
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """`linear_cross_entropy` of the tokens that are here."""
+        ...
+
+
+class WholeVocabulary:
+    """All tokens and the whole vocabulary are here."""
+
+    def embed(self, tokens: Tensor, weight: Tensor) -> Tensor:
+        """One row for each token."""
+        return embedding(tokens, weight)
+
+    def cross_entropy(self, x: Tensor, weight: Tensor, targets: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+        """Over all tokens."""
+        return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), form)

@@ -1,0 +1,161 @@
+"""One step of a model with every mixer, on one process and in any layout: the same losses and gradients."""
+
+from collections.abc import Sequence as Items
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from conf.compose import compose, group_options
+from model.config import Architecture
+from model.initial import draw, initial_values
+from model.language_model import LanguageModel, Losses
+from model.linear import Initial
+from model.mixer import Sequence
+from parallel.apply import Parallel, build_parallel
+from parallel.axes import Degrees, open_axes
+from parallel.config import ParallelConfig
+from parallel.placement import held_boxes
+from parallel.world import World
+from tests.architectures import SMALL
+
+ROWS, TOKENS = 4, 32
+SEED = 5
+# Counts that two and four ranks can share, and enough of every kind of layer.
+EVEN = (
+    "mixer.mla.num_heads=4",
+    "mixer.kda.num_heads=4",
+    "mixer.lightning.num_heads=4",
+    "mixer.mamba2.num_key_heads=2",
+    "mixer.hca.output_groups=2",
+    "moe.balance_loss=0.01",
+    "moe.z_loss=0.01",
+    "model.z_loss=0.001",
+)
+
+
+class Batch(NamedTuple):
+    """Rows of packed documents."""
+
+    tokens: Tensor
+    targets: Tensor
+    document: Tensor
+    position: Tensor
+
+
+def batch_of(vocabulary: int) -> Batch:
+    """Documents of all lengths, other ones in each row, and targets that are missing at their ends."""
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(vocabulary, (ROWS, TOKENS), generator=generator)
+    document = (torch.rand(ROWS, TOKENS, generator=generator) < 0.1).long().cumsum(1)
+    document[-1] = 0
+    is_start = torch.nn.functional.pad(document.diff(dim=1) != 0, (1, 0), value=True)
+    index = torch.arange(TOKENS).expand(ROWS, -1)
+    position = index - torch.where(is_start, index, 0).cummax(1).values
+    targets = tokens.roll(-1, 1).masked_fill(is_start.roll(-1, 1), -100)
+    return Batch(tokens, targets, document, position)
+
+
+def architecture_of(overrides: Items[str] = (), mixers: Items[str] | None = None) -> Architecture:
+    """A model with a layer of each mixer, dense and mixture of experts in turn."""
+    names = list(mixers or sorted(group_options("mixer"), key=lambda name: name == "dsa_shared"))
+    pattern = (
+        f"layout.pattern={' '.join(names)}",
+        f"model.depth={len(names)}",
+        "layout.ffn.pattern=moe dense",
+    )
+    return compose([*SMALL, *EVEN, *pattern, *overrides], Architecture)
+
+
+def value_of(name: str, initial: Initial, shape: torch.Size) -> Tensor:
+    """The whole of a parameter: near its first value, and never constant."""
+    generator = torch.Generator().manual_seed(sum(name.encode()) + 7 * len(name))
+    return draw(name, initial, shape, SEED).double() + 0.1 * torch.randn(shape, generator=generator).double()
+
+
+class Result(NamedTuple):
+    """Losses of the global batch, and gradients of whole parameters by name."""
+
+    losses: dict[str, Tensor]
+    grads: dict[str, Tensor]
+
+
+def objective_of(losses: Losses, targets: int) -> Tensor:
+    """The number whose gradient a step takes."""
+    total = (losses.cross_entropy + losses.prediction + losses.logit_z) / targets
+    return total + sum(losses.auxiliary.values(), total.new_zeros(())) / (ROWS * TOKENS)
+
+
+def named(losses: Losses) -> dict[str, Tensor]:
+    """Losses by name, detached."""
+    parts: dict[str, Any] = losses._asdict() | losses.auxiliary
+    return {name: part.detach() for name, part in parts.items() if isinstance(part, Tensor)}
+
+
+def alone(config: Architecture) -> Result:
+    """One process, without anything of parallel/."""
+    model = LanguageModel(config, torch.float64).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(value_of(name, initial_values(model)[name], parameter.shape))
+    batch = batch_of(config.model.vocab_size)
+    losses = model.loss(batch.tokens, batch.targets, Sequence(batch.position, batch.document, batch.tokens))
+    objective_of(losses, int((batch.targets != -100).sum())).backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return Result(named(losses), grads)
+
+
+def build(config: Architecture, degrees: Degrees, rank: int) -> tuple[Parallel, World]:
+    """This rank's part with the values of `alone`."""
+    world = World(rank, degrees.size, torch.device("cpu"), open_axes(degrees, rank))
+    settings = {"data": "fsdp", "dp_replicate": degrees.dp_replicate, "dp_shard": degrees.dp_shard}
+    parallel = ParallelConfig(**settings, ep=degrees.ep, reshard_after_forward=True, timeout_seconds=60)
+    built = build_parallel(config, (torch.float64, torch.float64), parallel, world, SEED)
+    with torch.device("meta"):
+        initials = initial_values(LanguageModel(config))
+    for name, parameter in built.model.named_parameters():
+        built.fill(name, parameter, value_of(name, initials[name], built.placements[name].shape))
+    return built, world
+
+
+def on_rank(
+    rank: int, size: int, config: Architecture, degrees: Degrees
+) -> tuple[dict[str, Tensor], list[Any]]:
+    """Losses summed over ranks, and the blocks of gradients that this rank holds."""
+    built, world = build(config, degrees, rank)
+    batch = batch_of(config.model.vocab_size)
+    targets = int((batch.targets != -100).sum())
+    own = slice(world.axes.rows.rank, None, world.axes.rows.size)
+    batch = Batch(*(part[own] for part in batch))
+    sequence = Sequence(batch.position, batch.document, batch.tokens)
+    losses = built.model.loss(batch.tokens, batch.targets, sequence)
+    objective_of(losses, targets).backward()
+    built.sum_shared_gradients(world.axes)
+    found = named(losses)
+    for part in found.values():
+        dist.all_reduce(part)
+    blocks = []
+    for name, parameter in built.model.named_parameters():
+        if parameter.grad is not None:
+            held = held_boxes(parameter.grad, built.placements[name])
+            blocks += [(name, box, block.clone()) for block, box in held]
+    return found, blocks
+
+
+def assembled(reference: Result, ranks: list[tuple[dict[str, Tensor], list[Any]]]) -> Result:
+    """Whole gradients; raises AssertionError where two ranks hold different copies or a part is missing."""
+    grads = {name: torch.full_like(grad, torch.nan) for name, grad in reference.grads.items()}
+    for _, blocks in ranks:
+        for name, box, block in blocks:
+            whole = box.of_whole(grads[name])
+            assert bool(((whole == block) | whole.isnan()).all()), f"copies of {name} differ"
+            whole.copy_(block)
+    return Result(ranks[0][0], grads)
+
+
+def apart(found: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest number."""
+    if expected.numel() == 0:
+        return 0.0
+    return ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-3)).item()

@@ -1,0 +1,25 @@
+"""Any layout gives the losses and gradients of one process, for every mixer at once, in float64."""
+
+import pytest
+
+from parallel.axes import Degrees
+from tests.parallel.layouts import alone, apart, architecture_of, assembled, on_rank
+from tests.worlds import run_world
+
+LIMIT = 1e-11
+LAYOUTS = {
+    "tp2": Degrees(tp=2),
+    "tp2-ep2": Degrees(tp=2, ep=2),
+    "tp2-dp2-ep4": Degrees(dp_shard=2, tp=2, ep=4),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_equals_one_process(layout: str) -> None:
+    config, degrees = architecture_of(), LAYOUTS[layout]
+    reference = alone(config)
+    found = assembled(reference, run_world(degrees.size, on_rank, config, degrees))
+    off = {name: apart(part, reference.losses[name]) for name, part in found.losses.items() if name != "load"}
+    off |= {name: apart(found.grads[name], grad) for name, grad in reference.grads.items()}
+    wrong = {name: distance for name, distance in off.items() if not distance < LIMIT}
+    assert not wrong
