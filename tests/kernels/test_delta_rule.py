@@ -168,7 +168,7 @@ def test_states_carry_over_with_decay_per_channel() -> None:
     ("name", "change"),
     [
         ("k", lambda x: (x[0], x[1][:, :-1], *x[2:])),
-        ("v", lambda x: (x[0], x[1], x[2][:, :, :3], *x[3:])),
+        ("log_decay", lambda x: (x[0], x[1], x[2][:, :, :3], *x[3:])),
         ("log_decay", lambda x: (*x[:3], x[3][:, :, :1], x[4])),
         ("log_decay", lambda x: (*x[:3], x[3][..., None].expand(-1, -1, -1, 3), x[4])),
         ("beta", lambda x: (*x[:4], x[4][:, :1])),

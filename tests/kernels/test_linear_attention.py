@@ -155,7 +155,7 @@ def test_bfloat16_in_bfloat16_out_with_a_float32_state() -> None:
     ("name", "change"),
     [
         ("k", lambda x: (x[0], x[1][:, :-1], *x[2:])),
-        ("v", lambda x: (x[0], x[1], x[2][:, :, :3], *x[3:])),
+        ("log_decay", lambda x: (x[0], x[1], x[2][:, :, :3], *x[3:])),
         ("log_decay", lambda x: (*x[:3], x[3][:, :, :1])),
         ("k", lambda x: (x[0], x[1].float(), *x[2:])),
         ("q", lambda x: tuple(part[:, :0] for part in x)),
