@@ -9,10 +9,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, silu
 
-from kernels.linear_attention import linear_attention
 from kernels.rotary import rotate
 from model.linear import GatedRMSNorm, Initial, Linear, RMSNorm
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
+from model.recurrence import LinearAttention
 
 
 class LightningConfig(MixerConfig):
@@ -161,10 +161,11 @@ class Lightning(Mixer):
             q, k = rotate(q, *table), rotate(k, *table)
         if config.has_scale:
             q = q * config.key_dim**-0.5
-        out, _ = linear_attention(q, k, v, self._log_decay(x, rate), document=sequence.document)
+        inputs = (q, k, v, self._log_decay(x, rate))
+        out = sequence.cut.recur(LinearAttention(), inputs, sequence.position, sequence.document)
         out = out.flatten(-2) if config.norm == "all_heads" else out
         out = self.out_norm(out) if config.output_gate == "none" else self.out_norm(out, gate.view(out.shape))
-        return self.out_proj(out.view(*x.shape[:2], -1))
+        return self.out_proj(out.reshape(*x.shape[:2], -1))
 
     def _log_decay(
         self, x: Float[Tensor, "B T D"], rate: Float[Tensor, "B T R"]

@@ -1,0 +1,174 @@
+"""Linear mixers on rows cut over ranks are those of one process, document by document; so are gradients."""
+
+from collections.abc import Sequence as Items
+from functools import cache
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.cut import Cut, View
+from model.mixer import Mixer, MixerConfig, Sequence
+from model.mixers.lightning import LightningConfig
+from parallel.axes import Axis, Degrees, open_axes
+from parallel.chunks import cut_row, whole_row
+from parallel.context import HeadTail
+from tests.architectures import randomise, small_architecture
+from tests.closeness import relative
+from tests.worlds import run_world
+
+WIDTH, DEPTH = 12, 3
+FIELDS = {
+    "gdn": ("gdn.num_key_heads=2", "gdn.num_value_heads=4", "gdn.key_dim=4", "gdn.value_dim=3"),
+    "gdn without decay": ("gdn.has_decay=false", "gdn.num_key_heads=1", "gdn.num_value_heads=3"),
+    "kda": ("kda.num_heads=2", "kda.key_dim=4", "kda.value_dim=3"),
+    "kda bounded": ("kda.decay=bounded_sigmoid", "kda.num_heads=3", "kda.key_dim=4", "kda.value_dim=3"),
+    "lightning": ("lightning.num_heads=3", "lightning.key_dim=4"),
+    "lightning retnet": ("lightning.decay=retnet", "lightning.rotary_dim=4"),
+    "lightning learned": ("lightning.decay=learned", "lightning.num_heads=4", "lightning.norm=per_head"),
+    "lightning channel": ("lightning.decay=channel", "lightning.num_heads=2", "lightning.output_gate=none"),
+    "mamba2": ("mamba2.num_heads=4", "mamba2.num_key_heads=2", "mamba2.key_dim=4", "mamba2.value_dim=3"),
+    "mamba": ("mamba.num_channels=10", "mamba.state_dim=3"),
+    "conv": ("conv.conv_width=5",),
+}
+
+
+class Chunks(HeadTail):
+    """The head-tail cut for mixers that take no view."""
+
+    def view(self, position: Tensor, document: Tensor | None, reach: int | None) -> View:
+        raise AssertionError("no linear mixer takes a view")
+
+
+class Case(NamedTuple):
+    """Rows of so many tokens, and where the documents of each row start."""
+
+    tokens: int
+    starts: tuple[tuple[int, ...], ...]
+
+
+# Chunks on 2, 3 and 4 ranks have 24, 16 and 12 tokens: documents of one token, and starts on cuts.
+PACKED = Case(96, ((0, 5, 24, 25, 70), (0, 48, 50)))
+ONE = Case(96, ((0,), (0,)))
+CASES = (PACKED, ONE, Case(24, (tuple(range(24)), tuple(range(0, 24, 3)))), Case(24, ((0, 7), (0, 1, 12))))
+
+
+@cache
+def config_of(name: str) -> MixerConfig:
+    kind, entries = name.split()[0], small_entries()
+    values = dict(field.split("=") for field in FIELDS[name])
+    fields = {key.removeprefix(f"{kind}."): value for key, value in values.items()}
+    return type(entries[kind]).model_validate(entries[kind].model_dump() | fields, strict=False)
+
+
+@cache
+def small_entries() -> dict[str, MixerConfig]:
+    return small_architecture().mixer
+
+
+def build(config: MixerConfig) -> Mixer:
+    """The mixer in float64, everything in it random, and with a memory of hundreds of tokens."""
+    torch.manual_seed(7)
+    mixer = config.build(WIDTH, 1, DEPTH, 0.02).double()
+    randomise(mixer)
+    with torch.no_grad():
+        for name, parameter in mixer.named_parameters():
+            if name in ("decay.bias", "step.bias") and not isinstance(config, LightningConfig):
+                parameter -= 4.0
+    return mixer
+
+
+def drawn(case: Case) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shape = (2, len(case.starts), case.tokens, WIDTH)
+    x, weight = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return x, weight
+
+
+def packed(case: Case) -> Sequence:
+    index = torch.arange(case.tokens)
+    rows = [(index[:, None] >= torch.tensor(starts)).sum(1) - 1 for starts in case.starts]
+    firsts = [torch.tensor(starts)[row] for starts, row in zip(case.starts, rows, strict=True)]
+    position = torch.stack([index - first for first in firsts])
+    document = None if max(map(len, case.starts)) == 1 else torch.stack(rows)
+    return Sequence(position, document, position)
+
+
+def outcome(mixer: Mixer, x: Tensor, weight: Tensor, sequence: Sequence) -> list[Tensor]:
+    """Output, gradient of x, gradients of the parameters."""
+    x = x.clone().requires_grad_()
+    out = mixer(x, sequence)
+    assert isinstance(out, Tensor)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), [x, *mixer.parameters()])]
+
+
+def alone(config: MixerConfig, case: Case) -> list[Tensor]:
+    """What comes out of one process that runs every document by itself."""
+    mixer, (x, weight) = build(config), drawn(case)
+    found: list[list[Tensor]] = []
+    for row, starts in enumerate(case.starts):
+        for start, end in zip(starts, (*starts[1:], case.tokens), strict=True):
+            part = slice(row, row + 1), slice(start, end)
+            sequence = Sequence.whole(torch.zeros(1, end - start, dtype=torch.long))
+            found.append(outcome(mixer, x[part], weight[part], sequence))
+    tokens = [torch.cat([part[i] for part in found], 1).view_as(x) for i in (0, 1)]
+    return tokens + [torch.stack(grads).sum(0) for grads in zip(*(part[2:] for part in found), strict=True)]
+
+
+def cut(sequence: Sequence, axis: Axis, how: Cut) -> Sequence:
+    document = None if sequence.document is None else cut_row(sequence.document, axis)
+    return Sequence(cut_row(sequence.position, axis), document, cut_row(sequence.tokens, axis), cut=how)
+
+
+def on_axis(axis: Axis, how: Cut, config: MixerConfig, case: Case) -> list[Tensor]:
+    x, weight = (cut_row(part, axis) for part in drawn(case))
+    out, grad, *grads = outcome(build(config), x, weight, cut(packed(case), axis, how))
+    return [whole_row(out, axis), whole_row(grad, axis), *grads]
+
+
+def on_rank(rank: int, size: int, jobs: Items[tuple[MixerConfig, Case]]) -> list[list[Tensor]]:
+    axis = open_axes(Degrees(cp=size), rank).cp
+    return [on_axis(axis, Chunks(axis), *job) for job in jobs]
+
+
+def summed(found: Items[list[Tensor]]) -> list[Tensor]:
+    """Outputs and gradients of x of one rank, which has all; gradients of parameters of all ranks."""
+    return found[0][:2] + [torch.stack(grads).sum(0) for grads in zip(*(f[2:] for f in found), strict=True)]
+
+
+def worst(found: Items[Tensor], expected: Items[Tensor]) -> float:
+    """The largest relative distance of two lists of tensors."""
+    return max(relative(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+@cache
+def alone_all() -> dict[tuple[str, Case], list[Tensor]]:
+    return {(name, case): alone(config_of(name), case) for name in FIELDS for case in CASES}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_one_process_packed_is_each_document_alone(name: str) -> None:
+    for case in CASES:
+        x, weight = drawn(case)
+        found = outcome(build(config_of(name)), x, weight, packed(case))
+        assert worst(found, alone_all()[name, case]) < 1e-12, case
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_two_chunks_of_one_process_are_each_document_alone(name: str) -> None:
+    axis = Axis("cp", 0, (0,), None)
+    for case in CASES:
+        found = on_axis(axis, Chunks(axis), config_of(name), case)
+        assert worst(found, alone_all()[name, case]) < 1e-12, case
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ranks_are_each_document_alone(size: int) -> None:
+    jobs = list(alone_all())
+    ranks = run_world(size, on_rank, [(config_of(name), case) for name, case in jobs])
+    distances = {
+        job: worst(summed([rank[place] for rank in ranks]), alone_all()[job])
+        for place, job in enumerate(jobs)
+    }
+    assert max(distances.values()) < 1e-12, distances
