@@ -41,13 +41,14 @@ class HeadTail(Cut):
         Two passes over the tokens forward, the first of them for the affine maps of the chunks. Four
         exchanges between all ranks, two of them in backward, of states and no tokens.
         """
-        chunks = tuple(split_chunks(x) for x in inputs)
-        document = None if document is None else split_chunks(document)
-        position = split_chunks(position)
+        chunks = tuple(self.chunks(x) for x in inputs)
+        document = None if document is None else self.chunks(document)
+        position = self.chunks(position)
         goes_on, passes = position[:, 0] > 0, position[:, -1] >= position.shape[1]
         with torch.no_grad():
             summary = recurrence.summarize(chunks, document)
         states, factors = start_states(recurrence, summary, passes, self.axis)
         states = states * goes_on.view(-1, *[1] * (states.ndim - 1))
         out, end = recurrence.run(chunks, document, states)
-        return join_chunks(pass_back(out, end, recurrence, summary.kept, goes_on, factors, self.axis))
+        out = pass_back(out, end, recurrence, summary.kept, goes_on, factors, self.axis)
+        return self.restore(out)

@@ -44,7 +44,7 @@ def delta_rule_summary(
     )
     start.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     out, end = gated_delta_rule(q, k, wide, log_decay, beta, document=document, state=start)
-    return DeltaSummary(*end.split([key_dim, value_dim], dim=-1), out[..., :key_dim].contiguous())
+    return DeltaSummary(end[..., :key_dim], end[..., key_dim:], out[..., :key_dim].contiguous())
 
 
 @checked

@@ -1,16 +1,22 @@
 """Linear mixers on rows cut over ranks are those of one process, document by document; so are gradients."""
 
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from kernels.choose import chosen
 from model.cut import Cut, View
 from model.mixer import Mixer, MixerConfig, Sequence
 from model.mixers.lightning import LightningConfig
+from model.recurrence import Recurrence
 from parallel.axes import Axis, Degrees, open_axes
 from parallel.chunks import cut_row, whole_row
 from parallel.context import HeadTail
@@ -121,9 +127,11 @@ def cut(sequence: Sequence, axis: Axis, how: Cut) -> Sequence:
     return Sequence(cut_row(sequence.position, axis), document, cut_row(sequence.tokens, axis), cut=how)
 
 
-def on_axis(axis: Axis, how: Cut, config: MixerConfig, case: Case) -> list[Tensor]:
+def on_axis(axis: Axis, how: Cut, config: MixerConfig, case: Case, shift: int = 0) -> list[Tensor]:
     x, weight = (cut_row(part, axis) for part in drawn(case))
-    out, grad, *grads = outcome(build(config), x, weight, cut(packed(case), axis, how))
+    sequence = cut(packed(case), axis, how)
+    sequence = replace(sequence, position=sequence.position + shift)
+    out, grad, *grads = outcome(build(config), x, weight, sequence)
     return [whole_row(out, axis), whole_row(grad, axis), *grads]
 
 
@@ -172,3 +180,154 @@ def test_ranks_are_each_document_alone(size: int) -> None:
         for place, job in enumerate(jobs)
     }
     assert max(distances.values()) < 1e-12, distances
+
+
+class NoHalo(Chunks):
+    """Convolutions start from zeros in every chunk."""
+
+    def before(self, x: Tensor, count: int) -> Tensor:
+        return torch.zeros_like(super().before(x, count))
+
+
+class RankOrder(Chunks):
+    """The two chunks of a rank are taken for each other."""
+
+    def chunks(self, x: Tensor) -> Tensor:
+        return super().chunks(x).unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+
+    def restore(self, x: Tensor) -> Tensor:
+        return super().restore(x.unflatten(0, (-1, 2)).flip(1).flatten(0, 1))
+
+
+class NoTransition(Chunks):
+    """A state ends with the chunk that wrote it."""
+
+    def recur(
+        self, recurrence: Recurrence, inputs: tuple[Tensor, ...], position: Tensor, document: Tensor | None
+    ) -> Tensor:
+        made = recurrence.factor
+        recurrence.factor = lambda *args: torch.zeros_like(made(*args))
+        return super().recur(recurrence, inputs, position, document)
+
+
+class NoStart(Chunks):
+    """Gradients of a state stop at the chunk that reads it."""
+
+    def recur(
+        self, recurrence: Recurrence, inputs: tuple[Tensor, ...], position: Tensor, document: Tensor | None
+    ) -> Tensor:
+        made = recurrence.start_gradient
+        recurrence.start_gradient = lambda *args: torch.zeros_like(made(*args))
+        return super().recur(recurrence, inputs, position, document)
+
+
+SAME = Case(96, ((0, 48), (0, 24)))
+
+
+class Fault(NamedTuple):
+    """A cut that does something wrong, positions moved by so much, and what must then be wrong."""
+
+    how: type[Chunks]
+    shift: int
+    case: Case
+    name: str
+    spoils_output: bool = True
+
+
+STATES = ("gdn", "kda", "lightning learned", "lightning channel", "mamba2", "mamba")
+FAULTS = (
+    *(Fault(NoHalo, 0, ONE, name) for name in ("gdn", "kda", "mamba2", "mamba", "conv")),
+    *(Fault(RankOrder, 0, ONE, name) for name in (*STATES, "conv")),
+    *(Fault(NoTransition, 0, ONE, name) for name in STATES),
+    *(Fault(NoStart, 0, ONE, name, spoils_output=False) for name in STATES),
+    # Positions that say that every chunk goes on with a document: starts at cuts are lost.
+    *(Fault(Chunks, 96, SAME, name) for name in (*STATES, "conv")),
+)
+
+
+def with_faults(rank: int, size: int, configs: dict[str, MixerConfig]) -> list[list[Tensor]]:
+    axis = open_axes(Degrees(cp=size), rank).cp
+    return [on_axis(axis, fault.how(axis), configs[fault.name], fault.case, fault.shift) for fault in FAULTS]
+
+
+def test_every_fault_shows() -> None:
+    found = run_world(2, with_faults, {name: config_of(name) for name in FIELDS})
+    for place, fault in enumerate(FAULTS):
+        expected = alone(config_of(fault.name), fault.case)
+        ours = summed([rank[place] for rank in found])
+        assert (relative(ours[0], expected[0]) > 1e-2) == fault.spoils_output, fault
+        assert worst(ours[1:], expected[1:]) > 1e-2, fault
+
+
+def moved_bytes(rank: int, size: int, configs: list[MixerConfig], lengths: list[int]) -> list[list[int]]:
+    """Bytes that this rank sends to others in forward and backward of each mixer, at each length."""
+    axis, sent = open_axes(Degrees(cp=size), rank).cp, [0]
+    move = dist.all_to_all_single
+
+    def counting(out: Tensor, x: Tensor, received: list[int], parts: list[int], **options: Any) -> None:
+        sent[0] += (x.shape[0] - parts[rank]) * x[:1].numel() * x.element_size()
+        move(out, x, received, parts, **options)
+
+    totals = []
+    with mock.patch.object(dist, "all_to_all_single", counting):
+        for config in configs:
+            mixer, totals_of_one = build(config), []
+            for tokens in lengths:
+                case, sent[0] = Case(tokens, ((0,), (0, 7))), 0
+                x, weight = (cut_row(part, axis) for part in drawn(case))
+                outcome(mixer, x, weight, cut(packed(case), axis, Chunks(axis)))
+                totals_of_one.append(sent[0])
+            totals.append(totals_of_one)
+    return totals
+
+
+def test_bytes_do_not_grow_with_the_row() -> None:
+    names = [name for name in FIELDS if name != "conv"]
+    found = run_world(4, moved_bytes, [config_of(name) for name in names], [64, 256])
+    for place, name in enumerate(names):
+        for rank in found:
+            short, long = rank[place]
+            assert short == long > 0, name
+    # Lightning has no halo. 4 heads on 4 ranks, 2 rows: one head of each chunk stays on its rank.
+    heads, keys, values, chunks, wide = 4, 8, 12, 4, 8
+    forward = keys * values + 2 + keys * values
+    assert {rank[names.index("lightning learned")][0] for rank in found} == {
+        (heads - 1) * chunks * (forward + 2 * keys * values) * wide
+    }
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_lower_precision_is_that_of_rows_not_cut(name: str) -> None:
+    axis, case = Axis("cp", 0, (0,), None), PACKED
+    expected = alone_all()[name, case]
+    limits = {torch.float32: 1e-5}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = (part.to(dtype) for part in drawn(case))
+        whole, parted = (
+            outcome(build(config_of(name)).float(), x, weight, sequence)
+            for sequence in (packed(case), cut(packed(case), axis, Chunks(axis)))
+        )
+        assert parted[0].dtype == dtype
+        assert worst(parted, expected) < limits.get(dtype, 2 * worst(whole, expected)), dtype
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_recomputed_layers_are_the_same(name: str) -> None:
+    axis = Axis("cp", 0, (0,), None)
+    mixer, (x, weight) = build(config_of(name)), drawn(PACKED)
+    sequence = cut(packed(PACKED), axis, Chunks(axis))
+    x.requires_grad_()
+    out = checkpoint(mixer, x, sequence, use_reentrant=False)
+    grads = torch.autograd.grad((out * weight).sum(), [x, *mixer.parameters()])
+    assert worst([out.detach(), *grads], alone_all()[name, PACKED]) < 1e-12
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("name", ["gdn", "lightning learned"])
+def test_two_chunks_in_triton(name: str) -> None:
+    axis, case = Axis("cp", 0, (0,), None), CASES[-1]
+    x, weight = (part.float() for part in drawn(case))
+    with chosen({"delta_rule": "triton", "linear_attention": "triton", "convolution": "triton"}):
+        mixer, sequence = build(config_of(name)).float(), cut(packed(case), axis, Chunks(axis))
+        found = outcome(mixer, x, weight, sequence)
+    assert worst(found, alone_all()[name, case]) < 1e-5
