@@ -206,8 +206,8 @@ class NoTransition(Chunks):
         self, recurrence: Recurrence, inputs: tuple[Tensor, ...], position: Tensor, document: Tensor | None
     ) -> Tensor:
         made = recurrence.factor
-        recurrence.factor = lambda *args: torch.zeros_like(made(*args))
-        return super().recur(recurrence, inputs, position, document)
+        with mock.patch.object(recurrence, "factor", lambda *args: torch.zeros_like(made(*args))):
+            return super().recur(recurrence, inputs, position, document)
 
 
 class NoStart(Chunks):
@@ -217,8 +217,8 @@ class NoStart(Chunks):
         self, recurrence: Recurrence, inputs: tuple[Tensor, ...], position: Tensor, document: Tensor | None
     ) -> Tensor:
         made = recurrence.start_gradient
-        recurrence.start_gradient = lambda *args: torch.zeros_like(made(*args))
-        return super().recur(recurrence, inputs, position, document)
+        with mock.patch.object(recurrence, "start_gradient", lambda *args: torch.zeros_like(made(*args))):
+            return super().recur(recurrence, inputs, position, document)
 
 
 SAME = Case(96, ((0, 48), (0, 24)))
@@ -323,11 +323,14 @@ def test_recomputed_layers_are_the_same(name: str) -> None:
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("name", ["gdn", "lightning learned"])
+@pytest.mark.parametrize("name", ["gdn", "kda", "lightning learned"])
 def test_two_chunks_in_triton(name: str) -> None:
+    # Only in the interpreter, whose patches the rest must not meet.
+    from kernels.interpreter import corrected
+
     axis, case = Axis("cp", 0, (0,), None), CASES[-1]
     x, weight = (part.float() for part in drawn(case))
-    with chosen({"delta_rule": "triton", "linear_attention": "triton", "convolution": "triton"}):
+    with corrected(), chosen(dict.fromkeys(("delta_rule", "linear_attention", "convolution"), "triton")):
         mixer, sequence = build(config_of(name)).float(), cut(packed(case), axis, Chunks(axis))
         found = outcome(mixer, x, weight, sequence)
-    assert worst(found, alone_all()[name, case]) < 1e-5
+    assert worst(found, alone_all()[name, case]) < 1e-4
