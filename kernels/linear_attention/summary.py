@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kernels.arguments import checked
+from kernels.arguments import checked, require, require_order
 
 
 class DecaySummary(NamedTuple):
@@ -29,7 +29,10 @@ def linear_attention_summary(
 
     Where a document starts after the first token, the factor is zero and only the last document is added.
     Sums of log decays run from the end, and no two are subtracted, so that -inf forgets all and no more.
+
+    Raises ValueError for an argument of the wrong shape or dtype.
     """
+    _require("k", k, v, document)
     dtype = torch.promote_types(v.dtype, torch.float32)
     last = None if document is None else document == document[:, -1:]
     if log_decay is None:
@@ -56,10 +59,20 @@ def linear_attention_start_gradient(
     """Gradient of the state before the tokens, from outputs alone: none of the state after them.
 
     In float32 at least. Only the document of the first token reads that state.
+
+    Raises ValueError for an argument of the wrong shape or dtype.
     """
+    _require("q", q, grad_out, document)
     dtype = torch.promote_types(grad_out.dtype, torch.float32)
     until = None if log_decay is None else log_decay.to(dtype).cumsum(1).exp()
     return _outer(q, grad_out, until, None if document is None else document == document[:, :1])
+
+
+def _require(name: str, keys: Tensor, values: Tensor, document: Tensor | None) -> None:
+    require(keys.shape[1] > 0, name, "at least one token", tuple(keys.shape))
+    divides = values.shape[2] % keys.shape[2] == 0
+    require(divides, name, f"a divisor of {values.shape[2]} heads", keys.shape[2])
+    require_order("document", document)
 
 
 def _outer(

@@ -64,7 +64,7 @@ def selective_scan_chunked(
 
 
 @torch.no_grad()
-def selective_scan_start_gradient(
+def start_gradient_chunked(
     grad_out: Float[Tensor, "B T D"],
     step: Float[Tensor, "B T D"],
     rate: Float[Tensor, "D K"],
@@ -72,10 +72,7 @@ def selective_scan_start_gradient(
     *,
     document: Int[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B D K"]:
-    """Gradient of the state before the tokens, from outputs alone: none of the state after them.
-
-    In float32 at least. Work is O(T D K).
-    """
+    """Gradient of the state before the tokens, in float32 at least, all chunks side by side."""
     dtype = torch.promote_types(grad_out.dtype, torch.float32)
     goes_on, rate = _goes_on(document, dtype), rate.to(dtype)
     grad_out, step, q = (_places_first(part.to(dtype)) for part in (grad_out, step, q))

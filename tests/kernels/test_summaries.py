@@ -1,4 +1,4 @@
-"""The affine map of a chunk against the recurrence itself: states, outputs, and gradients of the first state."""
+"""The affine map of a chunk against the recurrence: states, outputs, gradients of the first state."""
 
 from collections.abc import Callable
 
