@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from model.recurrence import Recurrence
+
 
 @dataclass(frozen=True)
 class View:
@@ -57,6 +59,16 @@ class Cut(ABC):
     def restore(self, x: Tensor) -> Tensor:
         """[X C ...] back as [B T ...]."""
 
+    @abstractmethod
+    def recur(
+        self,
+        recurrence: Recurrence,
+        inputs: tuple[Tensor, ...],
+        position: Int[Tensor, "B T"],
+        document: Int[Tensor, "B T"] | None,
+    ) -> Float[Tensor, "B T *E"]:
+        """Outputs of a recurrence of inputs [B T ...] along whole rows; every document starts from zero."""
+
 
 def _same(x: Tensor) -> Tensor:
     return x
@@ -82,6 +94,16 @@ class Whole(Cut):
     def restore(self, x: Tensor) -> Tensor:
         """The rows."""
         return x
+
+    def recur(
+        self,
+        recurrence: Recurrence,
+        inputs: tuple[Tensor, ...],
+        position: Int[Tensor, "B T"],
+        document: Int[Tensor, "B T"] | None,
+    ) -> Tensor:
+        """The recurrence as it is."""
+        return recurrence.run(inputs, document, None)[0]
 
 
 WHOLE = Whole()

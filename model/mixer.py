@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import model.mixers
 from conf.compose import Config
+from model.cut import WHOLE, Cut
 from model.peers import ALONE, Peers
 from model.rotary import RotaryScaling, rotary_table
 
@@ -28,13 +29,15 @@ class Sequence:
 
     document is None when each row is one document, which lets kernels skip masks. tokens are the ids, for
     what goes by them. draw is a number in [0, 1), new for each training step and the same for all layers and
-    ranks, for what goes by chance; None outside training.
+    ranks, for what goes by chance; None outside training. cut is how the rows that these tokens are of are
+    cut over ranks.
     """
 
     position: Int[Tensor, "B T"]
     document: Int[Tensor, "B T"] | None
     tokens: Int[Tensor, "B T"]
     draw: float | None = None
+    cut: Cut = WHOLE
     _tables: dict[tuple[int, float, RotaryScaling | None], tuple[Tensor, Tensor]] = field(
         default_factory=dict, repr=False
     )

@@ -71,6 +71,8 @@ def scattered_sum(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
 
 def exchanged(x: Tensor, axis: Axis, sent: Sequence[int], received: Sequence[int]) -> Tensor:
     """`exchange` without a gradient."""
+    if axis.size == 1:
+        return x
     out = x.new_empty(sum(received), *x.shape[1:])
     dist.all_to_all_single(out, x.contiguous(), list(received), list(sent), group=axis.group)
     return out

@@ -54,17 +54,44 @@ def selective_scan_chunked(
     Computes in float32 at least; outputs take x's dtype, the state keeps the precision of the computation.
     """
     length, dtype, out_dtype = x.shape[1], torch.promote_types(x.dtype, torch.float32), x.dtype
-    goes_on = None
-    if document is not None:
-        is_same = torch.nn.functional.pad(document[:, 1:] == document[:, :-1], (1, 0), value=True)
-        # Padding goes on with a factor of 1.
-        goes_on = 1.0 - _places_first(1.0 - is_same.to(dtype)[..., None])
+    goes_on = _goes_on(document, dtype)
     x, step, k, q = (_places_first(part.to(dtype)) for part in (x, step, k, q))
     start = x.new_zeros(x.shape[2], *rate.shape) if state is None else state.to(dtype)
     outputs, end = cast(
         tuple[Tensor, Tensor], ChunkedScan.apply(x, step, rate.to(dtype), k, q, start, goes_on)
     )
     return outputs.permute(2, 1, 0, 3).flatten(1, 2)[:, :length].to(out_dtype), end
+
+
+@torch.no_grad()
+def start_gradient_chunked(
+    grad_out: Float[Tensor, "B T D"],
+    step: Float[Tensor, "B T D"],
+    rate: Float[Tensor, "D K"],
+    q: Float[Tensor, "B T K"],
+    *,
+    document: Int[Tensor, "B T"] | None = None,
+) -> Float[Tensor, "B D K"]:
+    """Gradient of the state before the tokens, in float32 at least, all chunks side by side."""
+    dtype = torch.promote_types(grad_out.dtype, torch.float32)
+    goes_on, rate = _goes_on(document, dtype), rate.to(dtype)
+    grad_out, step, q = (_places_first(part.to(dtype)) for part in (grad_out, step, q))
+    grad = grad_out.new_zeros(*grad_out.shape[1:], rate.shape[1])
+    for c in reversed(range(len(q))):
+        grad.addcmul_(grad_out[c][..., None], q[c][..., None, :]).mul_(_factor(step[c], rate, goes_on, c))
+    kept = _kept(step, rate, goes_on)
+    total = torch.zeros_like(grad[0])
+    for n in reversed(range(len(grad))):
+        total = torch.addcmul(grad[n], total, kept[n])
+    return total
+
+
+def _goes_on(document: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    # 0 where a document starts after the first token, else 1; padding goes on with a factor of 1.
+    if document is None:
+        return None
+    is_same = torch.nn.functional.pad(document[:, 1:] == document[:, :-1], (1, 0), value=True)
+    return 1.0 - _places_first(1.0 - is_same.to(dtype)[..., None])
 
 
 def _places_first(x: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from kernels.convolution import short_convolution
 from model.linear import Linear
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
 from model.mixers.gdn import ConvWeight
@@ -68,6 +67,5 @@ class Conv(Mixer):
     def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"]:
         """Taps stop at document starts."""
         gate_in, gate_out, inner = self.in_proj(x).chunk(3, dim=-1)
-        taps = self.conv.weight.to(x.dtype)
-        mixed = short_convolution(gate_in * inner, taps, document=sequence.document, has_silu=False)
+        mixed = self.conv(gate_in * inner, sequence, has_silu=False)
         return self.out_proj(gate_out * mixed)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from kernels.convolution import short_convolution
-from kernels.delta_rule import gated_delta_rule
 from kernels.norm import unit_norm
 from model.linear import GatedRMSNorm, Initial, Linear, RMSNorm
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
+from model.recurrence import DeltaRule
 
 
 class GdnConfig(MixerConfig):
@@ -129,10 +129,31 @@ class ConvWeight(nn.Module):
         uniform = Initial("uniform", -(taps**-0.5), taps**-0.5)
         self.initial = {"weight": uniform, "bias": uniform} if has_bias else {"weight": uniform}
 
-    def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"]:
-        """SiLU of the convolution, document by document."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return short_convolution(x, self.weight.to(x.dtype), bias, document=sequence.document)
+    def forward(
+        self, x: Float[Tensor, "B T D"], sequence: Sequence, *, has_silu: bool = True
+    ) -> Float[Tensor, "B T D"]:
+        """The convolution, document by document, through SiLU or not."""
+        cut, bias = sequence.cut, None if self.bias is None else self.bias.to(x.dtype)
+        document = None if sequence.document is None else cut.chunks(sequence.document)
+        out = short_convolution(
+            cut.chunks(x),
+            self.weight.to(x.dtype),
+            bias,
+            document=document,
+            state=self._tail(x, sequence),
+            has_silu=has_silu,
+        )
+        return cut.restore(out)
+
+    def _tail(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "X U D"] | None:
+        # The tokens before each chunk, zero where they are of another document than the chunk's first one.
+        count = self.weight.shape[1] - 1
+        tail = sequence.cut.before(x, count) if count else None
+        if tail is None:
+            return None
+        first = sequence.cut.chunks(sequence.position)[:, :1]
+        distance = torch.arange(count, 0, -1, device=x.device)
+        return tail * (distance <= first)[..., None]
 
 
 class Gdn(Mixer):
@@ -160,6 +181,7 @@ class Gdn(Mixer):
         v = v.unflatten(-1, (-1, config.value_dim))
         q, k = unit_norm(q, factor=config.key_dim**-0.5), unit_norm(k)
         log_decay = self.decay(rate) if config.has_decay else torch.zeros_like(beta)
-        out, _ = gated_delta_rule(q, k, v, log_decay, beta.sigmoid(), document=sequence.document)
+        inputs = (q, k, v, log_decay, beta.sigmoid())
+        out = sequence.cut.recur(DeltaRule(), inputs, sequence.position, sequence.document)
         out = self.out_norm(out, gate.view(out.shape)) if config.has_output_gate else self.out_norm(out)
         return self.out_proj(out.flatten(-2))

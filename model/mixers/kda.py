@@ -9,11 +9,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from kernels.delta_rule import gated_delta_rule
 from kernels.norm import unit_norm
 from model.linear import GatedRMSNorm, Initial, Linear
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
 from model.mixers.gdn import ConvWeight
+from model.recurrence import DeltaRule
 
 
 class KdaConfig(MixerConfig):
@@ -147,6 +147,7 @@ class Kda(Mixer):
         v = v.unflatten(-1, (-1, config.value_dim))
         q, k = unit_norm(q, factor=config.key_dim**-0.5), unit_norm(k)
         log_decay = self.decay(self.decay_up_proj(self.decay_down_proj(x)))
-        out, _ = gated_delta_rule(q, k, v, log_decay, beta.sigmoid(), document=sequence.document)
+        inputs = (q, k, v, log_decay, beta.sigmoid())
+        out = sequence.cut.recur(DeltaRule(), inputs, sequence.position, sequence.document)
         gate = self.gate_up_proj(self.gate_down_proj(x))
         return self.out_proj(self.out_norm(out, gate.view(out.shape)).flatten(-2))

@@ -9,11 +9,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, silu
 
-from kernels.linear_attention import linear_attention
 from kernels.rotary import rotate
 from model.linear import GatedRMSNorm, Initial, Linear, RMSNorm
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
 from model.peers import ALONE
+from model.recurrence import LinearAttention
 
 
 class LightningConfig(MixerConfig):
@@ -163,12 +163,13 @@ class Lightning(Mixer):
             q, k = rotate(q, *table), rotate(k, *table)
         if config.has_scale:
             q = q * config.key_dim**-0.5
-        out, _ = linear_attention(q, k, v, self._log_decay(x, rate), document=sequence.document)
+        inputs = (q, k, v, self._log_decay(x, rate))
+        out = sequence.cut.recur(LinearAttention(), inputs, sequence.position, sequence.document)
         out = out.flatten(-2) if config.norm == "all_heads" else out
         peers = self.peers if config.norm == "all_heads" else ALONE
         gates = () if config.output_gate == "none" else (gate.view(out.shape),)
         out = self.out_norm(out, *gates, peers=peers)
-        return self.out_proj(out.view(*x.shape[:2], -1))
+        return self.out_proj(out.reshape(*x.shape[:2], -1))
 
     def _log_decay(
         self, x: Float[Tensor, "B T D"], rate: Float[Tensor, "B T R"]

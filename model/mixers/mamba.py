@@ -9,10 +9,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
-from kernels.selective_scan import selective_scan
 from model.linear import Initial, Linear, RMSNorm
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
 from model.mixers.gdn import ConvWeight
+from model.recurrence import SelectiveScan
 
 
 class MambaConfig(MixerConfig):
@@ -146,6 +146,7 @@ class Mamba(Mixer):
         if config.has_inner_norm:
             dt, k, q = self.dt_norm(dt), self.k_norm(k), self.q_norm(q)
         step, rate = self.step(self.dt_proj(dt))
-        out, _ = selective_scan(mixed, step, rate, k, q, document=sequence.document)
+        inputs = (mixed, step, k, q)
+        out = sequence.cut.recur(SelectiveScan(rate), inputs, sequence.position, sequence.document)
         out = out + mixed * self.skip.to(x.dtype)
         return self.out_proj(out * silu(gate))

@@ -12,11 +12,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from kernels.linear_attention import linear_attention
 from kernels.norm import gated_rms_norm
 from model.linear import Initial, Linear
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
 from model.mixers.gdn import ConvWeight
+from model.recurrence import LinearAttention
 
 
 class Mamba2Config(MixerConfig):
@@ -162,6 +162,7 @@ class Mamba2(Mixer):
         v = v.unflatten(-1, (-1, config.value_dim))
         step, log_decay = self.step(step)
         written = (v * step[..., None]).to(x.dtype)
-        out, _ = linear_attention(q, k, written, log_decay, document=sequence.document)
+        inputs = (q, k, written, log_decay)
+        out = sequence.cut.recur(LinearAttention(), inputs, sequence.position, sequence.document)
         out = out + v * self.skip.to(x.dtype)[:, None]
         return self.out_proj(self.out_norm(out.flatten(-2), gate))

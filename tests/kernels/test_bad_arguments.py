@@ -17,14 +17,17 @@ from kernels.compressed_attention import entry_attention, joint_attention, selec
 from kernels.convolution import short_convolution
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.delta_rule import gated_delta_rule
+from kernels.delta_rule.summary import delta_rule_start_gradient, delta_rule_summary
 from kernels.document_windows import document_windows
 from kernels.experts import routed_experts
 from kernels.indexer import index_loss, index_loss_of_chosen, index_select
 from kernels.linear_attention import linear_attention
+from kernels.linear_attention.summary import linear_attention_start_gradient, linear_attention_summary
 from kernels.norm import gated_rms_norm, rms_norm, unit_norm
 from kernels.rotary import rotate
 from kernels.selected_attention import selected_attention, selected_attention_with_shares
 from kernels.selective_scan import selective_scan
+from kernels.selective_scan.summary import selective_scan_start_gradient, selective_scan_summary
 from kernels.sinkhorn import sinkhorn
 
 B, T, G, H, K, V = 2, 6, 2, 4, 8, 10
@@ -146,9 +149,39 @@ def calls() -> dict[str, Call]:
             {"selection": T},
         ),
         "selective_scan": Call(selective_scan, mamba),
+        **summaries(scan, mamba, normal(B, T, H, V)),
         "sinkhorn": Call(
             sinkhorn, {"logits": normal(T, 3, 3)}, {"iterations": 2, "eps": 1e-6}, lone=frozenset({"logits"})
         ),
+    }
+
+
+def summaries(scan: dict[str, Tensor], mamba: dict[str, Tensor], grad_out: Tensor) -> dict[str, Call]:
+    """Calls on what a chunk does to a state, of inputs of the recurrences."""
+
+    def some(inputs: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
+        return {name: inputs[name] for name in names}
+
+    steps = {"grad_out": mamba["x"], **some(mamba, "step", "rate", "q", "document")}
+    return {
+        "delta_rule_summary": Call(
+            delta_rule_summary,
+            {**some(scan, "q", "k", "v", "log_decay", "document"), "beta": scan["log_decay"].exp()},
+        ),
+        "delta_rule_start_gradient": Call(
+            delta_rule_start_gradient, {"grad_out": grad_out, "reads": grad_out[..., :K]}
+        ),
+        "linear_attention_summary": Call(
+            linear_attention_summary, some(scan, "k", "v", "log_decay", "document")
+        ),
+        "linear_attention_start_gradient": Call(
+            linear_attention_start_gradient,
+            {"grad_out": grad_out, **some(scan, "q", "log_decay", "document")},
+        ),
+        "selective_scan_summary": Call(
+            selective_scan_summary, some(mamba, "x", "step", "rate", "k", "document")
+        ),
+        "selective_scan_start_gradient": Call(selective_scan_start_gradient, steps),
     }
 
 
