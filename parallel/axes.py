@@ -1,41 +1,11 @@
 """The axes of the mesh: along which ranks a run is cut, and who shares what with whom."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch.distributed as dist
 
-
-class Degrees(NamedTuple):
-    """How many ways each axis is cut. The product of all but `ep` is the number of processes.
-
-    ep folds over dp_shard x cp x tp: each of its groups are `ep` neighbours there.
-    """
-
-    pp: int = 1
-    dp_replicate: int = 1
-    dp_shard: int = 1
-    cp: int = 1
-    tp: int = 1
-    ep: int = 1
-
-    @property
-    def size(self) -> int:
-        """Number of processes."""
-        return self.pp * self.dp_replicate * self.dp_shard * self.cp * self.tp
-
-    @property
-    def rows(self) -> int:
-        """Number of ranks with rows of their own."""
-        return self.dp_replicate * self.dp_shard
-
-    def describe(self) -> str:
-        """The number of processes as a product: `16 = dp_replicate 2 x dp_shard 8, ep 4`."""
-        cut = [f"{name} {getattr(self, name)}" for name in ORDER if getattr(self, name) > 1]
-        experts = f", ep {self.ep}" if self.ep > 1 else ""
-        return f"{self.size} = {' x '.join(cut) or 'one process'}{experts}"
+from parallel.degrees import ORDER, Degrees, expert_lines, grid_lines
 
 
 @dataclass(frozen=True)
@@ -54,10 +24,6 @@ class Axis:
     def size(self) -> int:
         """The degree of the axis."""
         return len(self.ranks)
-
-
-# Axes of the mesh, outermost first: neighbours along tp are neighbours on a node.
-ORDER = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 
 @dataclass(frozen=True)
@@ -120,36 +86,6 @@ def open_axes(degrees: Degrees, rank: int, opener: Opener = open_group) -> Axes:
         return Axis(name, own.index(rank), own, made.get(own))
 
     axes = {name: axis(name, grid_lines(degrees, along)) for name, along in fixed.items()}
-    axes["ep"] = axis("ep", _expert_lines(degrees, across=False))
-    axes["edp"] = axis("edp", _expert_lines(degrees, across=True))
+    axes["ep"] = axis("ep", expert_lines(degrees, across=False))
+    axes["edp"] = axis("edp", expert_lines(degrees, across=True))
     return Axes(degrees=degrees, **axes)
-
-
-def coordinates(degrees: Degrees, rank: int) -> dict[str, int]:
-    """The place of a rank along each axis of the mesh."""
-    places = {}
-    for name in reversed(ORDER):
-        rank, places[name] = divmod(rank, getattr(degrees, name))
-    return places
-
-
-def grid_lines(degrees: Degrees, along: Sequence[str]) -> list[tuple[int, ...]]:
-    """The ranks of the mesh in lines that run along some axes, one line for each place on the others."""
-    lines: dict[tuple[int, ...], list[int]] = {}
-    for rank in range(degrees.size):
-        places = coordinates(degrees, rank)
-        key = tuple(place for name, place in places.items() if name not in along)
-        lines.setdefault(key, []).append(rank)
-    return [tuple(line) for line in lines.values()]
-
-
-def _expert_lines(degrees: Degrees, *, across: bool) -> list[tuple[int, ...]]:
-    block = math.prod((degrees.dp_shard, degrees.cp, degrees.tp))
-    lines = []
-    for start in range(0, degrees.size, block):
-        ranks = range(start, start + block)
-        if across:
-            lines += [tuple(ranks[place :: degrees.ep]) for place in range(degrees.ep)]
-        else:
-            lines += [tuple(ranks[place : place + degrees.ep]) for place in range(0, block, degrees.ep)]
-    return lines

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from conf.compose import Config
 from conf.errors import Violation
-from parallel.axes import Degrees
+from parallel.degrees import Degrees
 
 
 class ParallelConfig(Config):

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.axes import Axes, Degrees, open_axes
+from parallel.axes import Axes, open_axes
 from parallel.config import ParallelConfig
+from parallel.degrees import Degrees
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from model.language_model import LanguageModel, Losses
 from model.linear import Initial
 from model.mixer import Sequence
 from parallel.apply import Parallel, build_parallel
-from parallel.axes import Degrees, open_axes
+from parallel.axes import open_axes
 from parallel.config import ParallelConfig
+from parallel.degrees import Degrees
 from parallel.placement import held_boxes
 from parallel.world import World
 from tests.architectures import SMALL

@@ -2,7 +2,7 @@
 
 import pytest
 
-from parallel.axes import Degrees
+from parallel.degrees import Degrees
 from tests.parallel.layouts import alone, apart, architecture_of, assembled, on_rank
 from tests.worlds import run_world
 
