@@ -42,7 +42,7 @@ class Windows(NamedTuple):
     def is_seen(
         self, position: Int[Tensor, "B C"], token: Int[Tensor, "#B C"] | None = None
     ) -> Bool[Tensor, "B C N"]:
-        """Whether each query sees the whole window; token is where it stands, None for all tokens in order."""
+        """Whether each query sees the whole window; token is where it stands, None for all in order."""
         token = _tokens(position) if token is None else token
         opened = (token - position)[..., None]
         start = self.start[:, None]

@@ -6,6 +6,7 @@ queries see lies in one stretch of the keys.
 Letters: B rows, T queries, S keys.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -57,11 +58,7 @@ def spans(places: Int[Tensor, "B T"] | None, queries: int, size: int) -> list[Sp
         return [Span(a, min(a + size, queries), a, min(a + size, queries)) for a in starts]
     jumps = places.diff(dim=1).amax(0) > GAP
     edges = [0, *(jumps.nonzero().flatten() + 1).tolist(), queries]
-    parts = [
-        (a, min(a + size, stop))
-        for start, stop in zip(edges[:-1], edges[1:], strict=True)
-        for a in range(start, stop, size)
-    ]
+    parts = [(a, min(a + size, stop)) for start, stop in pairwise(edges) for a in range(start, stop, size)]
     first = torch.tensor([a for a, _ in parts], device=places.device)
     last = torch.tensor([b - 1 for _, b in parts], device=places.device)
     bounds = torch.stack((places[:, first].amin(0), places[:, last].amax(0) + 1))

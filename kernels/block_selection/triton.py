@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels.arguments import require
 from kernels.document_windows import document_windows
+from kernels.places import query_tokens
 
 # Numbers of a slab's best scores.
 SLAB = 2**25
@@ -108,7 +109,7 @@ def select_by_peak_triton(
     tiles = tiles or Tiles(128, 64, None, 8)
     q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
     windows, position = document_windows(position, block, block), position.contiguous()
-    start = windows.start.contiguous()
+    start, token = windows.start.contiguous(), query_tokens(None, tokens, q)
     slots = start.shape[1]
     fitting = SLAB // (rows * heads * (slots + 1)) // tiles.queries * tiles.queries
     step = min(tokens, tiles.slab or max(tiles.queries, fitting))
@@ -124,7 +125,9 @@ def select_by_peak_triton(
             DIM=max(16, triton.next_power_of_2(dim)), num_warps=tiles.warps,
         )  # fmt: skip
         part = position[:, begin : begin + slab]
-        taken = windows.choose(best[..., :slots], part, begin, count=count, local=local)
+        taken = windows.choose(
+            best[..., :slots], part, token[:, begin : begin + slab], count=count, local=local
+        )
         # The own block stands behind the slots, and first in the result.
         own = torch.full((*shape[:3], 1), slots, dtype=taken.dtype, device=q.device)
         peaks.append(at.gather(3, torch.cat([own, taken.clamp(min=0)], dim=3)).long())

@@ -11,10 +11,18 @@ from torch import Tensor
 
 from kernels.attention import attention, attention_with_lse
 from kernels.attention import reference as attention_forms
+from kernels.block_attention import block_attention
+from kernels.block_attention import reference as block_forms
 from kernels.block_selection import reference as selection_forms
 from kernels.block_selection import select_by_mean, select_by_peak
+from kernels.compressed_attention import entries as entry_forms
+from kernels.compressed_attention import entry_attention, joint_attention, select_by_entries
+from kernels.compressed_attention import joint as joint_forms
 from kernels.document_windows import document_windows
-from kernels.places import spans
+from kernels.indexer import index_loss, index_select, pool_keys, pool_selection
+from kernels.indexer import loss as loss_forms
+from kernels.indexer import reference as index_forms
+from kernels.places import at_places, spans
 
 ROWS, KEYS = 2, 41
 
@@ -59,7 +67,11 @@ def taken(x: Tensor, places: Tensor) -> Tensor:
 
 
 def compare(
-    function: Callable[..., Any], queries: list[Tensor], keys: list[Tensor], places: Tensor, limit: float = 1e-12
+    function: Callable[..., Any],
+    queries: list[Tensor],
+    keys: list[Tensor],
+    places: Tensor,
+    limit: float = 1e-12,
 ) -> None:
     """`function(queries, keys, places)`, tensors or a tuple, at places and of all indexed at the places.
 
@@ -79,8 +91,12 @@ def compare(
         floating = [x for x in outs if x.requires_grad]
         total = sum((x * normal(*x.shape, seed=5)).sum() for x in floating)
         grads = torch.autograd.grad(total, leaves, allow_unused=True) if floating else ()
-        results.append((outs, [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=False)]))
-    for ours, reference in zip(results[0][0] + tuple(results[0][1]), results[1][0] + tuple(results[1][1]), strict=True):
+        results.append(
+            (outs, [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=False)])
+        )
+    for ours, reference in zip(
+        results[0][0] + tuple(results[0][1]), results[1][0] + tuple(results[1][1]), strict=True
+    ):
         assert ours.shape == reference.shape
         if not ours.is_floating_point():
             assert torch.equal(ours, reference)
@@ -89,7 +105,7 @@ def compare(
 
 
 PATTERNS = ({}, {"window": 5}, {"window": 12, "block": 4}, {"window": 8, "block": 4, "first": 6})
-QUICK = settings(max_examples=25, deadline=None)
+QUICK = settings(max_examples=12, deadline=None)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -126,3 +142,140 @@ def test_a_span_reads_no_gap_between_far_queries() -> None:
         (18, 20, 1008, 1010),
     ]
     assert [tuple(span) for span in spans(None, 5, 3)] == [(0, 3, 0, 3), (3, 5, 3, 5)]
+
+
+SLABS = pytest.mark.parametrize("slab", [1, 1 << 22])
+
+
+@pytest.mark.parametrize("selectors", [2, 4])
+@SLABS
+@given(row=rows())
+@QUICK
+def test_block_attention(slab: int, selectors: int, row: Row) -> None:
+    q, k, v = normal(ROWS, KEYS, 4, 3), normal(ROWS, KEYS, 2, 3, seed=1), normal(ROWS, KEYS, 2, 5, seed=2)
+    windows = document_windows(row.position, 4, 4)
+    scores = normal(ROWS, KEYS, selectors, windows.start.shape[1], seed=3)
+    selected = windows.choose(scores, row.position, count=3)
+
+    def run(q: list[Tensor], k: list[Tensor], places: Tensor | None) -> tuple[Tensor, ...]:
+        own = selected if places is None else taken(selected, places)
+        return block_attention(*q, *k, own, scale=0.4, block=4, position=row.position, places=places)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(block_forms, "SLAB", slab)
+        compare(run, [q], [k, v], row.places)
+
+
+@SLABS
+@given(row=rows())
+@QUICK
+def test_block_selection(slab: int, row: Row) -> None:
+    q, k = normal(ROWS, KEYS, 4, 3), normal(ROWS, KEYS, 2, 3, seed=1)
+    options = {"block": 4, "count": 3, "position": row.position}
+    windows = document_windows(row.position, 4, 4)
+
+    def peaks(q: list[Tensor], k: list[Tensor], places: Tensor | None) -> tuple[Tensor, Tensor]:
+        selected, best = select_by_peak(*q, k[0][:, :, :1], local=1, places=places, **options)
+        # The best key of no block is any.
+        return selected, torch.cat([best[..., :1], best[..., 1:].masked_fill(selected < 0, 0)], dim=-1)
+
+    assert windows.start.shape[1] > 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection_forms, "SLAB", slab)
+        compare(lambda q, k, places: select_by_mean(*q, *k, places=places, **options), [q], [k], row.places)
+        compare(peaks, [q], [k], row.places)
+
+
+@SLABS
+@given(row=rows())
+@QUICK
+def test_entry_attention(slab: int, row: Row) -> None:
+    entries, blocks = document_windows(row.position, 4, 2), document_windows(row.position, 4, 4)
+    slots, q = entries.start.shape[1], normal(ROWS, KEYS, 4, 3)
+    k, v = normal(ROWS, slots, 2, 3, seed=1), normal(ROWS, slots, 2, 5, seed=2)
+    options = {"entries": entries, "blocks": blocks, "position": row.position, "scale": 0.4}
+    options |= {"count": 3, "initial": 1, "local": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(entry_forms, "SLAB", slab)
+        compare(
+            lambda q, k, places: entry_attention(*q, *k, places=places, **options), [q], [k, v], row.places
+        )
+        compare(
+            lambda q, k, places: select_by_entries(*q, *k, places=places, **options), [q], [k], row.places
+        )
+
+
+@pytest.mark.parametrize("chosen", [None, 3])
+@SLABS
+@given(row=rows(), before=st.integers(0, 9))
+@QUICK
+def test_joint_attention(slab: int, chosen: int | None, row: Row, before: int) -> None:
+    windows = document_windows(row.position, 4, 4)
+    slots, window = windows.start.shape[1], 6
+    q, kv, sinks = normal(ROWS, KEYS, 4, 3), normal(ROWS, KEYS, 3, seed=1), normal(4, seed=3)
+    entries = normal(ROWS, slots, 3, seed=2)
+    selected = None
+    if chosen is not None:
+        scores = normal(ROWS, KEYS, 1, slots, seed=4)
+        selected = windows.choose(scores, row.position, count=chosen)[:, :, 0]
+
+    def run(q: list[Tensor], keys: list[Tensor], places: Tensor | None) -> tuple[Tensor, ...]:
+        kv, entries, sinks = keys
+        options = {"windows": windows, "scale": 0.4, "window": window}
+        if places is None:
+            return joint_attention(q[0], kv, entries, sinks, selected, position=row.position, **options)
+        # The raw keys lie further back in a row of their own.
+        kv = torch.nn.functional.pad(kv, (0, 0, before, 0), value=7.0)
+        own = None if selected is None else taken(selected, places)
+        options |= {"places": places + before, "tokens": places}
+        return joint_attention(
+            q[0], kv, entries, sinks, own, position=at_places(row.position, places), **options
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(joint_forms, "SLAB", slab)
+        compare(run, [q], [kv, entries, sinks], row.places)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@SLABS
+@given(row=rows())
+@QUICK
+def test_indexer(slab: int, size: int, row: Row) -> None:
+    q, weights = normal(ROWS, KEYS, 2, 3), normal(ROWS, KEYS, 2, seed=1)
+    attention_q, attention_k = normal(ROWS, KEYS, 4, 3, seed=2), normal(ROWS, KEYS, 2, 3, seed=3)
+    k, gates, bias = normal(ROWS, KEYS, 3, seed=4), normal(ROWS, KEYS, 3, seed=5), normal(size, 3, seed=6)
+    last, pooled = None, k
+    if size > 1:
+        pooled, last = pool_keys(k, gates, bias, row.position)
+    options = {"last": last, "document": row.document}
+
+    def select(q: list[Tensor], k: list[Tensor], places: Tensor | None) -> Tensor:
+        chosen = index_select(q[0], k[0], q[1], top_k=3, places=places, **options)
+        if last is None:
+            return chosen
+        return pool_selection(chosen, last, at_places(row.position, places), size, places)
+
+    def loss(places: Tensor | None) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (q, pooled, weights)]
+        queries = leaves[0], leaves[2], attention_q
+        _, lse = attention_with_lse(attention_q, attention_k, attention_k, scale=0.4, document=row.document)
+        # Queries that are not asked about weigh nothing: their log-sum-exp makes their shares zero.
+        if places is None:
+            is_asked = torch.zeros(ROWS, KEYS, dtype=torch.bool).scatter(1, row.places, True)
+            lse = lse.masked_fill(~is_asked[..., None], float("inf"))
+        else:
+            queries, lse = [taken(x, places) for x in queries], taken(lse, places)
+        own, own_weights, own_attention = queries
+        total = index_loss(
+            own, leaves[1], own_weights, own_attention, attention_k, lse, scale=0.4, size=size,
+            places=places, **options,
+        )  # fmt: skip
+        return [total.detach(), *torch.autograd.grad(total, leaves)]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_forms, "SCORES", slab)
+        patch.setattr(loss_forms, "SCORES", slab)
+        compare(select, [q, weights], [pooled], row.places)
+        for ours, reference in zip(loss(row.places), loss(None), strict=True):
+            torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
