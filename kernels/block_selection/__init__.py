@@ -78,8 +78,7 @@ def select_by_peak(
     require(local >= 0, "local", "at least 0", local)
     options: dict[str, Any] = {"block": block, "count": count, "local": local}
     options |= {"position": position, "places": places}
-    if places is None and takes_triton("block_selection", q):
-        del options["places"]
+    if takes_triton("block_selection", q):
         from kernels.block_selection.triton import select_by_peak_triton
 
         return select_by_peak_triton(q, k, **options)

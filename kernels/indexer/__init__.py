@@ -62,10 +62,8 @@ def index_select(
     _require_row(q, k, last, length, places)
     require(top_k > 0, "top_k", "at least 1", top_k)
     options: dict[str, Any] = {"top_k": top_k, "last": last, "document": document, "places": places}
-    if places is None and takes_triton("indexer", q):
+    if takes_triton("indexer", q):
         from kernels.indexer.triton import index_select_triton
-
-        del options["places"]
 
         return index_select_triton(q, k, weights, **options)
     return choose_in_blocks(q, k, weights, **options)
@@ -103,10 +101,8 @@ def index_loss(
     require(last is not None or size == 1, "last", f"given with entries of {size} tokens", last)
     options: dict[str, Any] = {"scale": scale, "last": last, "size": size, "document": document}
     options["places"] = places
-    if places is None and takes_triton("indexer", q):
+    if takes_triton("indexer", q):
         from kernels.indexer.triton_loss import index_loss_full_triton
-
-        del options["places"]
 
         return index_loss_full_triton(q, k, weights, attention_q, attention_k, lse, **options)
     return index_loss_full(q, k, weights, attention_q, attention_k, lse, **options)
