@@ -70,8 +70,7 @@ def block_attention(
     require(selected.shape[3] <= slots, "selected", f"at most {slots} blocks", selected.shape[3])
     require_within("selected", selected, -1, max(slots, 1))
     options: dict[str, Any] = {"scale": scale, "block": block, "position": position, "places": places}
-    if places is None and takes_triton("block_attention", q):
-        del options["places"]
+    if takes_triton("block_attention", q):
         from kernels.block_attention.triton import block_attention_triton
 
         return block_attention_triton(q, k, v, selected, **options)

@@ -130,7 +130,8 @@ def select_by_peak_triton(
         selection_peaks[(triton.cdiv(slab, tiles.queries), slots + 1, rows * heads)](
             q, k, start, position, places, best, at, begin, slab, tokens, k.shape[1], heads, dim, slots,
             block, *q.stride()[:3], *k.stride()[:2], HAS_PLACES=places is not None,
-            QUERIES=tiles.queries, KEYS=tiles.keys, DIM=max(16, triton.next_power_of_2(dim)), num_warps=tiles.warps,
+            QUERIES=tiles.queries, KEYS=tiles.keys, DIM=max(16, triton.next_power_of_2(dim)),
+            num_warps=tiles.warps,
         )  # fmt: skip
         part = position[:, begin : begin + slab]
         taken = windows.choose(

@@ -177,6 +177,12 @@ class Mla(LatentMixer):
         """Queries see the keys of their own document, up to themselves."""
         latents, view = self.latents(x, sequence), sequence.view()
         keys, values = self.keys_values(latents, view)
-        options = {"document": view.document, "places": view.places}
-        out = attention(latents.q, keys, values, scale=self.latent.scale, **options)
+        out = attention(
+            latents.q,
+            keys,
+            values,
+            scale=self.latent.scale,
+            document=view.document,
+            places=view.places,
+        )
         return self.out_proj(out.flatten(-2))

@@ -119,8 +119,8 @@ class Ssa(Mixer):
         return Mixed(self.out_proj(drawn.flatten(-2)), losses)
 
     def _full(self, q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
-        options = {"document": view.document, "places": view.places}
-        return attention(q, k, v, scale=self.config.head_dim**-0.5, **options)
+        scale, document, places = self.config.head_dim**-0.5, view.document, view.places
+        return attention(q, k, v, scale=scale, document=document, places=places)
 
     def _sparse(self, q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
         config = self.config

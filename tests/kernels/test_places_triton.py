@@ -10,6 +10,9 @@ from kernels.attention import attention_with_lse
 from kernels.attention.reference import FULL, Pattern, attention_direct
 from kernels.attention.trials import SMALL
 from kernels.attention.triton import attention_triton
+from kernels.block_attention.reference import block_attention_direct
+from kernels.block_attention.trials import SMALL as BLOCK_TILES
+from kernels.block_attention.triton import block_attention_triton
 from kernels.block_selection.reference import select_by_peak_slabs
 from kernels.block_selection.triton import Tiles as SelectionTiles
 from kernels.block_selection.triton import select_by_peak_triton
@@ -211,5 +214,28 @@ def test_block_selection(where: str) -> None:
     def ours(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
         tiles = SelectionTiles(16, 16, 32, 1)
         return known(*select_by_peak_triton(q, k, places=places, tiles=tiles, **options))
+
+    assert_true(Trial(inputs, ours, truth))
+
+
+@pytest.mark.parametrize("selectors", [2, 4])
+@ALL_PLACES
+def test_block_attention(where: str, selectors: int) -> None:
+    draw, places = setting(torch.float32), PLACES[where]
+    position = draw.documents(2, KEYS, 30.0)[1]
+    inputs = {"q": draw.normal(2, places.shape[1], 4, 16)}
+    inputs |= {"k": draw.normal(2, KEYS, 2, 16), "v": draw.normal(2, KEYS, 2, 16)}
+    windows = document_windows(position, 4, 4)
+    scores = draw.uniform(2, KEYS, selectors, windows.start.shape[1])
+    selected = windows.choose(scores, position, count=3)
+    options: dict[str, Any] = {"scale": 0.3, "block": 4, "position": position}
+
+    def truth(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        outs = block_attention_direct(spread(q, places), k, v, selected, **options)
+        return tuple(taken(out, places) for out in outs)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        own = taken(selected, places)
+        return block_attention_triton(q, k, v, own, places=places, tiles=BLOCK_TILES, **options)
 
     assert_true(Trial(inputs, ours, truth))

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.cut import Cut
+from model.cut import WHOLE, Cut, View
 from model.mixer import Mixed, Mixer, MixerConfig, Sequence
+from parallel import context_view
 from parallel.axes import Axis, Degrees, open_axes
 from parallel.chunks import cut_row, join_chunks, split_chunks, tails_before, whole_row
+from parallel.collectives import gather
 from parallel.context_view import ContextView
 from tests.architectures import randomise, small_architecture
 from tests.worlds import run_world
@@ -104,13 +106,35 @@ def packed(documents: str) -> tuple[Tensor, Tensor]:
     return position, is_start.cumsum(1) - 1
 
 
-def one_process(setting: Setting, documents: str) -> dict[str, Tensor]:
-    return results(setting, documents, None)
-
-
-def ranks(rank: int, size: int, settings: list[tuple[Setting, str]]) -> list[dict[str, Tensor]]:
+def ranks(
+    rank: int, size: int, settings: list[tuple[Setting, str]], broken: str = ""
+) -> list[dict[str, Tensor]]:
     axis = open_axes(Degrees(cp=size), rank).cp
-    return [results(*setting, axis) for setting in settings]
+    with pytest.MonkeyPatch.context() as patch:
+        if broken:
+            patch.setattr(context_view, *BROKEN[broken])
+        return [results(*setting, axis) for setting in settings]
+
+
+def in_rank_order(x: Tensor, axis: Axis) -> Tensor:
+    # Positions and documents stay: out of order they would be refused.
+    return gather(x, axis, 1) if x.is_floating_point() else whole_row(x, axis)
+
+
+def no_tails(x: Tensor, axis: Axis, count: int) -> Tensor:
+    return 0.0 * tails_before(x, axis, count)
+
+
+def one_behind(position: Tensor, document: Tensor | None, places: Tensor | None, *rest: Any) -> View:
+    return View(position, document, None if places is None else (places - 1).clamp(min=0), *rest)
+
+
+# What is put in place of a function of the views.
+BROKEN: dict[str, tuple[str, Any]] = {
+    "rank order": ("whole_row", in_rank_order),
+    "no halo": ("tails_before", no_tails),
+    "places": ("View", one_behind),
+}
 
 
 def results(setting: Setting, documents: str, axis: Axis | None) -> dict[str, Tensor]:
@@ -119,13 +143,13 @@ def results(setting: Setting, documents: str, axis: Axis | None) -> dict[str, Te
     x, weight = (torch.randn(2, TOKENS, WIDTH, generator=draw).double() for _ in range(2))
     position, document = packed(documents)
     selection = nearest(position)
-    cut = {} if axis is None else {"cut": HeadTail(axis)}
+    cut = WHOLE if axis is None else HeadTail(axis)
     if axis is not None:
         x, weight, position, document, selection = (
             cut_row(part, axis) for part in (x, weight, position, document, selection)
         )
     x = x.requires_grad_()
-    sequence = Sequence(position, None if documents == "one" else document, position, setting.draw, **cut)
+    sequence = Sequence(position, None if documents == "one" else document, position, setting.draw, cut=cut)
     mixed = mixer(x, sequence, selection) if mixer.shares_selection else mixer(x, sequence)
     mixed = Mixed(mixed) if isinstance(mixed, Tensor) else mixed
     # Losses weigh enough to show in every gradient.
@@ -170,7 +194,24 @@ def test_ranks_equal_one_process(size: int, documents: str) -> None:
     chosen = SETTINGS if size < 4 else SETTINGS[::3]
     found = run_world(size, ranks, [(setting, documents) for setting in chosen], timeout=280.0)
     for place, setting in enumerate(chosen):
-        reference = one_process(setting, documents)
+        reference = results(setting, documents, None)
         assert all(set(part[place]) == set(reference) for part in found)
         for name, far in apart([part[place] for part in found], reference).items():
             assert far < 1e-12, (setting, name, far)
+
+
+BREAKABLE = {
+    "rank order": ("attn", "mla", "dsa", "msa", "nsa", "csa"),
+    "no halo": ("swa", "chunked", "nsa", "swa_shared", "hca", "csa"),
+    "places": ("attn", "swa", "dsa", "moba", "nsa", "hca"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_view_shows(broken: str) -> None:
+    settings = [(Setting(name), "mixed") for name in BREAKABLE[broken]]
+    found = run_world(2, ranks, settings, broken, timeout=280.0)
+    for place, setting in enumerate(settings):
+        far = apart([part[place] for part in found], results(*setting, None))
+        assert far["out"] > 0.01, (setting, far)
+        assert far["x"] > 0.01, (setting, far)
