@@ -85,6 +85,7 @@ SETTINGS = (
     Setting("hca"),
     Setting("hca", {"compression": 16, "window": 20}),
     Setting("hca", {"compression": 1}),
+    Setting("hca", {"compression": 128}),
     Setting("csa"),
     Setting("csa", {"compression": 6, "window": 1}),
 )
@@ -215,3 +216,24 @@ def test_a_broken_view_shows(broken: str) -> None:
         far = apart([part[place] for part in found], results(*setting, None))
         assert far["out"] > 0.01, (setting, far)
         assert far["x"] > 0.01, (setting, far)
+
+
+def test_a_cut_knows_another_sequence() -> None:
+    cut = HeadTail(Axis("cp", 0, (0,), None))
+    position, document = packed("mixed")
+    first = cut.view(position, document, 3)
+    assert cut.view(position, document, 3) is first
+    other = position.clone(), document.clone()
+    assert cut.view(*other, 3) is not first
+    # Written to in place, as a loader may.
+    other[0].copy_(packed("one")[0])
+    assert torch.equal(cut.view(*other, None).position, packed("one")[0])
+    assert cut.compression(*other, 4, 4, 0).whole.is_filled.all()
+
+
+def test_nothing_is_seen_before_a_row() -> None:
+    view = HeadTail(Axis("cp", 0, (0,), None)).view(*packed("one"), 3)
+    assert view.document is not None
+    assert view.places is not None
+    assert view.document[:, :4].tolist() == [[-1, -1, -1, 0], [0, 0, 0, 0]] * 2
+    assert view.places[0].tolist() == list(range(3, 3 + TOKENS // 2))
