@@ -58,8 +58,7 @@ def index_select(
     """
     require(q.shape[1] > 0, "q", "at least one token", tuple(q.shape))
     require_order("document", document)
-    length = None if document is None else document.shape[1]
-    _require_row(q, k, last, length, places)
+    _require_row(q, k, last, places, ("document", None if document is None else document.shape[1]))
     require(top_k > 0, "top_k", "at least 1", top_k)
     options: dict[str, Any] = {"top_k": top_k, "last": last, "document": document, "places": places}
     if takes_triton("indexer", q):
@@ -95,7 +94,7 @@ def index_loss(
     """
     require(q.shape[1] > 0, "q", "at least one token", tuple(q.shape))
     require_order("document", document)
-    _require_row(q, k, last, attention_k.shape[1], places)
+    _require_row(q, k, last, places, ("attention_k", attention_k.shape[1]))
     heads, key_heads = attention_q.shape[2], attention_k.shape[2]
     require(heads % key_heads == 0, "attention_k", f"a divisor of {heads} heads", key_heads)
     require(last is not None or size == 1, "last", f"given with entries of {size} tokens", last)
@@ -135,13 +134,14 @@ def index_loss_of_chosen(
 
 
 def _require_row(
-    q: Tensor, k: Tensor, last: Tensor | None, length: int | None, places: Tensor | None
+    q: Tensor, k: Tensor, last: Tensor | None, places: Tensor | None, row: tuple[str, int | None]
 ) -> None:
-    """The row has `length` tokens, which nothing but entries of one token tells where it is None."""
+    """Refuses entries and places that do not fit the row; `row` names an argument of its tokens, if any."""
+    name, length = row
     if last is None:
-        require(length in (None, k.shape[1]), "k", f"an entry for each of {length} tokens", tuple(k.shape))
-        length = k.shape[1]
+        require(length in (None, k.shape[1]), name, f"{k.shape[1]} tokens, as k has entries", length)
+        name, length = "k", k.shape[1]
     if length is not None:
-        require_places(places, q.shape[1], length, "document" if last is not None else "k")
+        require_places(places, q.shape[1], length, name)
     else:
         require_order("places", places)
