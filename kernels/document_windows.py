@@ -39,16 +39,20 @@ class Windows(NamedTuple):
         taken = flat.gather(1, index[..., None].expand(-1, -1, flat.shape[2]))
         return taken.view(rows, self.start.shape[1], self.length, *x.shape[2:])
 
-    def is_seen(self, position: Int[Tensor, "B C"], first: int = 0) -> Bool[Tensor, "B C N"]:
-        """Whether each query sees the whole window; the queries are the tokens from `first` on."""
-        token = _tokens(position, first)
+    def is_seen(
+        self, position: Int[Tensor, "B C"], token: Int[Tensor, "#B C"] | None = None
+    ) -> Bool[Tensor, "B C N"]:
+        """Whether each query sees the whole window; token is where it stands, None for all in order."""
+        token = _tokens(position) if token is None else token
         opened = (token - position)[..., None]
         start = self.start[:, None]
         return self.is_filled[:, None] & (start >= opened) & (start + self.length <= token[..., None] + 1)
 
-    def is_past(self, position: Int[Tensor, "B C"], first: int = 0) -> Bool[Tensor, "B C N"]:
+    def is_past(
+        self, position: Int[Tensor, "B C"], token: Int[Tensor, "#B C"] | None = None
+    ) -> Bool[Tensor, "B C N"]:
         """Whether each window lies before the query's own block; for windows as long as their stride."""
-        token = _tokens(position, first)
+        token = _tokens(position) if token is None else token
         opened, own = token - position, token - position % self.length
         start = self.start[:, None]
         return self.is_filled[:, None] & (start >= opened[..., None]) & (start < own[..., None])
@@ -57,7 +61,7 @@ class Windows(NamedTuple):
         self,
         scores: Float[Tensor, "B C J N"],
         position: Int[Tensor, "B C"],
-        first: int = 0,
+        token: Int[Tensor, "#B C"] | None = None,
         *,
         count: int,
         initial: int = 0,
@@ -67,8 +71,9 @@ class Windows(NamedTuple):
 
         The first `initial` blocks of the document and the last `local` ones before the own block go first.
         """
-        is_past = self.is_past(position, first)
-        opened = _tokens(position, first) - position
+        token = _tokens(position) if token is None else token
+        is_past = self.is_past(position, token)
+        opened = token - position
         number = (self.start[:, None] - opened[..., None]) // self.length
         age = (position // self.length)[..., None] - number
         is_forced = (number < initial) | (age <= local)
@@ -76,8 +81,8 @@ class Windows(NamedTuple):
         return top_slots(scores.masked_fill(~is_past[:, :, None], float("-inf")), count)
 
 
-def _tokens(position: Tensor, first: int) -> Tensor:
-    return torch.arange(first, first + position.shape[1], device=position.device)[None]
+def _tokens(position: Tensor) -> Tensor:
+    return torch.arange(position.shape[1], device=position.device)[None]
 
 
 def document_windows(position: Int[Tensor, "B T"], length: int, stride: int) -> Windows:

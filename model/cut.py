@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kernels.document_windows import Windows, document_windows
 from model.recurrence import Recurrence
 
 
@@ -35,6 +36,23 @@ class View:
     restore: Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Compression:
+    """The complete windows of whole rows, and the rows of this rank whose tokens its own windows lie in.
+
+    Of [B T ...] tensors of this rank, `tokens` makes the [X C ...] that `local` are windows of and `position`
+    the positions of; in front of each window of this rank stand the tokens that were asked for. Of the
+    entries [X M ...] made of these, by slot of `local`, `entries` makes those of whole rows [B N ...], by
+    slot of `whole`; anything in slots without a window. Both functions carry gradients.
+    """
+
+    whole: Windows
+    local: Windows
+    position: Int[Tensor, "X C"]
+    tokens: Callable[[Tensor], Tensor]
+    entries: Callable[[Tensor], Tensor]
+
+
 class Cut(ABC):
     """How the rows of a sequence are cut over ranks."""
 
@@ -42,10 +60,23 @@ class Cut(ABC):
     def view(
         self, position: Int[Tensor, "B T"], document: Int[Tensor, "B T"] | None, reach: int | None
     ) -> View:
-        """What queries meet that reach so many tokens to the left; None reaches to the start of the row.
+        """What queries meet that reach so many tokens to the left.
 
-        position and document are those of this rank's tokens.
+        None reaches to the start of the row: then keys are whole rows and queries stay as they are, X = B.
+        position and document are those of this rank's tokens. Before the start of a row stand keys in a
+        document of their own, at position 0.
         """
+
+    @abstractmethod
+    def compression(
+        self,
+        position: Int[Tensor, "B T"],
+        document: Int[Tensor, "B T"] | None,
+        length: int,
+        stride: int,
+        before: int,
+    ) -> Compression:
+        """Windows as of `document_windows`, made where their last token is, with `before` tokens more."""
 
     @abstractmethod
     def before(self, x: Float[Tensor, "B T *E"], count: int) -> Float[Tensor, "X U *E"] | None:
@@ -82,6 +113,18 @@ class Whole(Cut):
     ) -> View:
         """Queries and keys are the same tokens."""
         return View(position, document, None, _same, _same, _same)
+
+    def compression(
+        self,
+        position: Int[Tensor, "B T"],
+        document: Int[Tensor, "B T"] | None,
+        length: int,
+        stride: int,
+        before: int,
+    ) -> Compression:
+        """Tokens and entries are where they belong."""
+        windows = document_windows(position, length, stride)
+        return Compression(windows, windows, position, _same, _same)
 
     def before(self, x: Tensor, count: int) -> None:
         """Nothing: rows start here."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import model.mixers
 from conf.compose import Config
-from model.cut import WHOLE, Cut
+from model.cut import WHOLE, Compression, Cut, View
 from model.peers import ALONE, Peers
 from model.rotary import RotaryScaling, rotary_table
 
@@ -29,24 +29,32 @@ class Sequence:
 
     document is None when each row is one document, which lets kernels skip masks. tokens are the ids, for
     what goes by them. draw is a number in [0, 1), new for each training step and the same for all layers and
-    ranks, for what goes by chance; None outside training. cut is how the rows that these tokens are of are
-    cut over ranks.
+    ranks, for what goes by chance; None outside training. cut is how rows are cut over ranks, where all else
+    is of this rank's tokens.
     """
 
     position: Int[Tensor, "B T"]
     document: Int[Tensor, "B T"] | None
     tokens: Int[Tensor, "B T"]
     draw: float | None = None
-    cut: Cut = WHOLE
     _tables: dict[tuple[int, float, RotaryScaling | None], tuple[Tensor, Tensor]] = field(
         default_factory=dict, repr=False
     )
+    cut: Cut = WHOLE
 
     @staticmethod
     def whole(tokens: Int[Tensor, "B T"]) -> "Sequence":
         """Every row one document, from position 0."""
         position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return Sequence(position, None, tokens)
+
+    def view(self, reach: int | None = None) -> View:
+        """Queries beside the keys of so many tokens to the left; None reaches to the start of the row."""
+        return self.cut.view(self.position, self.document, reach)
+
+    def compression(self, length: int, stride: int, before: int = 0) -> Compression:
+        """The complete windows of the documents; an entry reads `before` tokens before its window."""
+        return self.cut.compression(self.position, self.document, length, stride, before)
 
     def rotary_table(
         self, dim: int, theta: float, scaling: RotaryScaling | None = None

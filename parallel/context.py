@@ -8,13 +8,15 @@ from model.cut import Cut
 from model.recurrence import Recurrence
 from parallel.axes import Axis
 from parallel.chunks import join_chunks, split_chunks, tails_before
+from parallel.context_view import ContextView
 from parallel.states import pass_back, start_states
 
 
-class HeadTail(Cut):
+class HeadTail(ContextView, Cut):
     """Rows in two chunks per rank of the context axis. All methods but chunks and restore are collective."""
 
     def __init__(self, axis: Axis) -> None:
+        super().__init__(axis)
         self.axis = axis
 
     def before(self, x: Float[Tensor, "B T *E"], count: int) -> Float[Tensor, "X U *E"]:

@@ -1,6 +1,7 @@
 """Softmax attention in plain torch: the direct form, torch's fused form, and the form in blocks of queries.
 
-Letters: B rows, T queries, S keys, H query heads, G key heads, K key dim, V value dim, W window, N = B G.
+Letters: B rows, T queries, S keys, M keys of a block of queries, H query heads, G key heads, K key dim, V
+value dim, W window, N = B G.
 """
 
 from typing import Any, NamedTuple, cast
@@ -9,6 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from kernels.places import Span, at_places, query_tokens, spans
 
 # Queries of a block: its scores with all their keys are in memory at once.
 QUERIES = 128
@@ -42,50 +45,57 @@ FULL = Pattern()
 
 
 def _bases(
-    pattern: Pattern, position: Tensor | None, shape: tuple[int, int], device: torch.device
-) -> Int[Tensor, "R T"] | None:
+    pattern: Pattern, position: Tensor | None, keys: int, device: torch.device
+) -> Int[Tensor, "R S"] | None:
     # Where each token's document starts in the row; None where the pattern does not ask.
     if pattern.window is None or (pattern.block == 1 and pattern.first == 0):
         return None
     if position is None:
-        return torch.zeros(1, shape[1], dtype=torch.long, device=device)
-    return torch.arange(shape[1], device=device) - position
+        return torch.zeros(1, keys, dtype=torch.long, device=device)
+    return torch.arange(keys, device=device) - position
 
 
 def visible_keys(
-    shape: tuple[int, int],
+    q: Float[Tensor, "B T H K"],
+    keys: int,
     *,
     pattern: Pattern,
-    document: Int[Tensor, "B T"] | None,
-    position: Int[Tensor, "B T"] | None,
-    device: torch.device,
-) -> Bool[Tensor, "R T T"]:
-    """Which key each query sees. R is 1 when the rows share one mask, else B."""
-    ids = torch.arange(shape[1], device=device)
-    bases = _bases(pattern, position, shape, device)
-    visible = pattern.sees(ids[None, :, None], ids[None, None], 0 if bases is None else bases[..., None])
+    document: Int[Tensor, "B S"] | None,
+    position: Int[Tensor, "B S"] | None,
+    places: Int[Tensor, "B T"] | None = None,
+) -> Bool[Tensor, "R T S"]:
+    """Which of S = keys each query sees. R is 1 when the rows share one mask, else B."""
+    ids, bases = torch.arange(keys, device=q.device), _bases(pattern, position, keys, q.device)
+    query = query_tokens(places, q.shape[1], q)[..., None]
+    base = 0 if bases is None else _of_queries(bases, places)[..., None]
+    visible = pattern.sees(query, ids[None, None], base)
     if document is not None:
-        visible = visible & (document[:, :, None] == document[:, None, :])
+        visible = visible & (at_places(document, places)[:, :, None] == document[:, None, :])
     return visible
+
+
+def _of_queries(bases: Tensor, places: Tensor | None) -> Tensor:
+    return bases if places is None else at_places(bases.expand(places.shape[0], -1), places)
 
 
 def attention_direct(
     q: Float[Tensor, "B T H K"],
-    k: Float[Tensor, "B T G K"],
-    v: Float[Tensor, "B T G V"],
+    k: Float[Tensor, "B S G K"],
+    v: Float[Tensor, "B S G V"],
     *,
     scale: float,
     pattern: Pattern = FULL,
     sinks: Float[Tensor, "H"] | None = None,
     logit_cap: float | None = None,
-    document: Int[Tensor, "B T"] | None = None,
-    position: Int[Tensor, "B T"] | None = None,
+    document: Int[Tensor, "B S"] | None = None,
+    position: Int[Tensor, "B S"] | None = None,
+    places: Int[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T H"]]:
     """Outputs and log-sum-exp with the scores of all pairs in memory, in the caller's dtype."""
     repeat = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(repeat, dim=2) for x in (k, v))
     visible = visible_keys(
-        (q.shape[0], q.shape[1]), pattern=pattern, document=document, position=position, device=q.device
+        q, k.shape[1], pattern=pattern, document=document, position=position, places=places
     )
     scores = torch.einsum("bthk,bshk->bhts", q, k) * scale
     if logit_cap is not None:
@@ -94,7 +104,7 @@ def attention_direct(
     if sinks is not None:
         column = sinks[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], dim=-1)
-    weights = scores.softmax(dim=-1)[..., : q.shape[1]]
+    weights = scores.softmax(dim=-1)[..., : k.shape[1]]
     return torch.einsum("bhts,bshv->bthv", weights, v), scores.logsumexp(-1).transpose(1, 2)
 
 
@@ -110,8 +120,7 @@ def attention_fused(
     """Attention without sinks, cap or blocks by torch's fused kernel; linear in T but for a mask."""
     mask = None
     if pattern.window is not None or document is not None:
-        shape = (q.shape[0], q.shape[1])
-        visible = visible_keys(shape, pattern=pattern, document=document, position=None, device=q.device)
+        visible = visible_keys(q, k.shape[1], pattern=pattern, document=document, position=None)
         mask = visible[:, None].expand(q.shape[0], 1, -1, -1)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     is_grouped = q.shape[1] != k.shape[1]
@@ -123,15 +132,16 @@ def attention_fused(
 
 def attention_blocked(
     q: Float[Tensor, "B T H K"],
-    k: Float[Tensor, "B T G K"],
-    v: Float[Tensor, "B T G V"],
+    k: Float[Tensor, "B S G K"],
+    v: Float[Tensor, "B S G V"],
     *,
     scale: float,
     pattern: Pattern = FULL,
     sinks: Float[Tensor, "H"] | None = None,
     logit_cap: float | None = None,
-    document: Int[Tensor, "B T"] | None = None,
-    position: Int[Tensor, "B T"] | None = None,
+    document: Int[Tensor, "B S"] | None = None,
+    position: Int[Tensor, "B S"] | None = None,
+    places: Int[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T H"]]:
     """Outputs and log-sum-exp, QUERIES queries at a time; scores are computed again for backward.
 
@@ -140,24 +150,25 @@ def attention_blocked(
     those keys.
     """
     rows, tokens = q.shape[:2]
-    bases = _bases(pattern, position, (rows, tokens), q.device)
-    spec = _Spec(rows, k.shape[2], scale, pattern, logit_cap, document, bases, q.device)
+    bases = _bases(pattern, position, k.shape[1], q.device)
+    parts = spans(places, tokens, QUERIES)
+    spec = _Spec(rows, k.shape[2], scale, pattern, logit_cap, document, bases, places, parts, q.device)
     out, lse = cast(tuple[Tensor, Tensor], BlockedAttention.apply(q, k, v, sinks, spec))
     return out, lse
 
 
 class _Keys(NamedTuple):
-    """The keys of a block: `early` [N F] into N T for the first tokens, and [start, stop) of the row."""
+    """The keys of a block: `early` [N F] into N S for the first tokens, and [start, stop) of the row."""
 
     early: Tensor | None
     start: int
     stop: int
 
-    def take(self, x: Float[Tensor, "N T D"]) -> Float[Tensor, "N S D"]:
+    def take(self, x: Float[Tensor, "N S D"]) -> Float[Tensor, "N M D"]:
         near = x[:, self.start : self.stop]
         return near if self.early is None else torch.cat([x.flatten(0, 1)[self.early], near], dim=1)
 
-    def add(self, into: Float[Tensor, "N T D"], grad: Float[Tensor, "N S D"]) -> None:
+    def add(self, into: Float[Tensor, "N S D"], grad: Float[Tensor, "N M D"]) -> None:
         count = 0
         if self.early is not None:
             count = self.early.shape[1]
@@ -175,35 +186,45 @@ class _Spec(NamedTuple):
     logit_cap: float | None
     document: Tensor | None
     bases: Tensor | None
+    places: Tensor | None
+    spans: list[Span]
     device: torch.device
 
-    def keys(self, start: int, stop: int, tokens: int) -> tuple[_Keys, Tensor]:
-        """The keys of the queries in [start, stop), and which each sees, [R T S]."""
+    def keys(self, span: Span, tokens: int) -> tuple[_Keys, Tensor]:
+        """The keys of the queries of a span, and which each sees, [R T M]; `tokens` are those of the row."""
         window, _, first = self.pattern
-        low = 0 if window is None else max(0, start - window + 1)
-        places, index = torch.arange(low, stop, device=self.device)[None], None
+        low = 0 if window is None else max(0, span.low - window + 1)
+        keys, index = torch.arange(low, span.high, device=self.device)[None], None
+        if self.places is None:
+            query = torch.arange(span.start, span.stop, device=self.device)[None]
+        else:
+            query = self.places[:, span.start : span.stop].long()
+        base = None if self.bases is None else self._of_queries(self.bases, span)
         count = min(first, low)
         if count:
-            assert self.bases is not None
-            early = self.bases[:, start, None] + torch.arange(count, device=self.device)
+            assert base is not None
+            early = base[:, :1] + torch.arange(count, device=self.device)
             # From low on a key is among the near ones already.
-            early_places = torch.where(early < low, early, tokens)
+            early_keys = torch.where(early < low, early, tokens)
             row = torch.arange(self.rows, device=self.device)[:, None] * self.key_heads
             head = torch.arange(self.key_heads, device=self.device)
             lines = (row + head).flatten()[:, None] * tokens
             chosen = early.clamp(max=low).expand(self.rows, -1).repeat_interleave(self.key_heads, dim=0)
             index = lines + chosen
-            places = torch.cat([early_places, places.expand(early.shape[0], -1)], dim=1)
-        query = torch.arange(start, stop, device=self.device)[None, :, None]
-        base = 0 if self.bases is None else self.bases[:, start:stop, None]
-        visible = self.pattern.sees(query, places[:, None], base)
+            keys = torch.cat([early_keys, keys.expand(early.shape[0], -1)], dim=1)
+        visible = self.pattern.sees(query[..., None], keys[:, None], 0 if base is None else base[..., None])
         if self.document is not None:
-            seen = self.document.gather(1, places.clamp(max=tokens - 1).expand(self.rows, -1))
-            visible = visible & (self.document[:, start:stop, None] == seen[:, None])
-        return _Keys(index, low, stop), visible
+            seen = self.document.gather(1, keys.clamp(max=tokens - 1).expand(self.rows, -1))
+            visible = visible & (self._of_queries(self.document, span)[..., None] == seen[:, None])
+        return _Keys(index, low, span.high), visible
+
+    def _of_queries(self, x: Tensor, span: Span) -> Tensor:
+        if self.places is None:
+            return x[:, span.start : span.stop]
+        return at_places(x.expand(self.rows, -1), self.places[:, span.start : span.stop])
 
     def scores(self, q: Tensor, k: Tensor, visible: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Masked scores [N, T H/G, S], and the slope of the cap at each."""
+        """Masked scores [N, T H/G, M], and the slope of the cap at each."""
         scores, slope = torch.bmm(q, k.mT.contiguous()).mul_(self.scale), None
         if self.logit_cap is not None:
             scores = scores.div_(self.logit_cap).tanh_()
@@ -216,7 +237,7 @@ class _Spec(NamedTuple):
 
 
 class BlockedAttention(torch.autograd.Function):
-    """q [B T H K], k [B T G K], v [B T G V], sinks [H] or None -> outputs [B T H V], log-sum-exp [B T H]."""
+    """q [B T H K], k [B S G K], v [B S G V], sinks [H] or None -> outputs [B T H V], log-sum-exp [B T H]."""
 
     @staticmethod
     def forward(
@@ -224,14 +245,14 @@ class BlockedAttention(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """One block of queries after the other."""
         dtype = torch.promote_types(q.dtype, torch.float32)
-        tokens, heads, key_heads = q.shape[1], q.shape[2], k.shape[2]
+        tokens, heads, key_heads = k.shape[1], q.shape[2], k.shape[2]
         queries, keys, values = (_lines(x, key_heads, dtype) for x in (q, k, v))
         out = values.new_empty(*queries.shape[:3], values.shape[-1])
         lse = values.new_empty(queries.shape[:3])
         extra = None if sinks is None else _per_line(sinks.to(dtype), spec.rows, key_heads)
-        for start in range(0, tokens, QUERIES):
-            stop = min(start + QUERIES, tokens)
-            place, visible = spec.keys(start, stop, tokens)
+        for span in spec.spans:
+            start, stop = span.start, span.stop
+            place, visible = spec.keys(span, tokens)
             scores, _ = spec.scores(queries[:, start:stop].flatten(1, 2), place.take(keys[:, :, 0]), visible)
             top = scores.amax(-1, keepdim=True)
             extras = None if extra is None else extra.repeat(1, stop - start)[..., None]
@@ -269,10 +290,10 @@ class BlockedAttention(torch.autograd.Function):
         pull, lse = (_lines(x[..., None], key_heads, dtype) for x in (pull, lse))
         grad_q, grad_k = torch.empty_like(queries), torch.zeros_like(keys[:, :, 0])
         grad_v = torch.zeros_like(values[:, :, 0])
-        tokens = q.shape[1]
-        for start in range(0, tokens, QUERIES):
-            stop = min(start + QUERIES, tokens)
-            place, visible = spec.keys(start, stop, tokens)
+        tokens = k.shape[1]
+        for span in spec.spans:
+            start, stop = span.start, span.stop
+            place, visible = spec.keys(span, tokens)
             block_q, block_grad, block_pull, block_lse = (
                 x[:, start:stop].flatten(1, 2) for x in (queries, grad_out, pull, lse)
             )

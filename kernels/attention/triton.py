@@ -470,20 +470,32 @@ def interval_attention(
 
 
 def intervals_of(
-    pattern: Pattern, shape: tuple[int, int], document: Tensor | None, position: Tensor | None, like: Tensor
+    pattern: Pattern,
+    shape: tuple[int, int],
+    document: Tensor | None,
+    position: Tensor | None,
+    like: Tensor,
+    places: Tensor | None = None,
 ) -> tuple[Interval, Interval | None]:
-    """The keys near each query, and those at the start of its document if the pattern asks for them."""
+    """The keys near each query, and those at the start of its document if the pattern asks for them.
+
+    shape: rows and keys. With places queries are the keys there, in rising order.
+    """
     window, block, first = pattern
     is_local = window is not None and (block > 1 or first > 0)
-    if document is None and not is_local:
+    if document is None and not is_local and places is None:
         return Interval(window=window), None
     token = torch.arange(shape[1], dtype=torch.int32, device=like.device).expand(shape)
     start = torch.zeros_like(token) if document is None else _starts(document)
-    if window is None:
-        return Interval(start), None
     base = token * 0
     if is_local and position is not None:
         base = token - position.to(torch.int32)
+    high = None
+    if places is not None:
+        token, start, base = (x.gather(1, places.long()) for x in (token, start, base))
+        high = token + 1
+    if window is None:
+        return Interval(start, high), None
     if block == 1:
         low = token - (window - 1)
     else:
@@ -491,8 +503,8 @@ def intervals_of(
         low = base + blocks * block
     low = torch.maximum(low, start)
     if not first:
-        return Interval(low), None
-    return Interval(low), Interval(start, torch.minimum(torch.maximum(base + first, start), low))
+        return Interval(low, high), None
+    return Interval(low, high), Interval(start, torch.minimum(torch.maximum(base + first, start), low))
 
 
 def _starts(document: Tensor) -> Tensor:
@@ -512,10 +524,11 @@ def attention_triton(
     logit_cap: float | None = None,
     document: Tensor | None = None,
     position: Tensor | None = None,
+    places: Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`kernels.attention.attention_with_lse` in Triton. Raises ValueError for dims above MAX_DIM."""
-    near, far = intervals_of(pattern, (q.shape[0], q.shape[1]), document, position, q)
+    near, far = intervals_of(pattern, (q.shape[0], k.shape[1]), document, position, q, places)
     is_shared = k is v
     if tiles is None:
         is_near = pattern.window is not None and pattern.window <= 512

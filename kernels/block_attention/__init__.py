@@ -1,6 +1,6 @@
 """Softmax attention over the query's own block of keys and selected blocks before it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from kernels.arguments import checked, require, require_within
 from kernels.block_attention.reference import block_attention_gathered
 from kernels.choose import takes_triton
+from kernels.places import require_places
 
 
 class Case(NamedTuple):
@@ -36,13 +37,14 @@ CASES = (
 @checked
 def block_attention(
     q: Float[Tensor, "B T H K"],
-    k: Float[Tensor, "B T G K"],
-    v: Float[Tensor, "B T G V"],
+    k: Float[Tensor, "B S G K"],
+    v: Float[Tensor, "B S G V"],
     selected: Int[Tensor, "B T J n"],
     *,
     scale: float,
     block: int,
-    position: Int[Tensor, "B T"],
+    position: Int[Tensor, "B S"],
+    places: Int[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T J m"]]:
     """Attention over the own block up to the query and all tokens of the selected blocks, and where it went.
 
@@ -51,6 +53,7 @@ def block_attention(
     at most once, -1 for none; J is G or H, a selection for each key head or for each query head. The second
     result, m = n + 1, is the attention that fell on the own block, then on each selected one, summed over the
     query heads that share the selection, in float32 at least and without a gradient.
+    places: where the queries stand among the keys, rising along a row; None is T = S, all tokens in order.
     Work is O(T (n + 1) block (K + V)) per head.
 
     Raises ValueError for an argument of the wrong shape, dtype or range.
@@ -58,15 +61,17 @@ def block_attention(
     tokens, heads = q.shape[1:3]
     key_heads, selectors = k.shape[2], selected.shape[2]
     require(tokens > 0, "q", "at least one token", tuple(q.shape))
+    require_places(places, tokens, k.shape[1])
     require(heads % key_heads == 0, "q", f"a multiple of {key_heads} heads", heads)
     require(q.dtype == k.dtype == v.dtype, "k, v", f"dtype {q.dtype}, as q", (k.dtype, v.dtype))
     require(selectors in (heads, key_heads), "selected", f"{key_heads} or {heads} heads", selectors)
     require(block > 0, "block", "at least 1", block)
-    slots = tokens // block
+    slots = k.shape[1] // block
     require(selected.shape[3] <= slots, "selected", f"at most {slots} blocks", selected.shape[3])
     require_within("selected", selected, -1, max(slots, 1))
+    options: dict[str, Any] = {"scale": scale, "block": block, "position": position, "places": places}
     if takes_triton("block_attention", q):
         from kernels.block_attention.triton import block_attention_triton
 
-        return block_attention_triton(q, k, v, selected, scale=scale, block=block, position=position)
-    return block_attention_gathered(q, k, v, selected, scale=scale, block=block, position=position)
+        return block_attention_triton(q, k, v, selected, **options)
+    return block_attention_gathered(q, k, v, selected, **options)

@@ -1,7 +1,8 @@
 """Attention over selected blocks in plain torch: the direct form with a mask, and the form that gathers.
 
-Letters: B rows, T tokens, H query heads, G key heads, J selecting heads, R query heads of a selection, K key
-dim, V value dim, C tokens of a block, N slots, n selected blocks, Q queries of a slab, S keys beside a slab.
+Letters: B rows, T queries, S keys, H query heads, G key heads, J selecting heads, R query heads of a
+selection, K key dim, V value dim, C tokens of a block, N slots, n selected blocks, Q queries of a slab, M
+keys beside a slab.
 """
 
 from typing import NamedTuple, cast
@@ -11,19 +12,25 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kernels.document_windows import document_windows
+from kernels.places import Span, at_places, query_tokens, spans
 
 # Elements that a slab of queries may gather: bounds memory, not the result.
 SLAB = 1 << 23
 
 
 def visible_keys(
-    selected: Int[Tensor, "B T J n"], *, block: int, position: Int[Tensor, "B T"]
-) -> Bool[Tensor, "B T J m T"]:
+    selected: Int[Tensor, "B T J n"],
+    *,
+    block: int,
+    position: Int[Tensor, "B S"],
+    places: Int[Tensor, "B T"] | None = None,
+) -> Bool[Tensor, "B T J m S"]:
     """Which keys each query sees in its own block and in each selected one, m = n + 1."""
     tokens = position.shape[1]
     key = torch.arange(tokens, device=position.device)
-    own = (key - position % block)[..., None]
-    is_own = (key >= own) & (key <= key[:, None])
+    query = query_tokens(places, tokens, position)
+    own = (query - at_places(position, places) % block)[..., None]
+    is_own = (key >= own) & (key <= query[..., None])
     windows = document_windows(position, block, block)
     rows = torch.arange(position.shape[0], device=position.device)[:, None, None, None]
     if windows.start.shape[1] == 0:
@@ -36,18 +43,19 @@ def visible_keys(
 
 def block_attention_direct(
     q: Float[Tensor, "B T H K"],
-    k: Float[Tensor, "B T G K"],
-    v: Float[Tensor, "B T G V"],
+    k: Float[Tensor, "B S G K"],
+    v: Float[Tensor, "B S G V"],
     selected: Int[Tensor, "B T J n"],
     *,
     scale: float,
     block: int,
-    position: Int[Tensor, "B T"],
+    position: Int[Tensor, "B S"],
+    places: Int[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T J m"]]:
     """Attention with the scores of all pairs in memory, in the caller's dtype."""
     heads, selectors = q.shape[2], selected.shape[2]
     k, v = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (k, v))
-    parts = visible_keys(selected, block=block, position=position)
+    parts = visible_keys(selected, block=block, position=position, places=places)
     visible = parts.any(3).repeat_interleave(heads // selectors, dim=2)
     scores = torch.einsum("bthk,bshk->bths", q, k) * scale
     weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
@@ -58,13 +66,14 @@ def block_attention_direct(
 
 def block_attention_gathered(
     q: Float[Tensor, "B T H K"],
-    k: Float[Tensor, "B T G K"],
-    v: Float[Tensor, "B T G V"],
+    k: Float[Tensor, "B S G K"],
+    v: Float[Tensor, "B S G V"],
     selected: Int[Tensor, "B T J n"],
     *,
     scale: float,
     block: int,
-    position: Int[Tensor, "B T"],
+    position: Int[Tensor, "B S"],
+    places: Int[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T J m"]]:
     """Attention over gathered blocks, a slab of queries at a time; computes in float32 at least."""
     dtype, out_dtype = torch.promote_types(q.dtype, torch.float32), q.dtype
@@ -72,15 +81,19 @@ def block_attention_gathered(
     windows = document_windows(position, block, block)
     # [B N C G E] -> [B N G, C E]: one line per block and key head.
     tables = [windows.gather(x).transpose(2, 3).flatten(0, 2).flatten(1) for x in (k, v)]
-    places = _places(selected, windows.start.shape[1], k.shape[2])
+    lines = _lines(selected, windows.start.shape[1], k.shape[2])
+    token, inside = query_tokens(places, q.shape[1], q), at_places(position, places) % block
+    slabs = spans(places, q.shape[1], _slab(q, v, selected, block))
     out, mass = cast(
         tuple[Tensor, Tensor],
-        GatheredBlockAttention.apply(q, k, v, *tables, places, selected >= 0, position % block, block, scale),
+        GatheredBlockAttention.apply(
+            q, k, v, *tables, lines, selected >= 0, token, inside, slabs, block, scale
+        ),
     )
     return out.to(out_dtype), mass
 
 
-def _places(selected: Tensor, slots: int, key_heads: int) -> Tensor:
+def _lines(selected: Tensor, slots: int, key_heads: int) -> Tensor:
     # Lines of the tables: by row, slot, key head.
     rows, _, selectors, _ = selected.shape
     row = torch.arange(rows, device=selected.device)[:, None, None, None]
@@ -102,26 +115,39 @@ class _Slab(NamedTuple):
 class GatheredBlockAttention(torch.autograd.Function):
     """The gathered form; blocks are gathered again in backward instead of being kept.
 
-    q [B T H K], k, v [B T G E], tables [B N G, C E], places and is_selected [B T J n], offset [B T]: the
-    place of a query in its own block.
+    q [B T H K], k, v [B S G E], tables [B N G, C E], lines and is_selected [B T J n], token [1 T] or [B T]:
+    where a query stands in its row; inside [B T]: and in its own block.
     """
 
     @staticmethod
     def forward(
-        ctx, q, k, v, k_table, v_table, places, is_selected, offset, block: int, scale: float
+        ctx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_table: Tensor,
+        v_table: Tensor,
+        lines: Tensor,
+        is_selected: Tensor,
+        token: Tensor,
+        inside: Tensor,
+        slabs: list[Span],
+        block: int,
+        scale: float,
     ) -> tuple[Tensor, Tensor]:
         """Outputs, and the attention by block."""
-        ctx.block, ctx.scale = block, scale
-        inputs = (q, k, v, k_table, v_table, places, is_selected, offset)
+        ctx.slabs, ctx.block, ctx.scale = slabs, block, scale
+        inputs = (q, k, v, k_table, v_table, lines, is_selected, token, inside)
         out, lse = q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3])
-        mass = q.new_empty(*places.shape[:3], places.shape[3] + 1)
-        for a, b in _slabs(q, v, places, block):
-            slab = _take(inputs, a, b, block)
+        mass = q.new_empty(*lines.shape[:3], lines.shape[3] + 1)
+        for span in slabs:
+            a, b = span.start, span.stop
+            slab = _take(inputs, span, block)
             near, far = _scores(q[:, a:b] * scale, slab)
             lse[:, a:b] = torch.cat([near, far], dim=-1).logsumexp(-1)
             near, far = (part.sub_(lse[:, a:b, :, None]).exp_() for part in (near, far))
             out[:, a:b] = _weighted(near, far, slab)
-            near, far = (part.unflatten(2, (places.shape[2], -1)).sum(3) for part in (near, far))
+            near, far = (part.unflatten(2, (lines.shape[2], -1)).sum(3) for part in (near, far))
             mass[:, a:b, :, 0] = near.sum(-1)
             mass[:, a:b, :, 1:] = far.unflatten(-1, (-1, block)).sum(-1)
         ctx.save_for_backward(*inputs, out, lse)
@@ -132,13 +158,14 @@ class GatheredBlockAttention(torch.autograd.Function):
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v and the tables."""
         *inputs, out, lse = ctx.saved_tensors
-        q, k, v, places = *inputs[:3], inputs[5]
+        q, k, _, lines = *inputs[:3], inputs[5]
         grad_out, delta = grads[0], (grads[0] * out).sum(-1, keepdim=True)
         grad_q, grad_k, grad_v, grad_k_table, grad_v_table = (torch.zeros_like(x) for x in inputs[:5])
-        groups, selectors = k.shape[2], places.shape[2]
-        for a, b in _slabs(q, v, places, ctx.block):
-            slab = _take(inputs, a, b, ctx.block)
-            first = max(0, a - ctx.block + 1)
+        groups, selectors = k.shape[2], lines.shape[2]
+        for span in ctx.slabs:
+            a, b = span.start, span.stop
+            slab = _take(inputs, span, ctx.block)
+            first = max(0, span.low - ctx.block + 1)
             scaled, going = q[:, a:b] * ctx.scale, grad_out[:, a:b]
             near, far = (part.sub_(lse[:, a:b, :, None]).exp_() for part in _scores(scaled, slab))
             pulls = _products(going, slab.near_v, slab.far_v)
@@ -147,41 +174,40 @@ class GatheredBlockAttention(torch.autograd.Function):
             )
             grad_q[:, a:b] = _weighted(by_near, by_far, slab._replace(near_v=slab.near_k, far_v=slab.far_k))
             for by, x, grad in ((by_near, scaled, grad_k), (near, going, grad_v)):
-                grad[:, first:b] += torch.einsum(
+                grad[:, first : span.high] += torch.einsum(
                     "bqgrs,bqgre->bsge", by.unflatten(2, (groups, -1)), x.unflatten(2, (groups, -1))
                 )
-            if places.shape[3] == 0:
+            if lines.shape[3] == 0:
                 continue
             for by, x, grad in ((by_far, scaled, grad_k_table), (far, going, grad_v_table)):
                 by, x = by.unflatten(2, (selectors, -1)), x.unflatten(2, (selectors, -1))
-                grad.index_add_(0, places[:, a:b].flatten(), (by.mT @ x).view(-1, grad.shape[1]))
-        return grad_q * ctx.scale, grad_k, grad_v, grad_k_table, grad_v_table, None, None, None, None, None
+                grad.index_add_(0, lines[:, a:b].flatten(), (by.mT @ x).view(-1, grad.shape[1]))
+        return grad_q * ctx.scale, grad_k, grad_v, grad_k_table, grad_v_table, *(None,) * 7
 
 
-def _slabs(q: Tensor, v: Tensor, places: Tensor, block: int) -> list[tuple[int, int]]:
-    rows, tokens, _, key_dim = q.shape
-    per_query = rows * places.shape[2] * (places.shape[3] + 1) * block * (key_dim + v.shape[-1])
-    size = max(1, SLAB // per_query)
-    return [(a, min(a + size, tokens)) for a in range(0, tokens, size)]
+def _slab(q: Tensor, v: Tensor, selected: Tensor, block: int) -> int:
+    per_query = q.shape[0] * selected.shape[2] * (selected.shape[3] + 1) * block * (q.shape[3] + v.shape[3])
+    return max(1, SLAB // per_query)
 
 
-def _take(inputs: tuple[Tensor, ...] | list[Tensor], a: int, b: int, block: int) -> _Slab:
-    _, k, v, k_table, v_table, places, is_selected, offset = inputs
-    first = max(0, a - block + 1)
-    key = torch.arange(first, b, device=k.device)
-    query = torch.arange(a, b, device=k.device)[:, None]
-    near = (key <= query) & (key >= query - offset[:, a:b, None])
-    chosen = places[:, a:b]
+def _take(inputs: tuple[Tensor, ...] | list[Tensor], span: Span, block: int) -> _Slab:
+    _, k, v, k_table, v_table, lines, is_selected, token, inside = inputs
+    a, b, first = span.start, span.stop, max(0, span.low - block + 1)
+    key = torch.arange(first, span.high, device=k.device)
+    query = token[:, a:b, None]
+    near = (key <= query) & (key >= query - inside[:, a:b, None])
+    chosen = lines[:, a:b]
     far_k, far_v = (
         table[chosen.flatten()].view(*chosen.shape[:3], chosen.shape[3] * block, x.shape[-1])
         for table, x in ((k_table, k), (v_table, v))
     )
     far = is_selected[:, a:b].repeat_interleave(block, dim=-1)
-    return _Slab(k[:, first:b], v[:, first:b], far_k, far_v, near, far)
+    beside = slice(first, span.high)
+    return _Slab(k[:, beside], v[:, beside], far_k, far_v, near, far)
 
 
 def _products(x: Tensor, near: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
-    """x [B Q H E] with each key beside it [B Q H S] and each gathered one [B Q H nC]."""
+    """x [B Q H E] with each key beside it [B Q H M] and each gathered one [B Q H nC]."""
     beside = torch.einsum("bqgre,bsge->bqgrs", x.unflatten(2, (near.shape[2], -1)), near).flatten(2, 3)
     x = x.unflatten(2, (far.shape[2], -1))
     # The gathered keys are the large factor: they stay as they lie, and the small one is turned.

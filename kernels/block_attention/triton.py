@@ -28,6 +28,7 @@ from kernels.block_attention.triton_backward import (
 from kernels.block_attention.triton_forward import block_attention_far, block_attention_near
 from kernels.block_attention.triton_lists import Lists, lists_of, plan_of
 from kernels.document_windows import document_windows
+from kernels.places import at_places
 
 
 class Tile(NamedTuple):
@@ -75,6 +76,7 @@ class Spec(NamedTuple):
 
     rows: int
     tokens: int
+    keys: int
     heads: int
     groups: int
     selectors: int
@@ -151,15 +153,43 @@ class Spec(NamedTuple):
         return self.rows * self.slab * self.selectors * self.places
 
 
-class BlockAttention(torch.autograd.Function):
-    """q [B T H K], k [B T G K], v [B T G V], selected [B T J n], own [B T], starts [B N] -> out and mass.
+class Stands(NamedTuple):
+    """Where queries stand among the keys: the first key of each one's own block, and its own place.
 
-    own is the first token of each token's own block, starts those of the slots.
+    Without places query t is key t. own_of_keys is the first of each key's own block. readers: how many
+    queries stand before each key and before the end of the row; with places alone.
     """
+
+    own: Int[Tensor, "B T"]
+    places: Int[Tensor, "B T"] | None
+    own_of_keys: Int[Tensor, "B S"]
+    readers: Int[Tensor, "B S1"] | None
+
+
+def stands_of(position: Tensor, places: Tensor | None, block: int) -> Stands:
+    """For blocks of `block` tokens; int32."""
+    token = torch.arange(position.shape[1] + 1, device=position.device, dtype=torch.int32)
+    own = token[:-1] - (position % block).to(torch.int32)
+    if places is None:
+        return Stands(own, None, own, None)
+    places = places.to(torch.int32).contiguous()
+    readers = torch.searchsorted(places, token.expand(places.shape[0], -1).contiguous(), out_int32=True)
+    return Stands(at_places(own, places), places, own, readers)
+
+
+class BlockAttention(torch.autograd.Function):
+    """q [B T H K], k [B S G K], v [B S G V], selected [B T J n], starts [B N] of slots -> out and mass."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, selected: Tensor, own: Tensor, starts: Tensor, spec: Spec
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        selected: Tensor,
+        starts: Tensor,
+        stands: Stands,
+        spec: Spec,
     ) -> tuple[Tensor, Tensor]:
         """Two launches for each slab."""
         lists = lists_of(selected, spec.groups, spec.slots, spec.slab)
@@ -183,20 +213,20 @@ class BlockAttention(torch.autograd.Function):
                 )  # fmt: skip
             grid = (triton.cdiv(last - first, near["ROWS"] // near["PADDED"]), spec.rows * spec.groups)
             block_attention_near[grid](
-                q, k, v, own, selected, partial, partial_lse, out, lse, mass, *strides,
+                q, k, v, stands.own, stands.places, selected, partial, partial_lse, out, lse, mass, *strides,
                 spec.tokens, first, last, spec.slab, spec.heads, spec.groups, spec.selectors, spec.places,
-                spec.scale_of_two, **near,
+                spec.scale_of_two, HAS_PLACES=stands.places is not None, **near,
             )  # fmt: skip
-        ctx.save_for_backward(q, k, v, selected, own, starts, lists.order, lists.bounds, out, lse)
-        ctx.spec = spec
+        ctx.save_for_backward(q, k, v, selected, starts, lists.order, lists.bounds, out, lse)
+        ctx.spec, ctx.stands = spec, stands
         ctx.mark_non_differentiable(mass)
         return out, mass
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Three launches, and two for each slab."""
-        q, k, v, selected, own, starts, order, bounds, out, lse = ctx.saved_tensors
-        spec: Spec = ctx.spec
+        q, k, v, selected, starts, order, bounds, out, lse = ctx.saved_tensors
+        spec, stands = ctx.spec, ctx.stands
         lists = Lists(order, bounds, spec.rows * spec.groups * spec.slots, len(spec.slabs()))
         grad, delta = grads[0].contiguous(), torch.empty_like(lse)
         block_attention_delta[(triton.cdiv(delta.numel(), 32),)](
@@ -204,17 +234,17 @@ class BlockAttention(torch.autograd.Function):
             VALUE_DIM=spec.value_dim, VALUES=spec.dims["VALUES"], ROWS=32,
         )  # fmt: skip
         inputs = (q, k, v, grad, lse, delta)
-        grad_k, grad_v = _grads_of_keys(inputs, own, starts, lists, spec)
-        return _grad_of_queries(inputs, selected, own, starts, lists, spec), grad_k, grad_v, *[None] * 4
+        grad_k, grad_v = _grads_of_keys(inputs, starts, stands, lists, spec)
+        return _grad_of_queries(inputs, selected, starts, stands, lists, spec), grad_k, grad_v, *[None] * 4
 
 
 def _grads_of_keys(
-    inputs: tuple[Tensor, ...], own: Tensor, starts: Tensor, lists: Lists, spec: Spec
+    inputs: tuple[Tensor, ...], starts: Tensor, stands: Stands, lists: Lists, spec: Spec
 ) -> tuple[Tensor, Tensor]:
     q, k, v = inputs[:3]
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    partial, before = inputs[4], own
+    partial, before = inputs[4], stands.own
     if spec.has_far:
         far, choices = spec.far(spec.tiles.far_keys), lists.order.shape[0]
         items = far["ROWS"] // far["PADDED"]
@@ -230,16 +260,16 @@ def _grads_of_keys(
             spec.places, spec.scale_of_two, spec.scale, **far,
         )  # fmt: skip
     near = spec.near(spec.tiles.near_keys)
-    block_attention_near_keys[(triton.cdiv(spec.tokens, near["KEYS"]), spec.rows * spec.groups)](
-        *inputs, own, starts, before, partial, grad_k, grad_v, *strides,
-        spec.tokens, lists.lists, spec.slots, spec.heads, spec.groups, spec.scale_of_two, spec.scale,
-        BLOCK=spec.block, HAS_FAR=spec.has_far, **near,
+    block_attention_near_keys[(triton.cdiv(spec.keys, near["KEYS"]), spec.rows * spec.groups)](
+        *inputs, *stands, starts, before, partial, grad_k, grad_v, *strides, spec.tokens, spec.keys,
+        lists.lists, spec.slots, spec.heads, spec.groups, spec.scale_of_two, spec.scale,
+        BLOCK=spec.block, HAS_FAR=spec.has_far, HAS_PLACES=stands.places is not None, **near,
     )  # fmt: skip
     return grad_k, grad_v
 
 
 def _grad_of_queries(
-    inputs: tuple[Tensor, ...], selected: Tensor, own: Tensor, starts: Tensor, lists: Lists, spec: Spec
+    inputs: tuple[Tensor, ...], selected: Tensor, starts: Tensor, stands: Stands, lists: Lists, spec: Spec
 ) -> Tensor:
     q, k, v = inputs[:3]
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
@@ -260,8 +290,9 @@ def _grad_of_queries(
             )  # fmt: skip
         grid = (triton.cdiv(last - first, near["ROWS"] // near["PADDED"]), spec.rows * spec.groups)
         block_attention_near_query[grid](
-            *inputs, own, selected, partial, grad_q, *strides, spec.tokens, first, last, spec.slab,
-            spec.heads, spec.groups, spec.selectors, spec.places, spec.scale_of_two, spec.scale, **near,
+            *inputs, stands.own, stands.places, selected, partial, grad_q, *strides, spec.tokens, first, last,
+            spec.slab, spec.heads, spec.groups, spec.selectors, spec.places, spec.scale_of_two, spec.scale,
+            HAS_PLACES=stands.places is not None, **near,
         )  # fmt: skip
     return grad_q
 
@@ -272,28 +303,27 @@ def _power(x: int) -> int:
 
 def block_attention_triton(
     q: Float[Tensor, "B T H K"],
-    k: Float[Tensor, "B T G K"],
-    v: Float[Tensor, "B T G V"],
+    k: Float[Tensor, "B S G K"],
+    v: Float[Tensor, "B S G V"],
     selected: Int[Tensor, "B T J n"],
     *,
     scale: float,
     block: int,
-    position: Int[Tensor, "B T"],
+    position: Int[Tensor, "B S"],
+    places: Int[Tensor, "B T"] | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T J m"]]:
     """`kernels.block_attention.block_attention` in Triton."""
     rows, tokens, heads, key_dim = q.shape
     tiles = tiles or tiles_for(block, key_dim, q.dtype)
-    windows = document_windows(position, block, block)
-    token = torch.arange(tokens, device=position.device)
-    own = (token - position % block).to(torch.int32)
+    windows, stands = document_windows(position, block, block), stands_of(position, places, block)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     per_token = rows * heads * selected.shape[3] * max(key_dim, v.shape[3]) * q.element_size()
     fitting = max(1, tiles.slab_bytes // max(1, per_token))
     slab = min(tokens, 1 << (fitting.bit_length() - 1))
     spec = Spec(
-        rows, tokens, heads, k.shape[2], selected.shape[2], selected.shape[3], windows.start.shape[1],
-        key_dim, v.shape[3], block, slab, scale, tiles,
+        rows, tokens, k.shape[1], heads, k.shape[2], selected.shape[2], selected.shape[3],
+        windows.start.shape[1], key_dim, v.shape[3], block, slab, scale, tiles,
     )  # fmt: skip
-    result = BlockAttention.apply(q, k, v, selected.contiguous(), own, windows.start, spec)
+    result = BlockAttention.apply(q, k, v, selected.contiguous(), windows.start, stands, spec)
     return cast(tuple[Tensor, Tensor], result)

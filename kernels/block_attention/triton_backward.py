@@ -100,20 +100,24 @@ def block_attention_far_keys(
 
 @triton.jit
 def block_attention_near_keys(
-    q, k, v, grad, lse, delta, own, starts, before, partial, grad_k, grad_v,
+    q, k, v, grad, lse, delta, own, places_of, own_of_keys, readers, starts, before, partial, grad_k, grad_v,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
-    tokens, lists, slots, heads, groups, scale, plain_scale,
+    tokens, keys, lists, slots, heads, groups, scale, plain_scale,
     SHARED: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
     KEY_DIM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr, HAS_FAR: tl.constexpr,
+    HAS_PLACES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of keys and values: from queries of their own blocks, and the parts of others."""
+    """Gradients of a tile of keys and values: from queries of their own blocks, and the parts of others.
+
+    readers: for each key, and the end of the row, how many queries stand before it.
+    """
     ITEMS: tl.constexpr = ROWS // PADDED
     first = tl.program_id(0) * KEYS
     row, group = tl.program_id(1) // groups, tl.program_id(1) % groups
     batch = row.to(tl.int64)
     key = first + tl.arange(0, KEYS)
-    is_key = key < tokens
+    is_key = key < keys
     at_key = key.to(tl.int64)
     k += batch * k_row + group.to(tl.int64) * k_head
     v += batch * v_row + group.to(tl.int64) * v_head
@@ -122,9 +126,13 @@ def block_attention_near_keys(
     low, values = tl.zeros([KEYS, LOW], tl.float32), tl.zeros([KEYS, VALUES], tl.float32)
     high = tl.zeros([KEYS, HIGH if HIGH else 1], tl.float32)
     own += batch * tokens
+    own_of_keys += batch * keys
     # The last key is seen by no query behind its block.
-    end = tl.minimum(tl.load(own + tl.minimum(first + KEYS, tokens) - 1) + BLOCK, tokens)
-    for at in range(first, end, ITEMS):
+    begin, end = first, tl.minimum(tl.load(own_of_keys + tl.minimum(first + KEYS, keys) - 1) + BLOCK, keys)
+    if HAS_PLACES:
+        readers += batch * (keys + 1)
+        begin, end = tl.load(readers + begin), tl.load(readers + end)
+    for at in range(begin, end, ITEMS):
         token, head, is_in = block_attention_side(at, end, group, SHARED, PADDED, ROWS)
         opened = tl.load(own + token, mask=is_in, other=0)
         line = (batch * tokens + token) * heads + head
@@ -133,7 +141,10 @@ def block_attention_near_keys(
         g = block_attention_line(grad + line * VALUE_DIM, is_in, VALUE_DIM, VALUES)
         level = tl.load(lse + line, mask=is_in, other=0.0)
         pull = tl.load(delta + line, mask=is_in, other=0.0)
-        is_seen = is_in[None, :] & (key[:, None] <= token[None, :]) & (key[:, None] >= opened[None, :])
+        stands = token
+        if HAS_PLACES:
+            stands = tl.load(places_of + batch * tokens + token, mask=is_in, other=-1)
+        is_seen = is_in[None, :] & (key[:, None] <= stands[None, :]) & (key[:, None] >= opened[None, :])
         p, by = block_attention_pull(
             q_low, q_high, g, k_low, k_high, v_low, level, pull, is_seen, scale, HIGH, True
         )
@@ -145,7 +156,7 @@ def block_attention_near_keys(
     low, high = low * plain_scale, high * plain_scale
     if HAS_FAR:
         # The block that starts where this key's own one does, if that is complete.
-        opened = tl.load(own + key, mask=is_key, other=0)
+        opened = tl.load(own_of_keys + key, mask=is_key, other=0)
         slot = opened // BLOCK
         is_block = is_key & (slot < slots)
         start = tl.load(starts + row * slots + slot, mask=is_block, other=-1)
@@ -163,7 +174,7 @@ def block_attention_near_keys(
             more = block_attention_line(partial + line + KEY_DIM, is_part, VALUE_DIM, VALUES)
             values += more
             part += 1
-    line = (batch * tokens + key) * groups + group
+    line = (batch * keys + key) * groups + group
     block_attention_store(grad_k + line * KEY_DIM, low, high, is_key, KEY_DIM, LOW, HIGH)
     block_attention_store(grad_v + line * VALUE_DIM, values, values, is_key, VALUE_DIM, VALUES, 0)
 
@@ -247,12 +258,12 @@ def block_attention_push(
 
 @triton.jit(do_not_specialize=["slab_first", "slab_last"])
 def block_attention_near_query(
-    q, k, v, grad, lse, delta, own, selected, partial, grad_q,
+    q, k, v, grad, lse, delta, own, places_of, selected, partial, grad_q,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
     tokens, slab_first, slab_last, slab_size, heads, groups, selectors, places, scale, plain_scale,
     SHARED: tl.constexpr, OWN_SHARED: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr,
     KEY_DIM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    VALUE_DIM: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr, HAS_PLACES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of consecutive queries: from their own blocks, and the parts of those they chose."""
     first = slab_first + tl.program_id(0) * (ROWS // PADDED)
@@ -266,19 +277,23 @@ def block_attention_near_query(
     g = block_attention_line(grad + line * VALUE_DIM, is_in, VALUE_DIM, VALUES)
     level = tl.load(lse + line, mask=is_in, other=0.0)
     pull = tl.load(delta + line, mask=is_in, other=0.0)
-    opened = tl.load(own + batch * tokens + token, mask=is_in, other=tokens)
+    opened = tl.load(own + batch * tokens + token, mask=is_in, other=2147483647)
+    stands, stop = token, last
+    if HAS_PLACES:
+        stands = tl.load(places_of + batch * tokens + token, mask=is_in, other=-1)
+        stop = tl.load(places_of + batch * tokens + last - 1) + 1
     k += batch * k_row + group.to(tl.int64) * k_head
     v += batch * v_row + group.to(tl.int64) * v_head
     key = tl.arange(0, KEYS)
     low = tl.zeros([ROWS, LOW], tl.float32)
     high = tl.zeros([ROWS, HIGH if HIGH else 1], tl.float32)
-    for at in range(tl.load(own + batch * tokens + first), last, KEYS):
+    for at in range(tl.load(own + batch * tokens + first), stop, KEYS):
         at_key = at + key
         k_low, k_high = block_attention_load(
-            k + at_key.to(tl.int64) * k_token, at_key < last, KEY_DIM, LOW, HIGH
+            k + at_key.to(tl.int64) * k_token, at_key < stop, KEY_DIM, LOW, HIGH
         )
-        v_low = block_attention_line(v + at_key.to(tl.int64) * v_token, at_key < last, VALUE_DIM, VALUES)
-        is_seen = (at_key[None, :] <= token[:, None]) & (at_key[None, :] >= opened[:, None])
+        v_low = block_attention_line(v + at_key.to(tl.int64) * v_token, at_key < stop, VALUE_DIM, VALUES)
+        is_seen = (at_key[None, :] <= stands[:, None]) & (at_key[None, :] >= opened[:, None])
         by = block_attention_push(
             q_low, q_high, g, k_low, k_high, v_low, level, pull, is_seen, scale, HIGH, True
         )

@@ -105,14 +105,17 @@ def block_attention_far(
 
 @triton.jit(do_not_specialize=["slab_first", "slab_last"])
 def block_attention_near(
-    q, k, v, own, selected, partial, partial_lse, out, lse, mass,
+    q, k, v, own, places_of, selected, partial, partial_lse, out, lse, mass,
     q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
     tokens, slab_first, slab_last, slab_size, heads, groups, selectors, places, scale,
     SHARED: tl.constexpr, OWN_SHARED: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr,
     KEY_DIM: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    VALUE_DIM: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr, HAS_PLACES: tl.constexpr,
 ):  # fmt: skip
-    """Consecutive queries over their own blocks, then over the partial outputs of those they chose."""
+    """Consecutive queries over their own blocks, then over the partial outputs of those they chose.
+
+    places_of: where each query stands among the keys; without, query t is key t.
+    """
     first = slab_first + tl.program_id(0) * (ROWS // PADDED)
     last = tl.minimum(first + ROWS // PADDED, slab_last)
     row, group = tl.program_id(1) // groups, tl.program_id(1) % groups
@@ -122,20 +125,24 @@ def block_attention_near(
     q_low, q_high = block_attention_load(source, is_in, KEY_DIM, LOW, HIGH)
     k += batch * k_row + group.to(tl.int64) * k_head
     v += batch * v_row + group.to(tl.int64) * v_head
-    opened = tl.load(own + batch * tokens + token, mask=is_in, other=tokens)
+    opened = tl.load(own + batch * tokens + token, mask=is_in, other=2147483647)
+    stands, stop = token, last
+    if HAS_PLACES:
+        stands = tl.load(places_of + batch * tokens + token, mask=is_in, other=-1)
+        stop = tl.load(places_of + batch * tokens + last - 1) + 1
     key, column = tl.arange(0, KEYS), tl.arange(0, VALUES)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
     length = tl.zeros([ROWS], tl.float32)
     total = tl.zeros([ROWS, VALUES], tl.float32)
     # Own blocks of later queries start no earlier.
-    for at in range(tl.load(own + batch * tokens + first), last, KEYS):
+    for at in range(tl.load(own + batch * tokens + first), stop, KEYS):
         at_key = at + key
         k_low, k_high = block_attention_load(
-            k + at_key.to(tl.int64) * k_token, at_key < last, KEY_DIM, LOW, HIGH
+            k + at_key.to(tl.int64) * k_token, at_key < stop, KEY_DIM, LOW, HIGH
         )
-        v_low = block_attention_line(v + at_key.to(tl.int64) * v_token, at_key < last, VALUE_DIM, VALUES)
+        v_low = block_attention_line(v + at_key.to(tl.int64) * v_token, at_key < stop, VALUE_DIM, VALUES)
         s = block_attention_products(q_low, q_high, k_low, k_high, HIGH) * scale
-        is_seen = (at_key[None, :] <= token[:, None]) & (at_key[None, :] >= opened[:, None])
+        is_seen = (at_key[None, :] <= stands[:, None]) & (at_key[None, :] >= opened[:, None])
         s = tl.where(is_seen, s, float("-inf"))
         top = tl.maximum(peak, tl.max(s, axis=1))
         level = tl.where(top == float("-inf"), 0.0, top)

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.document_windows import Windows, document_windows
+from kernels.places import Span, at_places, query_tokens, spans
 
 # Elements of the scores that a slab of queries may hold: bounds memory, not the result.
 SLAB = 1 << 22
@@ -73,59 +74,61 @@ def _queries(rows: int, tokens: int, heads: int) -> list[tuple[int, int, int]]:
 @torch.no_grad()
 def select_by_mean_slabs(
     q: Float[Tensor, "B T H K"],
-    k: Float[Tensor, "B T G K"],
+    k: Float[Tensor, "B S G K"],
     *,
     block: int,
     count: int,
-    position: Int[Tensor, "B T"],
+    position: Int[Tensor, "B S"],
+    places: Int[Tensor, "B T"] | None = None,
 ) -> Int[Tensor, "B T H n"]:
     """The selection, a slab of queries at a time; means and scores in float32 at least."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     windows = document_windows(position, block, block)
     means = windows.gather(k.to(dtype)).mean(2)
+    token, position = query_tokens(places, q.shape[1], q), at_places(position, places)
     chosen = []
-    for a, b in _slabs(q, windows.start.shape[1]):
+    for a, b, *_ in _slabs(q, windows.start.shape[1], None):
         grouped = q[:, a:b].to(dtype).unflatten(2, (k.shape[2], -1))
         scores = torch.einsum("bqgrk,bngk->bqgrn", grouped, means).flatten(2, 3)
-        chosen.append(windows.choose(scores, position[:, a:b], a, count=count))
+        chosen.append(windows.choose(scores, position[:, a:b], token[:, a:b], count=count))
     return torch.cat(chosen, dim=1)
 
 
 @torch.no_grad()
 def select_by_peak_slabs(
     q: Float[Tensor, "B T J K"],
-    k: Float[Tensor, "B T 1 K"],
+    k: Float[Tensor, "B S 1 K"],
     *,
     block: int,
     count: int,
     local: int,
-    position: Int[Tensor, "B T"],
+    position: Int[Tensor, "B S"],
+    places: Int[Tensor, "B T"] | None = None,
 ) -> tuple[Int[Tensor, "B T J n"], Int[Tensor, "B T J m"]]:
     """The selection and its best keys, a slab of queries at a time; scores in float32 at least."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k = q.to(dtype), k[:, :, 0].to(dtype)
     windows = document_windows(position, block, block)
     in_blocks = windows.gather(k).flatten(1, 2)
+    token, position = query_tokens(places, q.shape[1], q), at_places(position, places)
     chosen, peaks = [], []
-    for a, b in _slabs(q, k.shape[1]):
+    for span in _slabs(q, k.shape[1], places):
+        a, b = span.start, span.stop
         scores = torch.einsum("bqjk,bsk->bqjs", q[:, a:b], in_blocks)
         best, place = scores.unflatten(-1, (windows.start.shape[1], block)).max(-1)
-        slots = windows.choose(best, position[:, a:b], a, count=count, local=local)
+        slots = windows.choose(best, position[:, a:b], token[:, a:b], count=count, local=local)
         chosen.append(slots)
-        peaks.append(
-            torch.cat(
-                [_own_peak(q[:, a:b], k, position[:, a:b], a, block), _peaks(windows, place, slots)], -1
-            )
-        )
+        own = _own_peak(q[:, a:b], k, position[:, a:b] % block, token[:, a:b], span, block)
+        peaks.append(torch.cat([own, _peaks(windows, place, slots)], -1))
     return torch.cat(chosen, dim=1), torch.cat(peaks, dim=1)
 
 
-def _own_peak(q: Tensor, k: Tensor, position: Tensor, a: int, block: int) -> Tensor:
-    first, last = max(0, a - block + 1), a + q.shape[1]
-    key = torch.arange(first, last, device=q.device)
-    query = torch.arange(a, last, device=q.device)[:, None]
-    is_own = (key <= query) & (key >= query - (position % block)[..., None])
-    scores = torch.einsum("bqjk,bsk->bqjs", q, k[:, first:last])
+def _own_peak(q: Tensor, k: Tensor, inside: Tensor, token: Tensor, span: Span, block: int) -> Tensor:
+    first = max(0, span.low - block + 1)
+    key = torch.arange(first, span.high, device=q.device)
+    query = token[..., None]
+    is_own = (key <= query) & (key >= query - inside[..., None])
+    scores = torch.einsum("bqjk,bsk->bqjs", q, k[:, first : span.high])
     return scores.masked_fill(~is_own[:, :, None], float("-inf")).argmax(-1, keepdim=True) + first
 
 
@@ -137,7 +140,6 @@ def _peaks(windows: Windows, place: Tensor, slots: Tensor) -> Tensor:
     return start.gather(-1, slots) + place.gather(-1, slots)
 
 
-def _slabs(q: Tensor, keys: int) -> list[tuple[int, int]]:
+def _slabs(q: Tensor, keys: int, places: Tensor | None) -> list[Span]:
     rows, tokens, heads, _ = q.shape
-    size = max(1, SLAB // (rows * heads * max(1, keys)))
-    return [(a, min(a + size, tokens)) for a in range(0, tokens, size)]
+    return spans(places, tokens, max(1, SLAB // (rows * heads * max(1, keys))))

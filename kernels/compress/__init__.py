@@ -108,6 +108,6 @@ def gated_compress(
 def _check(name: str, x: Tensor, windows: Windows) -> None:
     require(x.shape[1] > 0, name, "at least one token", tuple(x.shape))
     rows, slots = windows.start.shape
-    found = (x.shape[0], max(0, x.shape[1] - windows.length + windows.stride) // windows.stride)
+    found = (x.shape[0], max(0, (x.shape[1] - windows.length) // windows.stride + 1))
     require(found == (rows, slots), name, f"{rows} rows of {slots} slots, as the windows", tuple(x.shape))
     require(windows.start.device == x.device, "windows", f"on {x.device}", windows.start.device)

@@ -1,7 +1,7 @@
 """Attention over compressed entries and block importance in plain torch: directly, and by slabs of queries.
 
-Letters: B rows, T tokens, H query heads, G key heads, R query heads of a key head, K key dim, V value dim, N
-slots of entries, M slots of blocks, n selected blocks, Q queries of a slab.
+Letters: B rows, T queries, S tokens, H query heads, G key heads, R query heads of a key head, K key dim, V
+value dim, N slots of entries, M slots of blocks, n selected blocks, Q queries of a slab.
 """
 
 from typing import TypedDict
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.document_windows import Windows
+from kernels.places import at_places, query_tokens
 
 # Elements of the scores that a slab of queries may hold: bounds memory, not the result.
 SLAB = 1 << 22
@@ -74,22 +75,25 @@ def entry_attention_slabs(
     *,
     entries: Windows,
     blocks: Windows,
-    position: Int[Tensor, "B T"],
+    position: Int[Tensor, "B S"],
     scale: float,
     choice: Choice,
+    places: Int[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Int[Tensor, "B T G n"]]:
     """A slab of queries at a time, in float32 at least; probabilities are computed again for backward."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     k, v = k.to(dtype), v.to(dtype)
     shares = block_shares(entries, blocks, position)
+    token, position = query_tokens(places, q.shape[1], q), at_places(position, places)
     outs, chosen = [], []
     for a, b in _slabs(q, k.shape[1]):
-        seen = entries.is_seen(position[:, a:b], a)
+        query = position[:, a:b], token[:, a:b]
+        seen = entries.is_seen(*query)
         out, pooled = checkpoint(
             _attend, q[:, a:b].to(dtype), k, v, seen, scale, use_reentrant=False, preserve_rng_state=False
         )
         outs.append(out.to(q.dtype))
-        chosen.append(blocks.choose(block_importance(pooled, *shares), position[:, a:b], a, **choice))
+        chosen.append(blocks.choose(block_importance(pooled, *shares), *query, **choice))
     return torch.cat(outs, dim=1), torch.cat(chosen, dim=1)
 
 
@@ -100,17 +104,19 @@ def select_by_entries_slabs(
     *,
     entries: Windows,
     blocks: Windows,
-    position: Int[Tensor, "B T"],
+    position: Int[Tensor, "B S"],
     scale: float,
     choice: Choice,
+    places: Int[Tensor, "B T"] | None = None,
 ) -> Int[Tensor, "B T G n"]:
     """The choice alone, a slab of queries at a time."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     k, shares, chosen = k.to(dtype), block_shares(entries, blocks, position), []
+    token, position = query_tokens(places, q.shape[1], q), at_places(position, places)
     for a, b in _slabs(q, k.shape[1]):
-        weights = _probabilities(q[:, a:b].to(dtype), k, entries.is_seen(position[:, a:b], a), scale)
-        scores = block_importance(weights.sum(3), *shares)
-        chosen.append(blocks.choose(scores, position[:, a:b], a, **choice))
+        query = position[:, a:b], token[:, a:b]
+        weights = _probabilities(q[:, a:b].to(dtype), k, entries.is_seen(*query), scale)
+        chosen.append(blocks.choose(block_importance(weights.sum(3), *shares), *query, **choice))
     return torch.cat(chosen, dim=1)
 
 

@@ -1,8 +1,10 @@
 """Attention over a window of raw keys and compressed entries under one softmax, in plain torch.
 
-Letters: B rows, T tokens, H query heads, K dim of a key, which is its value too, N slots of entries, k
-selected entries, W window, Q queries of a slab, S raw keys beside a slab.
+Letters: B rows, T queries, S raw keys, H query heads, K dim of a key, which is its value too, N slots of
+entries, k selected entries, W window, Q queries of a slab, M raw keys beside a slab.
 """
+
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float, Int
@@ -10,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.document_windows import Windows
+from kernels.places import Span, query_tokens, spans
 
 # Elements of the scores that a slab of queries may hold: bounds memory, not the result.
 SLAB = 1 << 22
@@ -55,7 +58,7 @@ def joint_attention_direct(
 
 def joint_attention_slabs(
     q: Float[Tensor, "B T H K"],
-    kv: Float[Tensor, "B T K"],
+    kv: Float[Tensor, "B S K"],
     entries: Float[Tensor, "B N K"],
     sinks: Float[Tensor, "H"],
     selected: Int[Tensor, "B T k"] | None,
@@ -64,29 +67,31 @@ def joint_attention_slabs(
     position: Int[Tensor, "B T"],
     scale: float,
     window: int,
+    places: Int[Tensor, "B T"] | None = None,
+    tokens: Int[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T H K"], Float[Tensor, "B T k"]]:
     """A slab of queries at a time, in float32 at least; many scores are computed again for backward."""
-    dtype, tokens = torch.promote_types(q.dtype, torch.float32), q.shape[1]
+    dtype, count = torch.promote_types(q.dtype, torch.float32), q.shape[1]
     entries, sinks = entries.to(dtype), sinks.to(dtype)
     slots = entries.shape[1]
     gathers = selected is not None and _gathers(slots, selected)
     keys = window + (selected.shape[2] if selected is not None and gathers else slots)
     size = min(max(QUERIES, window), _slab(q, keys))
-    pad = -tokens % size
-    # [B slabs K S]: each slab's raw keys, from the first in the window of its first query on.
-    beside = torch.nn.functional.pad(kv.to(dtype), (0, 0, window - 1, pad)).unfold(1, window - 1 + size, size)
-    is_small = q.shape[0] * tokens * q.shape[2] * (keys + size) <= SLAB
+    slabs = spans(places, count, size)
+    token, place = (query_tokens(x, count, q) for x in (tokens, places))
+    is_small = q.shape[0] * count * q.shape[2] * (keys + size) <= SLAB
     outs, masses = [], []
-    for index, near in enumerate(beside.unbind(1)):
-        a, b = index * size, min((index + 1) * size, tokens)
-        chosen = None if selected is None else selected[:, a:b]
+    for span, near in zip(slabs, _beside(kv.to(dtype), window, size, slabs, places), strict=True):
+        own = slice(span.start, span.stop)
+        chosen = None if selected is None else selected[:, own]
         if chosen is None:
-            seen = windows.is_seen(position[:, a:b], a)
+            seen = windows.is_seen(position[:, own], token[:, own])
         else:
             seen = chosen >= 0 if gathers else _marked(chosen, slots)
-        visible = torch.cat([_near(position[:, a:b], window, near.shape[-1]), seen], dim=-1)
-        part = q[:, a:b].to(dtype)
-        operands = (part, near, entries, sinks, chosen, gathers, visible, scale)
+        back = place[:, own, None] - torch.arange(near.shape[2], device=q.device) - (span.low - window + 1)
+        is_near = (back >= 0) & (back < window) & (back <= position[:, own, None])
+        visible = torch.cat([is_near, seen], dim=-1)
+        operands = (q[:, own].to(dtype), near, entries, sinks, chosen, gathers, visible, scale)
         if is_small:
             out, mass = _attend(*operands)
         else:
@@ -96,11 +101,15 @@ def joint_attention_slabs(
     return torch.cat(outs, dim=1), torch.cat(masses, dim=1)
 
 
-def _near(position: Tensor, window: int, keys: int) -> Tensor:
-    # Raw key i of a slab stands window - 1 - i tokens before the slab's first query.
-    query = torch.arange(position.shape[1], device=position.device)[:, None]
-    back = query + window - 1 - torch.arange(keys, device=position.device)
-    return (back >= 0) & (back < window) & (back <= position[..., None])
+def _beside(
+    kv: Float[Tensor, "B S K"], window: int, size: int, slabs: list[Span], places: Tensor | None
+) -> Iterable[Float[Tensor, "B K M"]]:
+    """Each slab's raw keys, from the first in the window of its first query on, zeros before the row."""
+    if places is None:
+        padded = torch.nn.functional.pad(kv, (0, 0, window - 1, -kv.shape[1] % size))
+        return padded.unfold(1, window - 1 + size, size).unbind(1)
+    padded = torch.nn.functional.pad(kv, (0, 0, window - 1, 0))
+    return [padded[:, span.low : span.high + window - 1].mT for span in slabs]
 
 
 def _attend(

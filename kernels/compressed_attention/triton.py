@@ -3,7 +3,7 @@
 The complete windows of a document have consecutive slots from (its first token) // stride on, so what a query
 sees is an interval of slots, and every slot of it is filled.
 
-Letters: B rows, T tokens, N slots, H query heads, G key heads, R query heads of a key head, Q queries of a
+Letters: B rows, T queries, N slots, H query heads, G key heads, R query heads of a key head, Q queries of a
 slab.
 """
 
@@ -30,6 +30,7 @@ from kernels.attention.triton import (
 from kernels.attention.triton_forward import LOG2E, attention_product, attention_tile
 from kernels.compressed_attention.entries import Choice, block_importance, block_shares
 from kernels.document_windows import Windows
+from kernels.places import at_places, query_tokens
 
 # Numbers of attention to entries that a slab of queries may hold: bounds memory, not the result.
 SLAB = 1 << 24
@@ -96,11 +97,11 @@ def compressed_attention_mass(
     tl.store(place[:, None] + key[None, :], total, mask=inside)
 
 
-def seen_entries(windows: Windows, position: Tensor) -> Interval:
-    """The slots of the windows that each query sees whole."""
+def seen_entries(windows: Windows, position: Tensor, tokens: Tensor | None = None) -> Interval:
+    """The slots of the windows that each query sees whole; position and token are those of the queries."""
     length, stride, slots = windows.length, windows.stride, windows.start.shape[1]
     position = position.to(torch.int32)
-    token = torch.arange(position.shape[1], dtype=torch.int32, device=position.device)
+    token = query_tokens(tokens, position.shape[1], position, torch.int32)
     opening = torch.div(token - position, stride, rounding_mode="floor")
     complete = torch.div(position + (1 - length), stride, rounding_mode="floor") + 1
     low = opening.clamp(0, slots)
@@ -162,15 +163,17 @@ def _chosen(
     entries: Windows,
     blocks: Windows,
     position: Tensor,
+    places: Tensor | None,
     choice: Choice,
     tile: Tile,
     slab: int,
 ) -> Tensor:
     # The blocks with the most attention; [B T G n].
     shares, chosen = block_shares(entries, blocks, position), []
+    token, position = query_tokens(places, q.shape[1], q), at_places(position, places)
     for a, b in _slabs(q, k, slab):
         scores = block_importance(attention_mass(q, k, lse, spec, (a, b), tile), *shares)
-        chosen.append(blocks.choose(scores, position[:, a:b], a, **choice))
+        chosen.append(blocks.choose(scores, position[:, a:b], token[:, a:b], **choice))
     return torch.cat(chosen, dim=1)
 
 
@@ -184,6 +187,7 @@ def entry_attention_triton(
     position: Tensor,
     scale: float,
     choice: Choice,
+    places: Tensor | None = None,
     tiles: Tiles | None = None,
     tile: Tile | None = None,
     slab: int = SLAB,
@@ -192,9 +196,9 @@ def entry_attention_triton(
     k, v = k.to(q.dtype), v.to(q.dtype)
     if tiles is None:
         tiles = tiles_for(q.shape[3], v.shape[3], q.dtype, is_shared=False, is_near=False)
-    spec = Spec(scale, None, seen_entries(entries, position), None, tiles)
+    spec = Spec(scale, None, seen_entries(entries, at_places(position, places), places), None, tiles)
     out, lse = interval_attention(q, k, v, None, None, None, spec)
-    windows = {"entries": entries, "blocks": blocks, "position": position}
+    windows = {"entries": entries, "blocks": blocks, "position": position, "places": places}
     tile = tile or mass_tile(q.dtype)
     return out, _chosen(q, k, lse, spec, **windows, choice=choice, tile=tile, slab=slab)
 
@@ -209,6 +213,7 @@ def select_by_entries_triton(
     position: Tensor,
     scale: float,
     choice: Choice,
+    places: Tensor | None = None,
     tiles: Tiles | None = None,
     tile: Tile | None = None,
     slab: int = SLAB,
@@ -217,10 +222,10 @@ def select_by_entries_triton(
     k = k.to(q.dtype)
     if tiles is None:
         tiles = tiles_for(q.shape[3], q.shape[3], q.dtype, is_shared=False, is_near=False)
-    spec = Spec(scale, None, seen_entries(entries, position), None, tiles)
+    spec = Spec(scale, None, seen_entries(entries, at_places(position, places), places), None, tiles)
     q, keys, spec = key_sets(q, k, None, None, None, spec)
     _, lse = forward_launch(q, keys, None, spec, has_values=False)
-    windows = {"entries": entries, "blocks": blocks, "position": position}
+    windows = {"entries": entries, "blocks": blocks, "position": position, "places": places}
     tile = tile or mass_tile(q.dtype)
     return _chosen(q, keys.k, lse, spec, **windows, choice=choice, tile=tile, slab=slab)
 
@@ -235,14 +240,17 @@ def joint_attention_triton(
     position: Tensor,
     scale: float,
     window: int,
+    places: Tensor | None = None,
+    tokens: Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`kernels.compressed_attention.joint_attention` without a selection in Triton."""
-    token = torch.arange(position.shape[1], dtype=torch.int32, device=position.device)
-    near = Interval((token - position.to(torch.int32).clamp(max=window - 1)).clamp_(min=0))
+    place = query_tokens(places, position.shape[1], position, torch.int32)
+    low = (place - position.to(torch.int32).clamp(max=window - 1)).clamp_(min=0)
+    near = Interval(low, None if places is None else (place + 1).contiguous())
     if tiles is None:
         tiles = tiles_for(q.shape[3], q.shape[3], q.dtype, is_shared=True, is_near=True)
-    spec = Spec(scale, None, near, seen_entries(windows, position), tiles)
+    spec = Spec(scale, None, near, seen_entries(windows, position, tokens), tiles)
     keys, far = (x.to(q.dtype)[:, :, None] for x in (kv, entries))
     out, lse = interval_attention(q, keys, None, far, None, sinks, spec)
     return out, lse.new_empty(*lse.shape[:2], 0)

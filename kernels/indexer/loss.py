@@ -63,37 +63,37 @@ def index_loss_full(
     k: Float[Tensor, "B P D"],
     weights: Float[Tensor, "B T N"],
     attention_q: Float[Tensor, "B T H K"],
-    attention_k: Float[Tensor, "B T G K"],
+    attention_k: Float[Tensor, "B S G K"],
     lse: Float[Tensor, "B T H"],
     *,
     scale: float,
     last: Int[Tensor, "B P"] | None,
     size: int,
-    document: Int[Tensor, "B T"] | None,
+    document: Int[Tensor, "B S"] | None,
+    places: Int[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, ""]:
     """The loss over all entries, a block of queries at a time, the attention's weights computed again."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    rows, tokens, heads = attention_q.shape[:3]
-    groups = attention_k.shape[2]
+    heads, (rows, length, groups, _) = attention_q.shape[2], attention_k.shape
     keys = attention_k.detach().to(dtype).permute(0, 2, 3, 1).flatten(0, 1).contiguous()
     queries = attention_q.detach().to(dtype).unflatten(2, (groups, -1)).transpose(1, 2).contiguous()
     sums = lse.detach().to(dtype).unflatten(2, (groups, -1)).transpose(1, 2).contiguous()
     lasts = last_tokens(k, last)
-    row_lasts = torch.arange(tokens, device=q.device).expand(rows, -1)
+    row_lasts = torch.arange(length, device=q.device).expand(rows, -1)
 
     def target(start: int, stop: int) -> Target:
         scores = torch.bmm(queries[:, :, start:stop].flatten(2, 3).flatten(0, 1), keys).mul_(scale)
         scores.sub_(sums[:, :, start:stop].reshape(rows * groups, -1, 1))
-        is_key = visible_entries(start, stop, row_lasts, document)
+        is_key = visible_entries(start, stop, row_lasts, document, places)
         # [B G C r S]: masked before exp, since keys that a query does not see are not in its sum.
-        spread = scores.view(rows, groups, stop - start, -1, tokens)
+        spread = scores.view(rows, groups, stop - start, -1, length)
         shares = spread.masked_fill_(~is_key[:, None, :, None], float("-inf")).exp_().sum((1, 3))
         if size > 1:
             members = entry_tokens(lasts, size).flatten(1)[:, None].expand(-1, stop - start, -1)
             shares = shares.gather(2, members).unflatten(2, (-1, size)).sum(3)
-        return Target(shares, visible_entries(start, stop, lasts, document), None)
+        return Target(shares, visible_entries(start, stop, lasts, document, places), None)
 
-    step = max(1, SCORES // (rows * max(q.shape[2] * k.shape[1], heads * tokens)))
+    step = max(1, SCORES // (rows * max(q.shape[2] * k.shape[1], heads * length)))
     return cast(Tensor, IndexLoss.apply(q, k, weights, target, step))
 
 

@@ -1,6 +1,6 @@
 """Index scores, the choice of the best, and pooled keys in plain torch.
 
-Letters: B rows, T queries, N index heads, D index dim, P entries, m tokens of an entry.
+Letters: B rows, T queries, S tokens, N index heads, D index dim, P entries, m tokens of an entry.
 Score, DeepSeek-V3.2 report equation 1: I_ts = sum_n w_tn relu(q_tn k_s); scale factors are part of w.
 """
 
@@ -8,19 +8,30 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kernels.places import at_places, query_tokens
+
 # Scores of all heads that are in memory at once.
 SCORES = 2**22
 
 
 def visible_entries(
-    start: int, stop: int, last: Int[Tensor, "B P"], document: Int[Tensor, "B T"] | None
+    start: int,
+    stop: int,
+    last: Int[Tensor, "B P"],
+    document: Int[Tensor, "B S"] | None,
+    places: Int[Tensor, "B T"] | None = None,
 ) -> Bool[Tensor, "B C P"]:
     """Which entries the queries in [start, stop) can see: whole, passed, and of their document."""
-    query = torch.arange(start, stop, device=last.device)[:, None]
+    if places is None:
+        query = torch.arange(start, stop, device=last.device)[:, None]
+    else:
+        places = places[:, start:stop]
+        query = places[..., None]
     visible = (last[:, None] >= 0) & (last[:, None] <= query)
     if document is not None:
+        own = document[:, start:stop] if places is None else at_places(document, places)
         owner = document.gather(1, last.clamp(min=0))
-        visible = visible & (document[:, start:stop, None] == owner[:, None])
+        visible = visible & (own[..., None] == owner[:, None])
     return visible
 
 
@@ -43,11 +54,12 @@ def choose_directly(
     *,
     top_k: int,
     last: Int[Tensor, "B P"] | None = None,
-    document: Int[Tensor, "B T"] | None = None,
+    document: Int[Tensor, "B S"] | None = None,
+    places: Int[Tensor, "B T"] | None = None,
 ) -> Int[Tensor, "B T k"]:
     """The best entries by a stable sort of all scores."""
     entries = k.shape[1]
-    visible = visible_entries(0, q.shape[1], last_tokens(k, last), document)
+    visible = visible_entries(0, q.shape[1], last_tokens(k, last), document, places)
     scores = index_scores(q, k, weights).masked_fill(~visible, float("-inf"))
     order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
     chosen = torch.where(visible.gather(2, order), order, entries).sort(dim=-1).values
@@ -62,7 +74,8 @@ def choose_in_blocks(
     *,
     top_k: int,
     last: Int[Tensor, "B P"] | None = None,
-    document: Int[Tensor, "B T"] | None = None,
+    document: Int[Tensor, "B S"] | None = None,
+    places: Int[Tensor, "B T"] | None = None,
 ) -> Int[Tensor, "B T k"]:
     """The same, a block of queries at a time and in float32 at least; memory is linear in T."""
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -79,7 +92,7 @@ def choose_in_blocks(
         stop = min(start + step, tokens)
         scores = torch.bmm(q[:, start:stop].flatten(1, 2), turned).relu_().view(-1, heads, entries)
         scores = torch.bmm(weights[:, start:stop].reshape(-1, 1, heads), scores)
-        visible = visible_entries(start, stop, lasts, document)
+        visible = visible_entries(start, stop, lasts, document, places)
         scores = scores.view_as(visible).masked_fill_(~visible, float("-inf"))
         chosen[:, start:stop] = _best(scores, visible, count)
     return chosen
@@ -100,10 +113,10 @@ def _best(scores: Tensor, visible: Tensor, count: int) -> Tensor:
 
 
 def pool_keys(
-    k: Float[Tensor, "B T D"],
-    gates: Float[Tensor, "B T D"],
+    k: Float[Tensor, "B S D"],
+    gates: Float[Tensor, "B S D"],
     places: Float[Tensor, "m D"],
-    position: Int[Tensor, "B T"],
+    position: Int[Tensor, "B S"],
 ) -> tuple[Float[Tensor, "B P D"], Int[Tensor, "B P"]]:
     """One key for every m tokens of a document, and its last token in the row, -1 for the slots left over.
 
@@ -130,13 +143,20 @@ def entry_tokens(last: Int[Tensor, "B P"], size: int) -> Int[Tensor, "B P m"]:
 
 
 def pool_selection(
-    entries: Int[Tensor, "B T k"], last: Int[Tensor, "B P"], position: Int[Tensor, "B T"], size: int
+    entries: Int[Tensor, "B T k"],
+    last: Int[Tensor, "B P"],
+    position: Int[Tensor, "B T"],
+    size: int,
+    places: Int[Tensor, "B T"] | None = None,
 ) -> Int[Tensor, "B T K"]:
-    """The tokens of the chosen entries, then of the query's own while it is not whole; -1 for none."""
+    """The tokens of the chosen entries, then of the query's own while it is not whole; -1 for none.
+
+    position is that of each query; places as in `kernels.indexer.index_select`.
+    """
     ends = last[:, None].expand(-1, entries.shape[1], -1).gather(2, entries.clamp(min=0))
     offsets = torch.arange(size - 1, -1, -1, device=last.device)
     tokens = torch.where(entries[..., None] >= 0, ends[..., None] - offsets, -1).flatten(2)
     count = ((position + 1) % size)[..., None]
-    own = torch.arange(position.shape[1], device=last.device)[:, None] - offsets[1:]
+    own = query_tokens(places, position.shape[1], position)[..., None] - offsets[1:]
     tail = torch.where(offsets[1:] < count, own, -1)
     return torch.cat([tokens, tail], dim=2)

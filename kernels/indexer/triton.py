@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.arguments import require
 from kernels.indexer.reference import last_tokens
+from kernels.places import at_places
 
 # Numbers of scores of a slab.
 SLAB = 2**26
@@ -35,20 +36,27 @@ class Tiles(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """Whom each entry is visible to: from its last token on, in its document; documents may be None."""
+    """Whom each entry is visible to: from its last token on, in its document; documents may be None.
+
+    document and places are those of queries; without places query t is token t.
+    """
 
     last: Int[Tensor, "B P"]
     owner: Int[Tensor, "B P"] | None
     document: Int[Tensor, "B T"] | None
+    places: Int[Tensor, "B T"] | None
 
 
-def entries_of(k: Tensor, last: Tensor | None, document: Tensor | None) -> Entries:
+def entries_of(
+    k: Tensor, last: Tensor | None, document: Tensor | None, places: Tensor | None = None
+) -> Entries:
     """Visibility of the entries k."""
-    places = last_tokens(k, last).contiguous()
+    last = last_tokens(k, last).contiguous()
+    places = None if places is None else places.contiguous()
     if document is None:
-        return Entries(places, None, None)
-    document = document.contiguous()
-    return Entries(places, document.gather(1, places.clamp(min=0)), document)
+        return Entries(last, None, None, places)
+    owner = document.gather(1, last.clamp(min=0))
+    return Entries(last, owner, at_places(document, places).contiguous(), places)
 
 
 def slab_of(rows: int, tokens: int, entries: int, tiles: Tiles) -> int:
@@ -63,10 +71,16 @@ def tiles_for() -> Tiles:
 
 
 @triton.jit
-def index_visible(last, owner, document, row, query, entry, tokens, entries, HAS_DOCUMENTS: tl.constexpr):
+def index_visible(
+    last, owner, document, places, row, query, entry, tokens, entries,
+    HAS_DOCUMENTS: tl.constexpr, HAS_PLACES: tl.constexpr,
+):  # fmt: skip
     """Which of the entries each of the queries can see."""
     at = tl.load(last + row * entries + entry, mask=entry < entries, other=-1)
-    visible = (at >= 0)[None, :] & (at[None, :] <= query[:, None]) & (query < tokens)[:, None]
+    token = query
+    if HAS_PLACES:
+        token = tl.load(places + row * tokens + query, mask=query < tokens, other=-1)
+    visible = (at >= 0)[None, :] & (at[None, :] <= token[:, None]) & (query < tokens)[:, None]
     if HAS_DOCUMENTS:
         of_entry = tl.load(owner + row * entries + entry, mask=entry < entries, other=-1)
         of_query = tl.load(document + row * tokens + query, mask=query < tokens, other=-2)
@@ -85,16 +99,19 @@ def index_products(q, k_turned, query, first, n, tokens, dim, q_token, q_head, D
 
 @triton.jit
 def index_scores_slab(
-    q, k, weights, last, owner, document, scores, begin, slab, tokens, heads, entries, dim,
+    q, k, weights, last, owner, document, places, scores, begin, slab, tokens, heads, entries, dim,
     q_row, q_token, q_head, k_row, k_token, w_row, w_token, w_head,
-    HAS_DOCUMENTS: tl.constexpr, QUERIES: tl.constexpr, ENTRIES: tl.constexpr, DIM: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, HAS_PLACES: tl.constexpr,
+    QUERIES: tl.constexpr, ENTRIES: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """Scores of a tile of the slab, minus infinity where a query does not see an entry."""
     row = tl.program_id(2).to(tl.int64)
     first = begin + tl.program_id(0) * QUERIES
     query = first + tl.arange(0, QUERIES)
     entry = tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)
-    visible = index_visible(last, owner, document, row, query, entry, tokens, entries, HAS_DOCUMENTS)
+    visible = index_visible(
+        last, owner, document, places, row, query, entry, tokens, entries, HAS_DOCUMENTS, HAS_PLACES
+    )
     total = tl.zeros([QUERIES, ENTRIES], tl.float32)
     if tl.max(visible.to(tl.int32)) > 0:
         column = tl.arange(0, DIM)
@@ -179,6 +196,7 @@ def scores_slab(
     index_scores_slab[grid](
         q, k, weights, *entries, scores, begin, slab, tokens, heads, count, dim, *q.stride()[:3],
         *k.stride()[:2], *weights.stride(), HAS_DOCUMENTS=entries.document is not None,
+        HAS_PLACES=entries.places is not None,
         QUERIES=tiles.queries, ENTRIES=tiles.entries, DIM=max(16, triton.next_power_of_2(dim)),
         num_warps=tiles.warps, num_stages=2,
     )  # fmt: skip
@@ -203,13 +221,14 @@ def index_select_triton(
     *,
     top_k: int,
     last: Int[Tensor, "B P"] | None = None,
-    document: Int[Tensor, "B T"] | None = None,
+    document: Int[Tensor, "B S"] | None = None,
+    places: Int[Tensor, "B T"] | None = None,
     tiles: Tiles | None = None,
 ) -> Int[Tensor, "B T k"]:
     """`kernels.indexer.index_select`. Raises ValueError for more than MAX_DIM dims or several devices."""
     q, k, weights = checked(q, k, weights)
     rows, tokens = q.shape[:2]
-    entries, tiles = entries_of(k, last, document), tiles or tiles_for()
+    entries, tiles = entries_of(k, last, document, places), tiles or tiles_for()
     count = min(top_k, k.shape[1])
     chosen = torch.empty(rows, tokens, count, dtype=torch.int64, device=q.device)
     if count == 0:

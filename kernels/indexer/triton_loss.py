@@ -184,9 +184,9 @@ def index_loss_selected_triton(
 
 @triton.jit
 def index_mass_slab(
-    q, k, lse, mass, begin, slab, tokens, heads, repeat, key_dim, scale,
+    q, k, lse, places, mass, begin, slab, tokens, keys, heads, repeat, key_dim, scale,
     q_row, q_token, q_head, k_row, k_token, k_head,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
+    HAS_PLACES: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """What all heads of a slab's queries take of each token, zero of later ones."""
     row = tl.program_id(2).to(tl.int64)
@@ -194,8 +194,12 @@ def index_mass_slab(
     query = first + tl.arange(0, QUERIES)
     key = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
     total = tl.zeros([QUERIES, KEYS], tl.float32)
-    visible = (key[None, :] <= query[:, None]) & (query < tokens)[:, None] & (key < tokens)[None, :]
-    if tl.program_id(1) * KEYS <= first + QUERIES - 1:
+    token, latest = query, first + QUERIES - 1
+    if HAS_PLACES:
+        token = tl.load(places + row * tokens + query, mask=query < tokens, other=-1).to(tl.int32)
+        latest = tl.max(token, axis=0)
+    visible = (key[None, :] <= token[:, None]) & (query < tokens)[:, None] & (key < keys)[None, :]
+    if tl.program_id(1) * KEYS <= latest:
         for head in range(heads):
             scores = tl.zeros([QUERIES, KEYS], tl.float32)
             q_near = q + row * q_row + first.to(tl.int64) * q_token + head * q_head
@@ -206,16 +210,16 @@ def index_mass_slab(
                 is_in = (query < tokens)[:, None] & (column < key_dim)[None, :]
                 place = tl.arange(0, QUERIES)[:, None] * q_token + column[None, :]
                 left = tl.load(q_near + place, mask=is_in, other=0.0)
-                is_in = (column < key_dim)[:, None] & (key < tokens)[None, :]
+                is_in = (column < key_dim)[:, None] & (key < keys)[None, :]
                 place = tl.arange(0, KEYS)[None, :] * k_token + column[:, None]
                 right = tl.load(k_near + place, mask=is_in, other=0.0)
                 scores = tl.dot(left, right, scores, input_precision="tf32x3")
             size = tl.load(lse + (row * tokens + query) * heads + head, mask=query < tokens, other=0.0)
             scores = tl.where(visible, scores * scale - size[:, None], float("-inf"))
             total += tl.exp(scores)
-    is_in = ((query - begin) < slab)[:, None] & (key < tokens)[None, :]
+    is_in = ((query - begin) < slab)[:, None] & (key < keys)[None, :]
     line = row * slab + (query - begin)
-    tl.store(mass + line[:, None] * tokens + key[None, :], total, mask=is_in)
+    tl.store(mass + line[:, None] * keys + key[None, :], total, mask=is_in)
 
 
 @triton.jit
@@ -291,7 +295,7 @@ def index_full_k(
 
 
 class Attended(NamedTuple):
-    """What the target is made of: queries [B T H K], keys [B T G K], log-sum-exps [B T H], and the scale."""
+    """What the target is made of: queries [B T H K], keys [B S G K], log-sum-exps [B T H], and the scale."""
 
     q: Tensor
     k: Tensor
@@ -301,14 +305,14 @@ class Attended(NamedTuple):
 
     def shares(self, entries: Entries, begin: int, slab: int, tiles: Tiles) -> Float[Tensor, "B s P"]:
         """What the heads of the slab's queries take of each entry."""
-        rows, tokens, heads, dim = self.q.shape
-        mass = torch.empty(rows, slab, tokens, dtype=torch.float32, device=self.q.device)
-        grid = (triton.cdiv(slab, tiles.queries), triton.cdiv(tokens, tiles.entries), rows)
+        (rows, tokens, heads, dim), keys = self.q.shape, self.k.shape[1]
+        mass = torch.empty(rows, slab, keys, dtype=torch.float32, device=self.q.device)
+        grid = (triton.cdiv(slab, tiles.queries), triton.cdiv(keys, tiles.entries), rows)
         index_mass_slab[grid](
-            self.q, self.k, self.lse, mass, begin, slab, tokens, heads, heads // self.k.shape[2], dim,
-            self.scale, *self.q.stride()[:3], *self.k.stride()[:3], QUERIES=tiles.queries,
-            KEYS=tiles.entries, DIM=min(64, max(16, triton.next_power_of_2(dim))), num_warps=tiles.warps,
-            num_stages=2,
+            self.q, self.k, self.lse, entries.places, mass, begin, slab, tokens, keys, heads,
+            heads // self.k.shape[2], dim, self.scale, *self.q.stride()[:3], *self.k.stride()[:3],
+            HAS_PLACES=entries.places is not None, QUERIES=tiles.queries, KEYS=tiles.entries,
+            DIM=min(64, max(16, triton.next_power_of_2(dim))), num_warps=tiles.warps, num_stages=2,
         )  # fmt: skip
         if self.size == 1:
             return mass
@@ -330,7 +334,7 @@ class FullIndexLoss(torch.autograd.Function):
         grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         grad_w = torch.empty(weights.shape, dtype=weights.dtype, device=q.device)
         grad_k = torch.zeros(k.shape, dtype=torch.float32, device=q.device)
-        step = slab_of(rows, tokens, max(count, tokens), tiles)
+        step = slab_of(rows, tokens, max(count, attended.k.shape[1]), tiles)
         strides = (*q.stride()[:3], *k.stride()[:2], *weights.stride())
         options = {
             "QUERIES": min(64, tiles.queries),
@@ -366,13 +370,14 @@ def index_loss_full_triton(
     k: Float[Tensor, "B P D"],
     weights: Float[Tensor, "B T N"],
     attention_q: Float[Tensor, "B T H K"],
-    attention_k: Float[Tensor, "B T G K"],
+    attention_k: Float[Tensor, "B S G K"],
     lse: Float[Tensor, "B T H"],
     *,
     scale: float,
     last: Int[Tensor, "B P"] | None,
     size: int,
-    document: Int[Tensor, "B T"] | None,
+    document: Int[Tensor, "B S"] | None,
+    places: Int[Tensor, "B T"] | None = None,
     tiles: Tiles | None = None,
 ) -> Float[Tensor, ""]:
     """`kernels.indexer.index_loss`. Raises ValueError as `index_select_triton`."""
@@ -382,5 +387,5 @@ def index_loss_full_triton(
     parts = (x if x.stride(3) == 1 else x.contiguous() for x in parts)
     attended = Attended(*parts, lse.detach().float().contiguous(), scale, size)
     tiles = tiles or tiles_for()
-    out = FullIndexLoss.apply(q, k, weights, attended, entries_of(k, last, document), tiles)
+    out = FullIndexLoss.apply(q, k, weights, attended, entries_of(k, last, document, places), tiles)
     return cast(Tensor, out)

@@ -153,19 +153,23 @@ class Attn(Mixer):
         config = self.config
         q, gate, k, v = self.in_proj(x).split(self.parts, dim=-1)
         q, k, v = self._prepare(q, k, v, sequence)
+        local = config.window or config.chunk
+        view = sequence.view(None if local is None else local - 1)
         out = attention(
-            q,
-            k,
-            v,
+            view.queries(q),
+            view.keys(k),
+            view.keys(v),
             scale=config.head_dim**-0.5 if config.scale is None else config.scale,
-            window=config.window or config.chunk,
+            window=local,
             # A chunk is a window of one whole block.
             block=config.chunk or 1,
             sinks=self.sinks,
             logit_cap=config.logit_cap,
-            document=sequence.document,
-            position=sequence.position,
+            document=view.document,
+            position=view.position,
+            places=view.places,
         )
+        out = view.restore(out)
         if config.output_gate == "head":
             out = out * gate.sigmoid()[..., None]
         out = out.flatten(-2)

@@ -7,10 +7,9 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from kernels.compressed_attention import joint_attention
-from kernels.document_windows import Windows, document_windows
 from kernels.indexer import index_loss_of_chosen, index_select
 from kernels.rotary import rotate
+from model.cut import Compression
 from model.linear import Linear
 from model.mixer import Context, Mixed, Sequence, Split
 from model.mixers.hca import Compressor, SharedKeyConfig, SharedKeyMixer, compressor_roles
@@ -78,7 +77,7 @@ class Indexer(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, latent: Tensor, sequence: Sequence, windows: Windows
+        self, x: Tensor, latent: Tensor, sequence: Sequence, made: Compression
     ) -> tuple[Float[Tensor, "B T J I"], Float[Tensor, "B N I"], Float[Tensor, "B T J"]]:
         """Queries, keys of the entries, and the weights of the heads, scales included."""
         config = self.config
@@ -86,7 +85,7 @@ class Indexer(nn.Module):
         table = sequence.rotary_table(config.rotary_dim, config.rotary_theta, config.rotary_scaling)
         q = rotate(q, *table, "interleaved", on_last=True)
         weight = self.head_proj(x) * (config.index_heads * config.index_dim) ** -0.5
-        return q, self.compressor(x, sequence.position, windows), weight
+        return q, self.compressor(x, made), weight
 
 
 class Csa(SharedKeyMixer):
@@ -102,21 +101,21 @@ class Csa(SharedKeyMixer):
 
     def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Mixed:
         """The indexer chooses without a gradient and learns from `index`, which reaches nothing else."""
-        config, position = self.config, sequence.position
+        config, view = self.config, sequence.view()
         latent, q, kv = self._read(x, sequence)
-        windows = document_windows(position, config.compression, config.compression)
-        index_q, index_k, weight = self.indexer(x.detach(), latent.detach(), sequence, windows)
+        # An entry reads the window before its own as well.
+        made = sequence.compression(config.compression, config.compression, before=config.compression)
+        index_q, index_k, weight = self.indexer(x.detach(), latent.detach(), sequence, made)
         selected = index_select(
             index_q,
             index_k,
             weight,
             top_k=config.index_top_k,
-            last=windows.last,
-            document=sequence.document,
+            last=made.whole.last,
+            document=view.document,
+            places=view.places,
         )
-        entries = self.compressor(x, position, windows)
-        options = {"windows": windows, "position": position, "scale": self.scale, "window": config.window}
-        out, mass = joint_attention(q, kv, entries, self.sinks, selected, **options)
+        out, mass = self._joined(q, kv, self.compressor(x, made), selected, made.whole, sequence)
         out = self._write(out, sequence)
         if not config.index_loss:
             return Mixed(out)

@@ -12,6 +12,7 @@ from kernels.attention import attention_with_lse
 from kernels.indexer import index_loss, index_loss_of_chosen, index_select, pool_keys, pool_selection
 from kernels.rotary import RotaryLayout, rotate
 from kernels.selected_attention import selected_attention, selected_attention_with_shares
+from model.cut import View
 from model.linear import Initial, LayerNorm, Linear
 from model.mixer import Flops, Mixed, Sequence, Split
 from model.mixers.mla import LatentConfig, LatentMixer, Latents
@@ -146,12 +147,12 @@ class Dsa(LatentMixer):
         selection: Int[Tensor, "B T k"] | None = None,
     ) -> Float[Tensor, "B T D"] | Mixed:
         """Queries see the keys that this layer, or the one that it shares with, chose in their document."""
-        latents = self.latents(x, sequence)
+        latents, view = self.latents(x, sequence), sequence.view()
         if self.config.index_stage == "dense":
             return self._dense(x, latents, sequence)
         if self.shares_selection:
             assert selection is not None, "the layout has a layer that chooses before this one"
-            q, keys = self._in_latent(latents)
+            q, keys = self._in_latent(latents, view)
             return self._out(selected_attention(q, keys, self._values, selection, scale=self.config.scale))
         index = self._index(x, latents, sequence)
         entries = index_select(
@@ -160,12 +161,14 @@ class Dsa(LatentMixer):
             index.weights,
             top_k=self.config.top_k // self.config.index_pool,
             last=index.last,
-            document=sequence.document,
+            document=view.document,
+            places=view.places,
         )
         selection = entries
         if index.last is not None:
-            selection = pool_selection(entries, index.last, sequence.position, self.config.index_pool)
-        q, keys = self._in_latent(latents)
+            size = self.config.index_pool
+            selection = pool_selection(entries, index.last, sequence.position, size, view.places)
+        q, keys = self._in_latent(latents, view)
         inside, shares = selected_attention_with_shares(
             q, keys, self._values, selection, scale=self.config.scale
         )
@@ -178,9 +181,10 @@ class Dsa(LatentMixer):
         return Mixed(self._out(inside), {"index": self._index_loss * loss}, selection)
 
     def _dense(self, x: Tensor, latents: Latents, sequence: Sequence) -> Tensor | Mixed:
-        keys, values = self.keys_values(latents)
-        document, scale = sequence.document, self.config.scale
-        out, lse = attention_with_lse(latents.q, keys, values, scale=scale, document=document)
+        view = sequence.view()
+        keys, values = self.keys_values(latents, view)
+        options = {"scale": self.config.scale, "document": view.document, "places": view.places}
+        out, lse = attention_with_lse(latents.q, keys, values, **options)
         out = self.out_proj(out.flatten(-2))
         if self.shares_selection:
             return out
@@ -192,10 +196,9 @@ class Dsa(LatentMixer):
             self.peers.join(latents.q.detach(), 2),
             self.peers.join(keys.detach(), 2),
             self.peers.join(lse.detach(), 2),
-            scale=scale,
             last=index.last,
             size=self.config.index_pool,
-            document=document,
+            **options,
         )
         return Mixed(out, {"index": self._index_loss * loss})
 
@@ -213,9 +216,11 @@ class Dsa(LatentMixer):
             q = rotate(q, *table, config.index_rotary_layout)
             k = rotate(k[:, :, None], *table, config.index_rotary_layout)[:, :, 0]
         weights = weights * (config.index_heads * config.index_dim) ** -0.5
+        view = sequence.view()
+        k = view.keys(k)
         if config.index_pool == 1:
             return Index(q, k, weights, None)
-        k, last = pool_keys(k, gates, self.index_places, sequence.position)
+        k, last = pool_keys(k, view.keys(gates), self.index_places, view.position)
         return Index(q, k, weights, last)
 
     @property
@@ -223,13 +228,13 @@ class Dsa(LatentMixer):
         # The latent is what all heads read, and the first part of their keys.
         return self.config.latent_dim
 
-    def _in_latent(self, latents: Latents) -> tuple[Tensor, Tensor]:
+    def _in_latent(self, latents: Latents, view: View) -> tuple[Tensor, Tensor]:
         """Queries and keys in the space of the latent: there all heads read the same keys, gathered once."""
         config = self.config
         own, shared = latents.q.split([config.key_dim, config.shared_key_dim], dim=-1)
         to_latent = self._up(own.dtype)[0]
         q = torch.cat([torch.einsum("bthk,hkl->bthl", own, to_latent), shared], dim=-1)
-        return q, torch.cat([latents.kv_latent[:, :, None], latents.shared_key], dim=-1)
+        return q, view.keys(torch.cat([latents.kv_latent[:, :, None], latents.shared_key], dim=-1))
 
     def _out(self, inside: Float[Tensor, "B T H L"]) -> Float[Tensor, "B T D"]:
         values = torch.einsum("bthl,hvl->bthv", inside, self._up(inside.dtype)[1])

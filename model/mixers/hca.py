@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from kernels.attention import attention
 from kernels.compress import gated_compress
 from kernels.compressed_attention import joint_attention
-from kernels.document_windows import Windows, document_windows
+from kernels.document_windows import Windows
 from kernels.norm import rms_norm
 from kernels.rotary import rotate
+from model.cut import Compression
 from model.linear import Initial, Linear, RMSNorm
 from model.mixer import Context, Flops, Mixed, Mixer, MixerConfig, Sequence, Split
 from model.rotary import RotaryScaling, rotary_table
@@ -159,18 +160,18 @@ class Compressor(nn.Module):
         self.norm = RMSNorm(dim, config.norm_eps, is_zero_centered=False)
         self.initial = {"bias": Initial("constant", 0.0)}
 
-    def forward(
-        self, x: Float[Tensor, "B T D"], position: Int[Tensor, "B T"], windows: Windows
-    ) -> Float[Tensor, "B N K"]:
-        """Entries by slot; an entry stands at the position of its window's first token."""
-        values, gates = self.in_proj(x).chunk(2, dim=-1)
+    def forward(self, x: Float[Tensor, "B T D"], made: Compression) -> Float[Tensor, "B N K"]:
+        """Entries by slot of whole rows; an entry stands at the position of its window's first token."""
+        values, gates = made.tokens(self.in_proj(x)).chunk(2, dim=-1)
+        windows, position = made.local, made.position
         entries = gated_compress(
             values, gates, self.bias, windows, position=position, is_overlapping=self.is_overlapping
         )
         config, last = self.config, position.shape[1] - 1
         at = position.gather(1, windows.start.clamp(max=last))
         table = rotary_table(at, config.rotary_dim, config.rotary_theta, config.rotary_scaling)
-        return rotate(self.norm(entries)[:, :, None], *table, "interleaved", on_last=True)[:, :, 0]
+        entries = rotate(self.norm(entries)[:, :, None], *table, "interleaved", on_last=True)[:, :, 0]
+        return made.entries(entries)
 
 
 class SharedKeyMixer(Mixer):
@@ -202,6 +203,32 @@ class SharedKeyMixer(Mixer):
         kv = rotate(self.kv_norm(kv)[:, :, None], *table, "interleaved", on_last=True)[:, :, 0]
         return latent, q, kv
 
+    def _near(
+        self, kv: Float[Tensor, "B T K"], sequence: Sequence
+    ) -> tuple[Float[Tensor, "B S K"], Int[Tensor, "B T"] | None]:
+        """Raw keys, each chunk behind those of the window before it, and where queries stand there."""
+        view = sequence.view(self.shared.window - 1)
+        keys, places = view.keys(kv), view.places
+        if places is None:
+            return keys, None
+        chunk = torch.arange(keys.shape[0], device=kv.device) % (keys.shape[0] // kv.shape[0])
+        return view.restore(keys), view.restore(places + (chunk * keys.shape[1])[:, None])
+
+    def _joined(
+        self,
+        q: Tensor,
+        kv: Tensor,
+        entries: Tensor,
+        selected: Tensor | None,
+        windows: Windows,
+        sequence: Sequence,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention over the window and entries of whole rows, and where it went."""
+        near, places = self._near(kv, sequence)
+        options = {"windows": windows, "position": sequence.position, "scale": self.scale}
+        options |= {"window": self.shared.window, "places": places, "tokens": sequence.view().places}
+        return joint_attention(q, near, entries, self.sinks, selected, **options)
+
     def _write(self, out: Tensor, sequence: Sequence) -> Tensor:
         """The output: values came rotated, so they are turned back at the query's position first."""
         cos, sin = self._table(sequence)
@@ -229,13 +256,14 @@ class Hca(SharedKeyMixer):
 
     def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"] | Mixed:
         """Windows count from each document's start; what they leave over is in reach of the raw keys."""
-        config, position = self.config, sequence.position
+        config = self.config
         _, q, kv = self._read(x, sequence)
         if config.compression is None:
-            key, sinks = kv[:, :, None], self.sinks.to(q.dtype)
-            options = {"window": config.window, "document": sequence.document}
-            return self._write(attention(q, key, key, scale=self.scale, sinks=sinks, **options), sequence)
-        windows = document_windows(position, config.compression, config.compression)
-        entries = self.compressor(x, position, windows)
-        options = {"windows": windows, "position": position, "scale": self.scale, "window": config.window}
-        return self._write(joint_attention(q, kv, entries, self.sinks, None, **options)[0], sequence)
+            view, sinks = sequence.view(config.window - 1), self.sinks.to(q.dtype)
+            key = view.keys(kv)[:, :, None]
+            options = {"window": config.window, "document": view.document, "places": view.places}
+            out = attention(view.queries(q), key, key, scale=self.scale, sinks=sinks, **options)
+            return self._write(view.restore(out), sequence)
+        made = sequence.compression(config.compression, config.compression)
+        out, _ = self._joined(q, kv, self.compressor(x, made), None, made.whole, sequence)
+        return self._write(out, sequence)

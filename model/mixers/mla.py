@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.attention import attention
 from kernels.rotary import RotaryLayout, rotate
+from model.cut import View
 from model.linear import Linear, RMSNorm
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
 from model.rotary import RotaryScaling
@@ -150,11 +151,13 @@ class LatentMixer(Mixer):
             shared = rotate(shared, *table, config.rotary_layout)
         return Latents(q_latent, q, kv_latent, shared)
 
-    def keys_values(self, latents: Latents) -> tuple[Float[Tensor, "B T H K"], Float[Tensor, "B T H V"]]:
-        """The keys and values of each head."""
-        keys, values = self.kv_proj(latents.kv_latent).split(self.latent._up(), dim=-1)
+    def keys_values(
+        self, latents: Latents, view: View
+    ) -> tuple[Float[Tensor, "B S H K"], Float[Tensor, "B S H V"]]:
+        """The keys and values of each head; latents travel, and every rank makes keys of them."""
+        keys, values = self.kv_proj(view.keys(latents.kv_latent)).split(self.latent._up(), dim=-1)
         keys, values = (part.unflatten(-1, (self.latent.num_heads, -1)) for part in (keys, values))
-        shared = latents.shared_key.expand(-1, -1, keys.shape[2], -1)
+        shared = view.keys(latents.shared_key).expand(-1, -1, keys.shape[2], -1)
         return torch.cat([keys, shared], dim=-1), values
 
 
@@ -173,7 +176,14 @@ class Mla(LatentMixer):
 
     def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"]:
         """Queries see the keys of their own document, up to themselves."""
-        latents = self.latents(x, sequence)
-        keys, values = self.keys_values(latents)
-        out = attention(latents.q, keys, values, scale=self.latent.scale, document=sequence.document)
+        latents, view = self.latents(x, sequence), sequence.view()
+        keys, values = self.keys_values(latents, view)
+        out = attention(
+            latents.q,
+            keys,
+            values,
+            scale=self.latent.scale,
+            document=view.document,
+            places=view.places,
+        )
         return self.out_proj(out.flatten(-2))

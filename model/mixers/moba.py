@@ -89,15 +89,17 @@ class Moba(Mixer):
 
     def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"]:
         """Blocks count from each document's start; the own block is always among the chosen."""
-        config, position = self.config, sequence.position
+        config = self.config
         q, k, v = self.in_proj(x).split(self.parts, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, config.head_dim)) for part in (q, k, v))
         if config.rotary_dim:
             table = sequence.rotary_table(config.rotary_dim, config.rotary_theta)
             q, k = rotate(q, *table), rotate(k, *table)
-        selected = select_by_mean(q, k, block=config.block, count=config.num_blocks - 1, position=position)
-        scale = config.head_dim**-0.5
-        out, _ = block_attention(q, k, v, selected, scale=scale, block=config.block, position=position)
+        view = sequence.view()
+        k, v = view.keys(k), view.keys(v)
+        options = {"block": config.block, "position": view.position, "places": view.places}
+        selected = select_by_mean(q, k, count=config.num_blocks - 1, **options)
+        out, _ = block_attention(q, k, v, selected, scale=config.head_dim**-0.5, **options)
         return self.out_proj(out.flatten(-2))
 
 

@@ -135,7 +135,7 @@ class Msa(Mixer):
 
     def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Mixed:
         """The indexer chooses without a gradient and learns from `index`, which reaches nothing else."""
-        config, position = self.config, sequence.position
+        config, view = self.config, sequence.view()
         q, k, v = self.in_proj(x).split(self.parts, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, config.head_dim)) for part in (q, k, v))
         q, k = self.q_norm(q), self.k_norm(k)
@@ -143,8 +143,9 @@ class Msa(Mixer):
             table = sequence.rotary_table(config.rotary_dim, config.rotary_theta)
             q, k = rotate(q, *table), rotate(k, *table)
         index_q, index_k = self.indexer(x.detach(), sequence)
+        k, v, index_k = (view.keys(part) for part in (k, v, index_k))
         count, local = config.num_blocks - 1, config.num_local_blocks - 1
-        options = {"block": config.block, "position": position}
+        options = {"block": config.block, "position": view.position, "places": view.places}
         selected, peaks = select_by_peak(index_q, index_k, count=count, local=local, **options)
         out, mass = block_attention(q, k, v, selected, scale=config.head_dim**-0.5, **options)
         out = self.out_proj(out.flatten(-2))
@@ -157,7 +158,7 @@ class Msa(Mixer):
 
 
 def _scores_at(
-    q: Float[Tensor, "B T J K"], k: Float[Tensor, "B T 1 K"], peaks: Int[Tensor, "B T J m"]
+    q: Float[Tensor, "B T J K"], k: Float[Tensor, "B S 1 K"], peaks: Int[Tensor, "B T J m"]
 ) -> Float[Tensor, "B T J m"]:
     index = peaks.flatten(1)[..., None].expand(-1, -1, k.shape[-1])
     best = k[:, :, 0].gather(1, index).view(*peaks.shape, -1)

@@ -14,6 +14,7 @@ from kernels.compress import mean_compress, mlp_compress
 from kernels.compressed_attention import entry_attention
 from kernels.document_windows import Windows, document_windows
 from kernels.rotary import rotate
+from model.cut import Compression
 from model.linear import Initial, Linear
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
 from model.mixers.moba import keys_seen
@@ -156,6 +157,7 @@ class Nsa(Mixer):
         self.config, self.parts = config, config._parts()
         self.in_proj = Linear(width, sum(self.parts), init_std)
         self.out_proj = Linear(config.num_heads * config.value_dim, width, out_std)
+        self.phi_k = self.phi_v = None
         if config.compressor == "mlp":
             sizes = (config.compressor_hidden, config.entry_length, init_std)
             self.phi_k = Perceptron(config.num_key_heads, config.key_dim, *sizes)
@@ -179,24 +181,29 @@ class Nsa(Mixer):
     def _branches(
         self, q: Tensor, keys: list[Tensor], values: list[Tensor], sequence: Sequence
     ) -> tuple[Tensor, Tensor, Tensor]:
-        config, position, scale = self.config, sequence.position, self.config.key_dim**-0.5
-        entries = document_windows(position, config.entry_length, config.entry_stride)
+        config, scale, view = self.config, self.config.key_dim**-0.5, sequence.view()
+        options = {"position": view.position, "places": view.places, "scale": scale}
+        made = sequence.compression(config.entry_length, config.entry_stride)
         compressed, selected = entry_attention(
             q,
-            self.phi_k(keys[0], entries) if config.compressor == "mlp" else mean_compress(keys[0], entries),
-            self.phi_v(values[0], entries)
-            if config.compressor == "mlp"
-            else mean_compress(values[0], entries),
-            entries=entries,
-            blocks=document_windows(position, config.block, config.block),
-            position=position,
-            scale=scale,
+            _entries(keys[0], made, self.phi_k),
+            _entries(values[0], made, self.phi_v),
+            entries=made.whole,
+            blocks=document_windows(view.position, config.block, config.block),
             count=config.num_blocks - 1,
             initial=config.num_initial_blocks,
             local=config.num_local_blocks - 1,
+            **options,
         )
-        chosen, _ = block_attention(
-            q, keys[1], values[1], selected, scale=scale, block=config.block, position=position
-        )
-        near = attention(q, keys[2], values[2], scale=scale, window=config.window, document=sequence.document)
-        return compressed, chosen, near
+        k, v = view.keys(keys[1]), view.keys(values[1])
+        chosen, _ = block_attention(q, k, v, selected, block=config.block, **options)
+        view = sequence.view(config.window - 1)
+        options = {"window": config.window, "document": view.document, "places": view.places}
+        q, k, v = view.queries(q), view.keys(keys[2]), view.keys(values[2])
+        return compressed, chosen, view.restore(attention(q, k, v, scale=scale, **options))
+
+
+def _entries(x: Tensor, made: Compression, phi: Perceptron | None) -> Float[Tensor, "B N G K"]:
+    """One entry for each window of whole rows; without a perceptron the mean of its tokens."""
+    x = made.tokens(x)
+    return made.entries(mean_compress(x, made.local) if phi is None else phi(x, made.local))

@@ -14,6 +14,7 @@ from kernels.compress import mean_compress
 from kernels.compressed_attention import select_by_entries
 from kernels.document_windows import document_windows
 from kernels.rotary import rotate
+from model.cut import View
 from model.linear import Linear
 from model.mixer import Context, Flops, Mixed, Mixer, MixerConfig, Sequence, Split
 from model.mixers.moba import keys_seen
@@ -108,32 +109,35 @@ class Ssa(Mixer):
         if config.rotary_dim:
             table = sequence.rotary_table(config.rotary_dim, config.rotary_theta)
             q, k = rotate(q, *table), rotate(k, *table)
+        view = sequence.view()
+        k, v = view.keys(k), view.keys(v)
         if sequence.draw is None:
             stream = self._full if config.stream == "full" else self._sparse
-            return self.out_proj((gate * stream(q, k, v, sequence)).flatten(-2))
-        full, sparse = (gate * stream(q, k, v, sequence) for stream in (self._full, self._sparse))
+            return self.out_proj((gate * stream(q, k, v, view)).flatten(-2))
+        full, sparse = (gate * stream(q, k, v, view) for stream in (self._full, self._sparse))
         drawn = sparse if sequence.draw < config.sparse_share else full
         losses = {"alignment": config.alignment_loss / (self.depth * self.peers.size) * _apart(full, sparse)}
         return Mixed(self.out_proj(drawn.flatten(-2)), losses)
 
-    def _full(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
-        return attention(q, k, v, scale=self.config.head_dim**-0.5, document=sequence.document)
+    def _full(self, q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
+        scale, document, places = self.config.head_dim**-0.5, view.document, view.places
+        return attention(q, k, v, scale=scale, document=document, places=places)
 
-    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> Tensor:
-        config, position, scale = self.config, sequence.position, self.config.head_dim**-0.5
-        blocks = document_windows(position, config.block, config.block)
+    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
+        config = self.config
+        options = {"position": view.position, "places": view.places, "scale": config.head_dim**-0.5}
+        blocks = document_windows(view.position, config.block, config.block)
         selected = select_by_entries(
             q,
             mean_compress(k, blocks),
             entries=blocks,
             blocks=blocks,
-            position=position,
-            scale=scale,
             count=config.num_blocks - 1,
             initial=config.num_initial_blocks,
             local=config.num_local_blocks - 1,
+            **options,
         )
-        return block_attention(q, k, v, selected, scale=scale, block=config.block, position=position)[0]
+        return block_attention(q, k, v, selected, block=config.block, **options)[0]
 
 
 def _apart(full: Float[Tensor, "B T H V"], sparse: Float[Tensor, "B T H V"]) -> Float[Tensor, ""]:

@@ -53,8 +53,8 @@ class Zigzag(LatentMixer):
 
     def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"]:
         """Work does not grow with the distance between the first and the last blocks."""
-        config, latents = self.config, self.latents(x, sequence)
-        keys, values = self.keys_values(latents)
+        config, latents, view = self.config, self.latents(x, sequence), sequence.view()
+        keys, values = self.keys_values(latents, view)
         out = attention(
             latents.q,
             keys,
@@ -63,7 +63,8 @@ class Zigzag(LatentMixer):
             window=config.recent_blocks * config.block,
             block=config.block,
             first=config.first_blocks * config.block,
-            document=sequence.document,
-            position=sequence.position,
+            document=view.document,
+            position=view.position,
+            places=view.places,
         )
         return self.out_proj(out.flatten(-2))

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernels.document_windows import document_windows
 from kernels.indexer import index_select
 from model.mixer import Mixed, Sequence
 from model.mixers.csa import Csa, CsaConfig
@@ -170,9 +169,9 @@ def test_the_same_entries_are_chosen() -> None:
     x, position = torch.randn(2, 50, WIDTH), torch.arange(50)[None].expand(2, -1)
     sequence = Sequence.whole(x[..., 0].long())
     latent = mixer._read(x, sequence)[0]
-    windows = document_windows(position, config.compression, config.compression)
-    index = mixer.indexer(x, latent, sequence, windows)
-    ours = index_select(*index, top_k=config.index_top_k, last=windows.last)
+    made = sequence.compression(config.compression, config.compression)
+    index = mixer.indexer(x, latent, sequence, made)
+    ours = index_select(*index, top_k=config.index_top_k, last=made.whole.last)
     theirs = layer.compressor.indexer(x, latent, position, None, 0)
     assert torch.equal(ours.sort(-1).values, theirs.sort(-1).values)
 
@@ -185,9 +184,9 @@ def test_index_loss_equals_the_direct_form() -> None:
     sequence = Sequence.whole(x[..., 0].long())
     loss = mixer(x, sequence).losses["index"]
     latent, q, kv = (part.detach() for part in mixer._read(x, sequence))
-    windows = document_windows(sequence.position, config.compression, config.compression)
-    entries = mixer.compressor(x, sequence.position, windows).detach()[0]
-    index_q, index_k, weight = mixer.indexer(x.detach(), latent, sequence, windows)
+    made = sequence.compression(config.compression, config.compression)
+    entries = mixer.compressor(x, made).detach()[0]
+    index_q, index_k, weight = mixer.indexer(x.detach(), latent, sequence, made)
     expected = x.new_zeros(())
     for t in range(40):
         complete = (t + 1) // config.compression
