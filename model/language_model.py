@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from kernels.cross_entropy import IGNORED
 from kernels.cross_entropy import Form as LossForm
 from model.block import Block, Carry, Notes
 from model.config import Architecture
@@ -15,7 +14,7 @@ from model.linear import Initial
 from model.mixer import Sequence
 from model.moe.router import Router
 from model.peers import Vocabulary, WholeVocabulary
-from model.prediction import Prediction, targets_ahead
+from model.prediction import Prediction, later_in_rows
 from model.residual import build_collapse, build_norm, open_streams
 
 
@@ -91,11 +90,13 @@ class LanguageModel(nn.Module):
         prediction = cross_entropy.new_zeros(())
         for ahead, module in enumerate(self.predictions, 1):
             assert isinstance(module, Prediction), f"{type(module)=}"
-            # The last tokens of a row have no next one here; nothing is predicted from them.
-            embedded = self._embed(tokens.roll(-ahead, dims=1))
-            x, note = module(x, embedded, sequence)
+            if sequence.later:
+                later = sequence.later[ahead - 1]
+            else:
+                later = later_in_rows(tokens, targets, sequence.document, ahead)
+            x, note = module(x, self._embed(later.tokens), sequence)
             notes.append(note)
-            further, z = self._cross_entropy(x, targets_ahead(targets, sequence, ahead, IGNORED))
+            further, z = self._cross_entropy(x, later.targets)
             prediction, logit_z = prediction + further, logit_z + z
         coefficient = self.config.model.prediction.coefficient / max(1, len(self.predictions))
         return Losses(cross_entropy, prediction * coefficient, logit_z, *_collected(notes, cross_entropy))

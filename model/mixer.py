@@ -23,6 +23,13 @@ from model.peers import ALONE, Peers
 from model.rotary import RotaryScaling, rotary_table
 
 
+class Later(NamedTuple):
+    """For each token the one so many places later in the row, and what is to be predicted there."""
+
+    tokens: Int[Tensor, "B T"]
+    targets: Int[Tensor, "B T"]
+
+
 @dataclass(frozen=True)
 class Sequence:
     """The tokens, each one's position in its document, and the document's number in the row.
@@ -30,13 +37,15 @@ class Sequence:
     document is None when each row is one document, which lets kernels skip masks. tokens are the ids, for
     what goes by them. draw is a number in [0, 1), new for each training step and the same for all layers and
     ranks, for what goes by chance; None outside training. cut is how rows are cut over ranks, where all else
-    is of this rank's tokens.
+    is of this rank's tokens. later is what modules that predict further ahead read, where it does
+    not follow from these tokens alone.
     """
 
     position: Int[Tensor, "B T"]
     document: Int[Tensor, "B T"] | None
     tokens: Int[Tensor, "B T"]
     draw: float | None = None
+    later: tuple["Later", ...] = ()
     _tables: dict[tuple[int, float, RotaryScaling | None], tuple[Tensor, Tensor]] = field(
         default_factory=dict, repr=False
     )

@@ -4,11 +4,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from kernels.cross_entropy import IGNORED
 from model.block import Block, Carry, Notes
 from model.config import Architecture
 from model.layout import Layer
 from model.linear import Linear
-from model.mixer import Sequence
+from model.mixer import Later, Sequence
 from model.residual import build_collapse, build_norm, open_streams
 
 
@@ -45,13 +46,17 @@ class Prediction(nn.Module):
         return self.norm(stream if self.collapse is None else self.collapse(stream)), notes
 
 
-def targets_ahead(
-    targets: Int[Tensor, "B T"], sequence: Sequence, ahead: int, ignored: int
-) -> Int[Tensor, "B T"]:
-    """The targets `ahead` tokens later, in the same document; `ignored` where there are none."""
-    later = torch.full_like(targets, ignored)
+def later_in_rows(
+    tokens: Int[Tensor, "B T"],
+    targets: Int[Tensor, "B T"],
+    document: Int[Tensor, "B T"] | None,
+    ahead: int,
+) -> Later:
+    """What stands `ahead` tokens later in whole rows; targets IGNORED where the document ends before."""
+    later = torch.full_like(targets, IGNORED)
     later[:, :-ahead] = targets[:, ahead:]
-    if sequence.document is not None:
-        same = sequence.document[:, ahead:] == sequence.document[:, :-ahead]
-        later[:, :-ahead] = later[:, :-ahead].masked_fill(~same, ignored)
-    return later
+    if document is not None:
+        same = document[:, ahead:] == document[:, :-ahead]
+        later[:, :-ahead] = later[:, :-ahead].masked_fill(~same, IGNORED)
+    # The last tokens of a row have no next one here; nothing is predicted from them.
+    return Later(tokens.roll(-ahead, dims=1), later)

@@ -1,12 +1,16 @@
 """How many ways each axis of the mesh is cut, and the check that the layout is possible."""
 
-from typing import Literal
+import math
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from conf.compose import Config
 from conf.errors import Violation
 from parallel.degrees import Degrees
+
+if TYPE_CHECKING:
+    from model.config import Architecture
 
 
 class ParallelConfig(Config):
@@ -15,56 +19,118 @@ class ParallelConfig(Config):
     data: Literal["fsdp"]
     dp_replicate: int = Field(ge=1)
     dp_shard: int
+    cp: int = Field(ge=1)
+    tp: int = Field(ge=1)
     ep: int = Field(ge=1)
     reshard_after_forward: bool
     timeout_seconds: int = Field(ge=1)
 
     def degrees(self, world_size: int) -> Degrees:
         """All degrees, with a dp_shard of -1 replaced by what is left of `world_size`."""
-        shard = world_size // self.dp_replicate if self.dp_shard == -1 else self.dp_shard
-        return Degrees(dp_replicate=self.dp_replicate, dp_shard=shard, ep=self.ep)
+        shard = world_size // self._fixed() if self.dp_shard == -1 else self.dp_shard
+        return Degrees(dp_replicate=self.dp_replicate, dp_shard=shard, cp=self.cp, tp=self.tp, ep=self.ep)
+
+    def _fixed(self) -> int:
+        return self.dp_replicate * self.cp * self.tp
 
 
-def layout_violations(config: ParallelConfig, world_size: int, num_experts: int) -> list[Violation]:
+def layout_violations(
+    config: ParallelConfig, world_size: int, num_experts: int, tokens: int
+) -> list[Violation]:
     """Everything that makes the layout impossible on `world_size` processes, with nearest legal values.
 
-    num_experts is that of each mixture, 0 without any.
+    num_experts is that of each mixture, tokens that of a row.
     """
-    found = _data_violations(config, world_size)
-    return found or _expert_violations(config, world_size, num_experts)
+    found = _mesh_violations(config, world_size)
+    if not found:
+        found = _expert_violations(config, config.degrees(world_size), num_experts)
+    return found + _row_violations(config, tokens)
 
 
-def _data_violations(config: ParallelConfig, world_size: int) -> list[Violation]:
+def _mesh_violations(config: ParallelConfig, world_size: int) -> list[Violation]:
     if config.dp_shard != -1 and config.dp_shard < 1:
         return [Violation("parallel.dp_shard", f"must be -1 or at least 1; found {config.dp_shard}")]
-    if world_size % config.dp_replicate:
-        legal = ", ".join(map(str, _divisors(world_size)))
+    found = []
+    for name in ("tp", "cp", "dp_replicate"):
+        degree = getattr(config, name)
+        others = config._fixed() // degree
+        if world_size % others == 0 and (world_size // others) % degree:
+            legal = ", ".join(map(str, _divisors(world_size // others)))
+            message = (
+                f"{degree} does not divide the {world_size} processes started"
+                f"{f' over {others} of the other axes' if others > 1 else ''}; legal values are {legal}"
+            )
+            found.append(Violation(f"parallel.{name}", message))
+    if not found and world_size % config._fixed():
+        product = config._fixed()
         message = (
-            f"{config.dp_replicate} does not divide the {world_size} processes started; "
-            f"legal values are {legal}"
+            f"dp_replicate {config.dp_replicate} x cp {config.cp} x tp {config.tp} = {product} does not "
+            f"divide the {world_size} processes started; lower one, or start a multiple of {product}"
         )
-        return [Violation("parallel.dp_replicate", message)]
-    if config.dp_shard != -1 and config.dp_replicate * config.dp_shard != world_size:
-        product = config.dp_replicate * config.dp_shard
+        found.append(Violation("parallel.tp", message))
+    product = config._fixed() * config.dp_shard
+    if not found and config.dp_shard != -1 and product != world_size:
+        others = f" x cp {config.cp} x tp {config.tp}" if config.cp * config.tp > 1 else ""
         message = (
-            f"dp_replicate x dp_shard = {config.dp_replicate} x {config.dp_shard} = {product}, but "
+            f"dp_replicate x dp_shard{others} = {config.dp_replicate} x {config.dp_shard}"
+            f"{f' x {config.cp} x {config.tp}' if others else ''} = {product}, but "
             f"{world_size} {'process was' if world_size == 1 else 'processes were'} started; "
-            f"set it to {world_size // config.dp_replicate} or -1, or start {product} processes"
+            f"set it to {world_size // config._fixed()} or -1, or start {product} processes"
         )
-        return [Violation("parallel.dp_shard", message)]
-    return []
+        found.append(Violation("parallel.dp_shard", message))
+    return found
 
 
-def _expert_violations(config: ParallelConfig, world_size: int, num_experts: int) -> list[Violation]:
-    ranks = config.degrees(world_size).dp_shard
+def _expert_violations(config: ParallelConfig, degrees: Degrees, num_experts: int) -> list[Violation]:
+    ranks = degrees.dp_shard * degrees.cp * degrees.tp
     legal = [degree for degree in _divisors(ranks) if num_experts % degree == 0]
     if config.ep in legal:
         return []
     message = (
-        f"{config.ep} does not divide the {num_experts} experts and the {ranks} ranks of dp_shard; "
+        f"{config.ep} does not divide the {num_experts} experts and the {ranks} ranks of dp_shard x cp x tp; "
         f"legal values are {', '.join(map(str, legal))}"
     )
     return [Violation("parallel.ep", message)]
+
+
+def _row_violations(config: ParallelConfig, tokens: int) -> list[Violation]:
+    unit = (2 * config.cp if config.cp > 1 else 1) * config.tp
+    if tokens % unit == 0:
+        return []
+    below = tokens - tokens % unit
+    message = (
+        f"{tokens} tokens are not a multiple of {unit}, two chunks for each rank of cp {config.cp} in parts "
+        f"for tp {config.tp}; use {f'{below} or ' if below else ''}{below + unit}"
+    )
+    return [Violation("data.sequence_length", message)]
+
+
+def tensor_violations(config: "Architecture", degree: int) -> list[Violation]:
+    """What `degree` ranks of the tensor axis cannot share of a model, with degrees that they can."""
+    if degree == 1:
+        return []
+    found = []
+    names = dict.fromkeys(layer.mixer for layer in config.layers if layer.mixer in config.mixer)
+    ahead = config.model.prediction
+    names |= {ahead.mixer: None} if ahead.depth else {}
+    for name in names:
+        try:
+            config.mixer[name].per_rank(degree)
+        except ValueError as error:
+            found.append(Violation("parallel.tp", f"mixer.{name}: {error}"))
+    sizes = {"model.vocab_size": config.model.vocab_size}
+    kinds = {layer.ffn for layer in config.layers} | ({ahead.ffn} if ahead.depth else set())
+    if kinds & {"dense", "shortcut"}:
+        sizes["model.ffn_hidden"] = config.model.ffn_hidden
+    if kinds - {"dense", "none"} and config.moe.shared_hidden:
+        sizes["moe.shared_hidden"] = config.moe.shared_hidden
+    for key, size in sizes.items():
+        if size % degree:
+            common = math.gcd(size, degree)
+            larger = -(-size // degree) * degree
+            message = f"{degree} ranks cannot share {key} {size}; {common} can, or make it {larger}"
+            found.append(Violation("parallel.tp", message))
+    return found
 
 
 def _divisors(number: int) -> list[int]:

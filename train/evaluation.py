@@ -8,9 +8,8 @@ import torch
 from data.loader import Loader
 from kernels.cross_entropy import IGNORED
 from model.language_model import LanguageModel
-from model.mixer import Sequence
 from parallel.world import World
-from train.step import to_device
+from train.step import losses_here, to_device
 
 
 class Evaluation(NamedTuple):
@@ -41,10 +40,10 @@ def evaluate(
         batch = to_device(loader.held_out(first, micro_batch), world.device)
         targets = batch.targets.clone()
         targets[max(0, rows - first) :] = IGNORED
-        sequence = Sequence(batch.position, batch.document, batch.tokens)
-        losses = model.loss(batch.tokens, targets, sequence)
+        losses = losses_here(model, batch._replace(targets=targets), world.axes, None)
         totals[0] += losses.cross_entropy.double()
-        totals[1] += (targets != IGNORED).sum()
+        # Ranks that share rows have losses of their own tokens, and one count.
+        totals[1] += (targets != IGNORED).sum() * (world.axes.row.rank == 0)
     world.sum(totals)
     model.train(was_training)
     nats, count = totals.tolist()

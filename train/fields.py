@@ -173,27 +173,36 @@ class RunDraft(RunFields):
 
 def run_violations(config: "RunDraft | RunConfig", world_size: int) -> list[Violation]:
     """Everything that types and ranges cannot see: what does not fit together."""
-    found = layout_violations(config.parallel, world_size, config.moe.num_experts)
-    rows, micro = config.train.global_batch, config.train.micro_batch
-    if rows % world_size:
-        below = rows - rows % world_size
-        legal = f"{below} or {below + world_size}" if below else str(world_size)
-        message = f"{rows} sequences cannot be shared evenly by {world_size} processes; use {legal}"
-        found.append(Violation("train.global_batch", message))
-    elif micro is not None and (rows // world_size) % micro:
-        share = rows // world_size
-        legal = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
-        message = f"{micro} does not divide the {share} sequences of a rank; legal values are {legal}"
-        found.append(Violation("train.micro_batch", message))
-    share = rows // world_size
-    if config.moe.balance_scope == "global" and config.moe.balance_loss and micro not in (None, share):
-        message = f"counts the load of the whole batch before backward; found train.micro_batch={micro}"
-        hint = f"; set train.micro_batch=null or {share}, or balance_scope=sequence"
-        found.append(Violation("moe.balance_scope", message + hint))
+    tokens, experts = config.data.sequence_length, config.moe.num_experts
+    found = layout_violations(config.parallel, world_size, experts, tokens)
+    if not found:
+        found += _batch_violations(config, config.parallel.degrees(world_size).rows)
     if config.data.tokenizer.vocab_size > config.model.vocab_size:
         message = (
             f"{config.model.vocab_size} rows cannot hold the {config.data.tokenizer.vocab_size} pieces of "
             f"data.tokenizer.vocab_size; raise it to at least that"
         )
         found.append(Violation("model.vocab_size", message))
+    return found
+
+
+def _batch_violations(config: "RunDraft | RunConfig", ranks: int) -> list[Violation]:
+    """What keeps `ranks` ranks from sharing the rows of a step."""
+    found = []
+    rows, micro = config.train.global_batch, config.train.micro_batch
+    if rows % ranks:
+        below = rows - rows % ranks
+        legal = f"{below} or {below + ranks}" if below else str(ranks)
+        message = f"{rows} sequences cannot be shared evenly by {ranks} data-parallel ranks; use {legal}"
+        found.append(Violation("train.global_batch", message))
+    elif micro is not None and (rows // ranks) % micro:
+        share = rows // ranks
+        legal = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
+        message = f"{micro} does not divide the {share} sequences of a rank; legal values are {legal}"
+        found.append(Violation("train.micro_batch", message))
+    share = rows // ranks
+    if config.moe.balance_scope == "global" and config.moe.balance_loss and micro not in (None, share):
+        message = f"counts the load of the whole batch before backward; found train.micro_batch={micro}"
+        hint = f"; set train.micro_batch=null or {share}, or balance_scope=sequence"
+        found.append(Violation("moe.balance_scope", message + hint))
     return found

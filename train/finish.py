@@ -30,7 +30,8 @@ def finish(state: TrainState, loader: Loader, tracker: Tracker, config: RunConfi
         rows = min(config.train.final_rows or loader.held_out_rows, loader.held_out_rows)
         held_out = evaluate(state.model, loader, world, rows=rows, micro_batch=micro)
         tracker.log_evaluation(state.step, held_out._asdict())
-    text = sample_text(state.model, loader.tokenizer, config, world)
+    is_cut = world.axes.row.size > 1
+    text = None if is_cut else sample_text(state.model, loader.tokenizer, config, world)
     if world.rank != 0:
         return
     directory = Path(config.run.dir)
@@ -40,7 +41,11 @@ def finish(state: TrainState, loader: Loader, tracker: Tracker, config: RunConfi
     write_atomically(directory / RESULT_FILE, (json.dumps(result, indent=2) + "\n").encode())
     plot_losses(tracker.metrics(), tracker.evaluations(), directory / PLOT_FILE)
     print_table("Result", {name: shown(value) for name, value in result.items()})
-    print(f"--- sample, temperature {config.sample.temperature} ---\n{text}\n---", flush=True)
+    if text is None:
+        # Generation wants whole layers and rows of any length.
+        print(f"for a sample of text: python -m train.sample run={config.run.dir}", flush=True)
+    else:
+        print(f"--- sample, temperature {config.sample.temperature} ---\n{text}\n---", flush=True)
 
 
 def result_of(state: TrainState, config: RunConfig, tracker: Tracker) -> dict[str, float | str]:

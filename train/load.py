@@ -29,6 +29,9 @@ def load_config(overrides: Sequence[str], world_size: int | None) -> "RunConfig"
         config = validate(RunConfig, tree)
     except ConfigError as error:
         raise ConfigError(list(dict.fromkeys([*error.violations, *found]))) from error
+    from parallel.config import tensor_violations
+
+    found += tensor_violations(config.architecture, config.parallel.tp)
     if found:
         raise ConfigError(found)
     return config

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from data.loader import Batch
 from kernels.cross_entropy import IGNORED
-from model.language_model import Losses
-from model.mixer import Sequence
+from model.language_model import LanguageModel, Losses
+from parallel.axes import Axes
+from parallel.context import Rows, cut_rows
 from parallel.data import reduce_over_copies
 from parallel.world import World
 from train.config import RunConfig
@@ -41,15 +42,16 @@ class StepResult(NamedTuple):
 def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World) -> StepResult:
     """Runs the step on this rank's rows of the global batch. Mutates the state."""
     # Denominators are global and known before backward, so that gradients are plain sums over ranks.
-    targets = world.sum((batch.targets != IGNORED).sum().to(world.device))
+    axes = world.axes
+    targets = world.sum((batch.targets != IGNORED).sum().to(world.device)) // axes.row.size
     batch = to_device(batch, world.device)
     tokens = config.train.global_batch * batch.tokens.shape[1]
-    _, micro = config.rank_rows(world.axes.rows.size)
+    _, micro = config.rank_rows(axes.rows.size)
     draw = draw_of(config.train.seed, state.step)
     total: Losses | None = None
     for start in range(0, batch.tokens.shape[0], micro):
         reduce_over_copies(state.model, is_last=start + micro >= batch.tokens.shape[0])
-        losses = micro_losses(state, Batch(*(part[start : start + micro] for part in batch)), draw)
+        losses = losses_here(state.model, Batch(*(part[start : start + micro] for part in batch)), axes, draw)
         objective = (losses.cross_entropy + losses.prediction + losses.logit_z) / targets.clamp(min=1)
         for part in losses.auxiliary.values():
             objective = objective + part / tokens
@@ -60,7 +62,7 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World)
     cross_entropy = total.cross_entropy / targets.clamp(min=1)
 
     lr = config.optim.lr * lr_factor(config.schedule, state.step, config.train.steps)
-    state.built.sum_shared_gradients(world.axes)
+    state.built.sum_shared_gradients(axes)
     norm = gradient_norm(state.built, world)
     # The step waits for the device here: whether to update must be known.
     loss_value, norm_value, count = float(cross_entropy), float(norm), int(targets)
@@ -113,10 +115,11 @@ def draw_of(seed: int, step: int) -> float:
     return xxhash.xxh3_64_intdigest(f"{seed}/{step}".encode()) / 2**64
 
 
-def micro_losses(state: TrainState, batch: Batch, draw: float) -> Losses:
-    """The losses of one micro-batch, as sums."""
-    sequence = Sequence(batch.position, batch.document, batch.tokens, draw)
-    return state.model.loss(batch.tokens, batch.targets, sequence)
+def losses_here(model: LanguageModel, batch: Batch, axes: Axes, draw: float | None) -> Losses:
+    """The losses of this rank's tokens of whole rows, as sums."""
+    rows = Rows(batch.tokens, batch.targets, batch.position, batch.document)
+    targets, sequence = cut_rows(rows, axes.cp, draw=draw, predicted=len(model.predictions))
+    return model.loss(sequence.tokens, targets, sequence)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

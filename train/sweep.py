@@ -25,6 +25,7 @@ def one_job(composed: Any) -> None:
     """One run of a sweep. Each has its own directory: run.dir/NUMBER."""
     from omegaconf import OmegaConf
 
+    from parallel.config import tensor_violations
     from train.__main__ import run_checked
     from train.config import RunConfig
     from train.environment import read_environment
@@ -39,6 +40,7 @@ def one_job(composed: Any) -> None:
         config = validate(RunConfig, known)
         environment = read_environment()
         found = run_violations(config, environment.world_size)
+        found += tensor_violations(config.architecture, config.parallel.tp)
         if found:
             raise ConfigError(found)
         run_checked(config, environment)

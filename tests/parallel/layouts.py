@@ -16,6 +16,7 @@ from model.mixer import Sequence
 from parallel.apply import Parallel, build_parallel
 from parallel.axes import open_axes
 from parallel.config import ParallelConfig
+from parallel.context import Rows, cut_rows
 from parallel.degrees import Degrees
 from parallel.placement import held_boxes
 from parallel.world import World
@@ -111,7 +112,8 @@ def build(config: Architecture, degrees: Degrees, rank: int) -> tuple[Parallel, 
     """This rank's part with the values of `alone`."""
     world = World(rank, degrees.size, torch.device("cpu"), open_axes(degrees, rank))
     settings = {"data": "fsdp", "dp_replicate": degrees.dp_replicate, "dp_shard": degrees.dp_shard}
-    parallel = ParallelConfig(**settings, ep=degrees.ep, reshard_after_forward=True, timeout_seconds=60)
+    settings |= {"cp": degrees.cp, "tp": degrees.tp, "ep": degrees.ep}
+    parallel = ParallelConfig(**settings, reshard_after_forward=True, timeout_seconds=60)
     built = build_parallel(config, (torch.float64, torch.float64), parallel, world, SEED)
     with torch.device("meta"):
         initials = initial_values(LanguageModel(config))
@@ -129,8 +131,9 @@ def on_rank(
     targets = int((batch.targets != -100).sum())
     own = slice(world.axes.rows.rank, None, world.axes.rows.size)
     batch = Batch(*(part[own] for part in batch))
-    sequence = Sequence(batch.position, batch.document, batch.tokens)
-    losses = built.model.loss(batch.tokens, batch.targets, sequence)
+    rows = Rows(batch.tokens, batch.targets, batch.position, batch.document)
+    own_targets, sequence = cut_rows(rows, world.axes.cp, predicted=len(built.model.predictions))
+    losses = built.model.loss(sequence.tokens, own_targets, sequence)
     objective_of(losses, targets).backward()
     built.sum_shared_gradients(world.axes)
     found = named(losses)

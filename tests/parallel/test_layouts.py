@@ -8,9 +8,9 @@ from tests.worlds import run_world
 
 LIMIT = 1e-11
 LAYOUTS = {
-    "tp2": Degrees(tp=2),
-    "tp2-ep2": Degrees(tp=2, ep=2),
-    "tp2-dp2-ep4": Degrees(dp_shard=2, tp=2, ep=4),
+    "cp2": Degrees(cp=2),
+    "cp2-tp2-ep2": Degrees(cp=2, tp=2, ep=2),
+    "dp2-tp2-ep4": Degrees(dp_shard=2, tp=2, ep=4),
 }
 
 
