@@ -44,7 +44,7 @@ test: lint
 
 # Triton decides when it is imported whether kernels are interpreted or compiled: one process cannot do both.
 prove: $(VENV)/test.ready $(VENV)/triton-$(TRITON_NEWEST).ready
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m interpreted tests/kernels
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m interpreted tests/kernels tests/parallel
 	$(BIN)/python -m kernels.compiled
 	PYTHONPATH=$(VENV)/triton-$(TRITON_NEWEST) TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m kernels.compiled
 	$(BIN)/python -m pytest -m prove $(TESTS)

@@ -25,26 +25,29 @@ class Memory(NamedTuple):
 
 
 def memory_per_rank(config: RunConfig, world_size: int) -> Memory:
-    """Bytes of the fullest rank of `world_size` under fully sharded data parallelism.
+    """Bytes of the fullest rank of `world_size`.
 
-    Weights are kept in the optimizer's precision and sharded, with gradients and both moments; two blocks
-    and the tables are gathered in the precision of the computation. Nothing is recomputed.
+    Weights are kept in the optimizer's precision and sharded, with gradients and both moments; a rank's part
+    of two blocks and of the tables is gathered in the precision of the computation. Nothing is recomputed.
+    The few weights that ranks of the tensor axis all hold are counted as if they were cut.
     """
     architecture = config.architecture
     counts = count(architecture)
     kept, computed = _BYTES[config.precision.parameters], _BYTES[config.precision.compute]
     degrees = config.parallel.degrees(world_size)
-    shards = degrees.dp_shard
+    shards = degrees.dp_shard * degrees.cp * degrees.tp
     owned = -(-counts.total // shards)
-    largest = max(layer.params for layer in counts.layers)
-    tables = counts.embedding + counts.head + counts.norm
+    layers = [(layer.params - layer.routed, layer.routed) for layer in counts.layers]
+    largest = max(dense // degrees.tp + routed // degrees.ep for dense, routed in layers)
+    tables = (counts.embedding + counts.head) // degrees.tp + counts.norm
     # Alone, the weights are used where they are; a narrower copy of each stays until backward.
     gathered = (
         computed * (2 * largest + tables) if shards > 1 else computed * counts.total * (computed < kept)
     )
-    tokens = config.rank_rows(degrees.rows)[1] * config.data.sequence_length
-    layers = range(architecture.model.depth)
-    activations = sum(activation_bytes(architecture, layer, element_bytes=computed) for layer in layers)
+    row = config.data.sequence_length // (degrees.cp * degrees.tp)
+    tokens = config.rank_rows(degrees.rows)[1] * row
+    depth = architecture.model.depth
+    activations = sum(activation_bytes(architecture, n, element_bytes=computed) for n in range(depth))
     # The loss holds some rows of logits at a time, and the gradient of the whole head in float32.
     rows = min(512, tokens) * architecture.model.vocab_size
     head = architecture.model.vocab_size * architecture.model.width

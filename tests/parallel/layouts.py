@@ -6,13 +6,18 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from conf.compose import compose, group_options
 from model.config import Architecture
 from model.initial import draw, initial_values
 from model.language_model import LanguageModel, Losses
 from model.linear import Initial
-from model.mixer import Sequence
+from model.mixer import Mixer, Sequence
+from model.moe.layer import Experts
+from model.moe.router import Router
+from model.peers import ALONE
 from parallel.apply import Parallel, build_parallel
 from parallel.axes import open_axes
 from parallel.config import ParallelConfig
@@ -123,10 +128,14 @@ def build(config: Architecture, degrees: Degrees, rank: int) -> tuple[Parallel, 
 
 
 def on_rank(
-    rank: int, size: int, config: Architecture, degrees: Degrees
+    rank: int, size: int, config: Architecture, degrees: Degrees, fault: str = ""
 ) -> tuple[dict[str, Tensor], list[Any]]:
-    """Losses summed over ranks, and the blocks of gradients that this rank holds."""
+    """Losses summed over ranks, and the blocks of gradients that this rank holds.
+
+    fault breaks one thing that layouts stand on.
+    """
     built, world = build(config, degrees, rank)
+    break_it(built, fault)
     batch = batch_of(config.model.vocab_size)
     targets = int((batch.targets != -100).sum())
     own = slice(world.axes.rows.rank, None, world.axes.rows.size)
@@ -135,7 +144,8 @@ def on_rank(
     own_targets, sequence = cut_rows(rows, world.axes.cp, predicted=len(built.model.predictions))
     losses = built.model.loss(sequence.tokens, own_targets, sequence)
     objective_of(losses, targets).backward()
-    built.sum_shared_gradients(world.axes)
+    if fault != "gradients of copies":
+        built.sum_shared_gradients(world.axes)
     found = named(losses)
     for part in found.values():
         dist.all_reduce(part)
@@ -147,13 +157,36 @@ def on_rank(
     return found, blocks
 
 
+class CopiesDifferError(Exception):
+    """Two ranks have different gradients of the same parameter."""
+
+
+def break_it(built: Parallel, fault: str) -> None:
+    """Makes a model wrong in one way. Mutates it."""
+    for module in built.model.modules():
+        if fault == "mean of gradients" and isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(2.0)
+        if fault == "load of a row" and isinstance(module, Router):
+            module.sum_row_load = lambda load: load
+        if fault == "share of a decay" and isinstance(module, Mixer):
+            module.peers = ALONE
+        if fault == "order of experts" and isinstance(module, Experts):
+            with torch.no_grad():
+                gate_up = module.gate_up
+                held = gate_up.to_local() if isinstance(gate_up, DTensor) else gate_up
+                held.copy_(held.flip(0))
+
+
 def assembled(reference: Result, ranks: list[tuple[dict[str, Tensor], list[Any]]]) -> Result:
-    """Whole gradients; raises AssertionError where two ranks hold different copies or a part is missing."""
+    """Whole gradients; NaN where a part is missing.
+
+    Raises CopiesDifferError where two ranks hold different copies."""
     grads = {name: torch.full_like(grad, torch.nan) for name, grad in reference.grads.items()}
     for _, blocks in ranks:
         for name, box, block in blocks:
             whole = box.of_whole(grads[name])
-            assert bool(((whole == block) | whole.isnan()).all()), f"copies of {name} differ"
+            if not bool(((whole == block) | whole.isnan()).all()):
+                raise CopiesDifferError(name)
             whole.copy_(block)
     return Result(ranks[0][0], grads)
 

@@ -56,18 +56,33 @@ LAYOUTS = {
     "hybrid4": (4, ["parallel.dp_replicate=2", "train.micro_batch=1"]),
     "shard2-accumulate": (2, ["train.micro_batch=1", "parallel.reshard_after_forward=false"]),
     "accumulate": (1, ["train.micro_batch=1"]),
+    "expert2-hybrid": (4, ["parallel.dp_replicate=2", "parallel.ep=2"]),
+    "context2-tensor2-expert4": (4, ["parallel.cp=2", "parallel.tp=2", "parallel.ep=4"]),
+}
+MORE_LAYOUTS = {
     "expert2": (2, ["parallel.ep=2"]),
     "expert2of4": (4, ["parallel.ep=2"]),
-    "expert2-hybrid": (4, ["parallel.dp_replicate=2", "parallel.ep=2"]),
+    "tensor2": (2, ["parallel.tp=2"]),
+    "context2": (2, ["parallel.cp=2"]),
+    "context2-shard2": (4, ["parallel.cp=2", "train.micro_batch=1"]),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_equals_one_process(alone, corpus, tmp_path: Path, layout: str) -> None:
-    precision, reference = alone
-    size, keys = LAYOUTS[layout]
-    if precision == "fp64" and layout in ("replicate2", "shard2-accumulate"):
+    if alone[0] == "fp64" and layout in ("replicate2", "shard2-accumulate"):
         return  # hybrid4 has both of these at once
+    check_layout(alone, corpus, tmp_path, *LAYOUTS[layout])
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("layout", MORE_LAYOUTS)
+def test_more_layouts_equal_one_process(alone, corpus, tmp_path: Path, layout: str) -> None:
+    check_layout(alone, corpus, tmp_path, *MORE_LAYOUTS[layout])
+
+
+def check_layout(alone, corpus, tmp_path: Path, size: int, keys: list[str]) -> None:
+    precision, reference = alone
     directory = tmp_path / "run"
     assert run_to_end(overrides(corpus, directory, precision, *keys), size) == 0
     assert_same(directory, reference, LIMITS[precision])
