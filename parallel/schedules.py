@@ -134,10 +134,10 @@ def action_order(plan: Plan) -> list[list[Action]]:
     runs = schedule.pipeline_order_with_comms
     return [
         [
-            Action(action.stage_index, _LETTERS[str(action.computation_type)], action.microbatch_index)
+            Action(action.stage_index, _LETTERS[action.computation_type.value], action.microbatch_index)
             for step in runs[rank]
             for action in (step.sub_actions or (step,))
-            if str(action.computation_type) in _LETTERS
+            if action.computation_type.value in _LETTERS
         ]
         for rank in range(plan.degree)
     ]
