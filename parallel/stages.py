@@ -9,73 +9,19 @@ predict ahead go with the last.
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from itertools import accumulate, pairwise
-from typing import NamedTuple
 
 from conf.compose import did_you_mean
 from conf.errors import ConfigError, Violation
 from model.config import Architecture
-from model.count import LayerCount, count
 from model.layout import NONE, SHORTCUT, parse
+from parallel.cost import layer_costs, stage_costs
+from parallel.schedules import Plan
+from parallel.timeline import simulate
 
 KEY = "parallel.pp_layout"
 EMBEDDING, HEAD = "E", "H"
-# What an H100 computes while it moves one byte: 0.7 of 989e12 operations to 0.88 of 3.35e12 bytes a second.
-OPERATIONS_PER_BYTE = 235.0
-
-
-class Cost(NamedTuple):
-    """Time per token in floating-point operations: forward, then backward for inputs and for weights."""
-
-    forward: float
-    input: float
-    weight: float
-
-    @property
-    def total(self) -> float:
-        """A whole training step."""
-        return sum(self)
-
-
-def sum_costs(costs: Sequence[Cost]) -> Cost:
-    """What they take one after the other."""
-    return Cost(*(sum(part) for part in zip(*costs, strict=True)))
-
-
-def layer_costs(config: Architecture, context: int) -> list[Cost]:
-    """The cost of each layer at `context` tokens, ends of the model included.
-
-    A product with weights costs as much for its inputs and for its weights as forward. The mixing itself has
-    no weights: backward of attention is 2.5 times forward, as it computes its scores again, of a state 2.
-    """
-    counts, shape = count(config), config.model
-    costs = [_layer_cost(config, layer, context) for layer in counts.layers]
-    # Two bytes per element are read and written; backward adds two-byte gradients to four-byte sums.
-    moved = OPERATIONS_PER_BYTE * shape.width
-    costs[0] = sum_costs([costs[0], Cost(4 * moved, 0.0, 10 * moved)])
-    head = 2.0 * shape.width * shape.vocab_size
-    ends = [_layer_cost(config, layer, context) for layer in counts.predictions]
-    ends += [Cost(head, head, head)] * (1 + len(ends))
-    costs[-1] = sum_costs([costs[-1], *ends])
-    return costs
-
-
-def _layer_cost(config: Architecture, layer: LayerCount, context: int) -> Cost:
-    linear = 2.0 * (layer.ffn_params + layer.active + layer.norm_params)
-    if layer.mixer == NONE:
-        return Cost(linear, linear, linear)
-    mixer = config.mixer[layer.mixer]
-    flops = mixer.flops(config.model.width, context)
-    linear += flops.projections
-    again = 2.5 if mixer.context.exchange == "gather" else 2.0
-    return Cost(linear + flops.core, linear + again * flops.core, linear)
-
-
-def stage_costs(config: Architecture, stages: Sequence[range], context: int) -> list[Cost]:
-    """The cost of each stage per token."""
-    costs = layer_costs(config, context)
-    return [sum_costs([costs[layer] for layer in stage]) for stage in stages]
 
 
 def joined_layers(config: Architecture) -> dict[int, str]:
@@ -94,23 +40,29 @@ def joined_layers(config: Architecture) -> dict[int, str]:
     return dict(sorted(found.items()))
 
 
-def stage_layers(
-    config: Architecture, degree: int, chunks: int, context: int, layout: str | None = None
-) -> list[range]:
-    """The layers of each of the degree x chunks stages: as `layout` says, else cut by cost at `context`.
+def stage_layers(config: Architecture, plan: Plan, context: int, layout: str | None = None) -> list[range]:
+    """The layers of each stage of the plan: as `layout` says, else cut by cost at `context` tokens.
 
+    No cut has a most costly stage that is cheaper. Where ranks have several stages, levelling the ranks too
+    is better for some schedules and worse for others, so that what the simulation finds faster is taken.
     Raises ConfigError with everything that is wrong.
     """
-    stages = degree * chunks
     if layout is not None:
-        return read_layout(config, stages, layout)
+        return read_layout(config, plan.stages, layout)
     joined = joined_layers(config)
     pieces = config.model.depth - len(joined)
-    if stages > pieces:
+    if plan.stages > pieces:
         reasons = f", since {next(iter(joined.values()))} and so on" if joined else ""
-        message = f"{degree} x {chunks} stages, but the {config.model.depth} layers make {pieces} pieces"
-        raise ConfigError([Violation("parallel.pp", f"{message}{reasons}; use {pieces} stages or fewer")])
-    return partition([cost.total for cost in layer_costs(config, context)], stages, joined)
+        message = f"{plan.degree} x {plan.chunks} stages, but the {config.model.depth} layers make {pieces}"
+        message += f" pieces{reasons}; use {pieces} stages or fewer"
+        raise ConfigError([Violation("parallel.pp", message)])
+    costs = [cost.total for cost in layer_costs(config, context)]
+    cut = partition(costs, plan.stages, joined)
+    if plan.chunks == 1:
+        return cut
+    homes = {stage: rank for rank in range(plan.degree) for stage in plan.stages_of(rank)}
+    level = level_ranks(costs, cut, [homes[stage] for stage in range(plan.stages)], joined)
+    return min((cut, level), key=lambda each: simulate(plan, stage_costs(config, each, context)).span)
 
 
 def equal_layers(config: Architecture, stages: int) -> list[range]:
@@ -129,7 +81,7 @@ def equal_layers(config: Architecture, stages: int) -> list[range]:
     return _ranges([*edges, depth])
 
 
-def partition(costs: Sequence[float], stages: int, joined: Sequence[int] | dict[int, str]) -> list[range]:
+def partition(costs: Sequence[float], stages: int, joined: Container[int]) -> list[range]:
     """Neighbouring items in `stages` groups whose most costly one costs as little as can be.
 
     No group starts at an item of `joined`. Among the cuts that are best so, the one with the smallest sum of
@@ -148,6 +100,38 @@ def partition(costs: Sequence[float], stages: int, joined: Sequence[int] | dict[
         return cost**2 if cost <= limit else math.inf
 
     return _ranges(_best_cut(edges, stages, square, lambda a, b: a + b)[1])
+
+
+def level_ranks(
+    costs: Sequence[float], cut: Sequence[range], homes: Sequence[int], joined: Container[int]
+) -> list[range]:
+    """The cut with its edges moved so that the most costly rank costs less, where there is such a move.
+
+    homes are the ranks of the stages. No stage becomes more costly than the most costly one of `cut`. A local
+    search: it ends where no single edge can move to advantage.
+    """
+    sums = list(accumulate(costs, initial=0.0))
+    edges = [0, *(stage.stop for stage in cut)]
+    limit = max(sums[b] - sums[a] for a, b in pairwise(edges)) * (1 + 1e-12)
+
+    def score(edges: Sequence[int]) -> tuple[float, float]:
+        loads = [0.0] * (max(homes) + 1)
+        for home, (a, b) in zip(homes, pairwise(edges), strict=True):
+            if sums[b] - sums[a] > limit:
+                return math.inf, math.inf
+            loads[home] += sums[b] - sums[a]
+        # Rounded, so that the same loads in another order are not an advantage.
+        return round(max(loads) / sums[-1], 12), round(sum(load**2 for load in loads) / sums[-1] ** 2, 12)
+
+    best, is_moving = score(edges), True
+    while is_moving:
+        is_moving = False
+        for index in range(1, len(edges) - 1):
+            for place in range(edges[index - 1] + 1, edges[index + 1]):
+                trial = [*edges[:index], place, *edges[index + 1 :]]
+                if place not in joined and (found := score(trial)) < best:
+                    edges, best, is_moving = trial, found, True
+    return _ranges(edges)
 
 
 def _best_cut(

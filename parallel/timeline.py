@@ -7,8 +7,8 @@ within a rank is not modelled: a forward and a backward that DualPipe-V runs tog
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from parallel.cost import Cost
 from parallel.schedules import Action, Plan, action_order
-from parallel.stages import Cost
 
 
 class Busy(NamedTuple):
