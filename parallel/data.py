@@ -10,12 +10,12 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from model.language_model import LanguageModel
+from model.language_model import LanguageModel, Part
 from model.residual import Residual
 from parallel.config import ParallelConfig
 
 
-def shard_data(model: LanguageModel, config: ParallelConfig, mesh: DeviceMesh) -> None:
+def shard_data(model: Part, config: ParallelConfig, mesh: DeviceMesh) -> None:
     """Shards each block, then what is left. Mutates the model: its parameters become DTensors.
 
     Gradients are summed over ranks, never averaged: the loss is divided by global counts beforehand.
@@ -39,7 +39,8 @@ def shard_data(model: LanguageModel, config: ParallelConfig, mesh: DeviceMesh) -
         shard(block, low, frees=reshard)
     # The root holds embedding, norm and head; backward needs them at once.
     shard(model, low, frees=False)
-    register_fsdp_forward_method(model, "loss")
+    if isinstance(model, LanguageModel):
+        register_fsdp_forward_method(model, "loss")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -4,6 +4,7 @@ Only the residual stream and its gradient cross from stage to stage; token ids, 
 known everywhere. A stage's own losses enter backward where its stream leaves it.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from typing import Any, NamedTuple, cast
 
@@ -119,6 +120,12 @@ def added(total: Losses | None, losses: Losses) -> Losses:
     return losses.with_parts(parts)
 
 
+def _nothing_left() -> Callable[[], None]:
+    # Weights that several branches share, as those of the head where modules predict ahead, defeat torch's
+    # split of backward. Such a stage does all of it when the gradient of its input is due, nothing after.
+    return lambda: None
+
+
 def build_stages(
     config: Architecture, dtype: torch.dtype, plan: Plan, rank: int, layers: Items[range]
 ) -> list[Stage]:
@@ -164,6 +171,7 @@ class Pipeline:
                     input_args=() if stage.is_first else (stream,),
                     output_args=(objective if stage.is_last else stream,),
                     group=axis.group,
+                    dw_builder=_nothing_left if stage.predictions else None,
                 )
                 for index, stage in zip(plan.stages_of(axis.rank), stages, strict=True)
             ],

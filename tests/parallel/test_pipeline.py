@@ -1,26 +1,32 @@
 """A pipeline's losses and gradients are those of one process, under every schedule."""
 
+from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+import parallel.pipeline
+from conf.errors import ConfigError
 from kernels.cross_entropy import IGNORED
 from model.config import Architecture
-from model.language_model import LanguageModel, Losses
+from model.initial import initial_values
+from model.language_model import LanguageModel, Losses, Part
 from model.mixer import Sequence
+from model.mixers.lightning import Lightning
 from parallel.axes import Degrees, open_axes
 from parallel.pipeline import (
     Denominators,
     MicroBatch,
     Pipeline,
+    Stage,
     added,
     build_stages,
     objective_of,
 )
-from parallel.schedules import Plan
+from parallel.schedules import Action, Plan, ScheduleName, action_order, plan_violations
 from tests.architectures import random_model, small_architecture
 from tests.worlds import run_world
 
@@ -28,6 +34,7 @@ TOKENS = 14
 LIMIT = 1e-12
 
 EXPERTS = ("moe.balance_loss=0.3", "moe.z_loss=0.2", "model.z_loss=0.1")
+AHEAD = ("model.prediction.depth=2", "model.prediction.coefficient=0.7")
 MODELS = {
     "hybrid": (
         *EXPERTS,
@@ -35,14 +42,21 @@ MODELS = {
         "layout.ffn.first=dense",
         "model.has_tied_embeddings=true",
     ),
-    "streams": (*EXPERTS, "layout.pattern=csa hca", "residual=hyper", "layout.ffn.first=2*hash"),
-    "shared": (*EXPERTS, "layout=dsa_shared_1to3", "model.prediction.depth=2", "model.prediction.mixer=dsa"),
-    "shortcut": (*EXPERTS, "layout.pattern=lightning", "layout.ffn.pattern=shortcut dense"),
+    "streams": (
+        *(*EXPERTS, *AHEAD, "model.prediction.mixer=csa"),
+        *("layout.pattern=csa hca", "residual=hyper", "layout.ffn.first=2*hash"),
+    ),
+    "shared": (*EXPERTS, "layout.pattern=dsa dsa_shared", "residual=scaled_post_norm"),
+    "shortcut": (*EXPERTS, *AHEAD, "layout.pattern=lightning kda", "layout.ffn.pattern=shortcut dense"),
+    "dense": ("layout.pattern=mamba2 swa", "layout.ffn.pattern=dense", "model.embedding_scale=3.0"),
 }
-# Layers of the first stages; the last has the rest. Unequal, and never between layers that belong together.
+# Where the later stages begin. Unequal, and never between layers that belong together.
 CUTS = {
-    "hybrid": {2: (1,), 4: (3, 4, 6), 8: (1, 2, 3, 4, 5, 6, 7)},
+    "hybrid": {2: (3,), 4: (1, 4, 6), 8: (1, 2, 3, 4, 5, 6, 7)},
     "streams": {2: (3,), 4: (1, 4, 5), 8: (1, 2, 3, 4, 5, 6, 7)},
+    "shared": {2: (2,), 4: (2, 4, 6)},
+    "shortcut": {2: (6,), 4: (2, 4, 6)},
+    "dense": {2: (5,), 4: (1, 2, 7)},
 }
 
 
@@ -83,36 +97,101 @@ def seeded(config: Architecture) -> LanguageModel:
     return random_model(config, torch.float64)
 
 
-def alone(config: Architecture, count: int) -> tuple[Losses, dict[str, Tensor]]:
-    model, batches = seeded(config), batches_of(config, count)
+@cache
+def alone(name: str, count: int) -> tuple[Losses, dict[str, Tensor]]:
+    model, batches = seeded(architecture(name)), batches_of(architecture(name), count)
     total = None
     for batch in batches:
         losses = model.loss(batch.sequence.tokens, batch.targets, batch.sequence)
         objective_of(losses, denominators_of(batches)).backward()
         total = added(total, losses)
     assert total is not None
-    return total, {name: part.grad for name, part in model.named_parameters() if part.grad is not None}
+    return total, {key: part.grad for key, part in model.named_parameters() if part.grad is not None}
 
 
-def pipelined(rank: int, size: int, name: str, runs: list[tuple[Plan, tuple[int, ...]]]) -> list[Any]:
+class Run(NamedTuple):
+    """A plan, where its later stages begin, and what to break."""
+
+    plan: Plan
+    cuts: tuple[int, ...]
+    broken: str = ""
+
+
+class Found(NamedTuple):
+    """What a rank has after two steps: losses of the second, gradients by name and whether it is a copy, and
+    what it computed in the second.
+    """
+
+    losses: Losses
+    grads: list[tuple[str, Tensor | None, bool]]
+    order: list[Action]
+
+
+class Untied:
+    @staticmethod
+    def apply(stream: Tensor, objective: Tensor) -> Tensor:
+        return stream.clone()
+
+
+def break_in(stages: list[Stage], pipeline: Pipeline, broken: str) -> None:
+    if broken == "own losses":
+        parallel.pipeline._Tie = Untied
+    if broken == "sum of copies":
+        pipeline._sum_copies = lambda: None
+    if broken == "layer index":
+        for stage in stages:
+            for mixer in (block.mixer for block in stage.blocks if isinstance(block.mixer, Lightning)):
+                mixer.layer -= stage.layers.start
+
+
+def record(pipeline: Pipeline) -> list[Action]:
+    # What the stages are really told to do, in order.
+    order: list[Action] = []
+    schedule = pipeline._schedule
+    for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
+
+        def forward(place, *args, run=stage.forward_one_chunk, index=stage.stage_index, **options):
+            order.append(Action(index, "forward", place))
+            return run(place, *args, **options)
+
+        def backward(place, run=stage.backward_one_chunk, index=stage.stage_index, **options):
+            kind = "backward" if options.get("full_backward", True) else "input"
+            order.append(Action(index, kind, place))
+            return run(place, **options)
+
+        def weight(place, run=stage.backward_weight_one_chunk, index=stage.stage_index, **options):
+            order.append(Action(index, "weight", place))
+            return run(place, **options)
+
+        stage.forward_one_chunk, stage.backward_one_chunk = forward, backward
+        stage.backward_weight_one_chunk = weight
+    return order
+
+
+def pipelined(rank: int, size: int, name: str, runs: list[Run]) -> list[Found]:
     config, axis = architecture(name), open_axes(Degrees(pp=size), rank).pp
     state = seeded(config).state_dict()
     found = []
-    for plan, cuts in runs:
+    for plan, cuts, broken in runs:
         stages = build_stages(config, torch.float64, plan, rank, layers_of(cuts, config.model.depth))
         for stage in stages:
             stage.to(torch.float64)
             stage.load_state_dict({key: state[key].clone() for key in stage.state_dict()})
         pipeline = Pipeline(stages, axis, plan, (2, TOKENS), torch.device("cpu"))
+        break_in(stages, pipeline, broken)
         batches = batches_of(config, plan.micro_batches)
+        pipeline.step(batches, denominators_of(batches))
+        order = record(pipeline)
+        for stage in stages:
+            stage.zero_grad()
         losses = pipeline.step(batches, denominators_of(batches))
         copied = {id(parameter) for parameter in pipeline.copies}
         grads = [
-            (name, parameter.grad, id(parameter) in copied)
+            (key, parameter.grad, id(parameter) in copied)
             for stage in stages
-            for name, parameter in stage.named_parameters()
+            for key, parameter in stage.named_parameters()
         ]
-        found.append((losses, grads))
+        found.append(Found(losses, grads, order))
     return found
 
 
@@ -120,24 +199,24 @@ def distance(found: Tensor, expected: Tensor, floor: float) -> float:
     return float((found - expected).abs().max() / max(float(expected.abs().max()), floor))
 
 
-def assert_equal_to_alone(name: str, runs: list[tuple[Plan, tuple[int, ...]]], limit: float = LIMIT) -> None:
-    config = architecture(name)
-    worlds = run_world(runs[0][0].degree, pipelined, name, runs)
-    for index, (plan, _) in enumerate(runs):
-        losses, grads = alone(config, plan.micro_batches)
+def assert_equal_to_alone(name: str, runs: list[Run]) -> None:
+    worlds = run_world(runs[0].plan.degree, pipelined, name, runs)
+    for index, (plan, _, _) in enumerate(runs):
+        losses, grads = alone(name, plan.micro_batches)
         ranks = [world[index] for world in worlds]
+        assert [found.order for found in ranks] == action_order(plan)
         for place, expected in enumerate(sorted_parts(losses)):
-            total = torch.stack([sorted_parts(part)[place] for part, _ in ranks]).sum(0)
-            assert distance(total, expected, 1e-9) < limit, (plan, place)
+            total = torch.stack([sorted_parts(found.losses)[place] for found in ranks]).sum(0)
+            assert distance(total, expected, 1e-9) < LIMIT, (plan, place)
         # Gradients of parameters that softmax cancels are rounding only.
         floor = 1e-6 * max(float(grad.abs().max()) for grad in grads.values())
-        counted = [key for _, part in ranks for key, _, is_copy in part if not is_copy]
-        assert sorted(counted) == sorted(key for key, _ in seeded(config).named_parameters())
-        for _, part in ranks:
-            for key, grad, _ in part:
+        counted = [key for found in ranks for key, _, is_copy in found.grads if not is_copy]
+        assert sorted(counted) == sorted(key for key, _ in seeded(architecture(name)).named_parameters())
+        for found in ranks:
+            for key, grad, _ in found.grads:
                 assert (grad is None) == (key not in grads), (plan, key)
                 if grad is not None:
-                    assert distance(grad, grads[key], floor) < limit, (plan, key)
+                    assert distance(grad, grads[key], floor) < LIMIT, (plan, key)
 
 
 def sorted_parts(losses: Losses) -> list[Tensor]:
@@ -148,14 +227,68 @@ def plans(degree: int, micro_batches: int) -> list[Plan]:
     return [
         Plan("1f1b", degree, 1, micro_batches),
         Plan("interleaved", degree, 2, micro_batches),
+        Plan("zero_bubble", degree, 1, micro_batches),
         Plan("zero_bubble", degree, 2, micro_batches),
         Plan("zero_bubble_v", degree, 2, micro_batches),
         Plan("dualpipe_v", degree, 2, micro_batches),
     ]
 
 
-@pytest.mark.parametrize("name", CUTS)
-@pytest.mark.parametrize(("degree", "micro_batches"), [(2, 4), (4, 8)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "degree", "micro_batches"),
+    [
+        *(("hybrid", 2, 4), ("streams", 2, 4), ("shared", 2, 4), ("shortcut", 2, 5), ("dense", 2, 4)),
+        *(("hybrid", 4, 8), ("streams", 4, 8)),
+    ],
+)
 def test_every_schedule_equals_one_process(name: str, degree: int, micro_batches: int) -> None:
-    runs = [(plan, CUTS[name][plan.stages]) for plan in plans(degree, micro_batches)]
-    assert_equal_to_alone(name, runs)
+    legal = [plan for plan in plans(degree, micro_batches) if not plan_violations(plan)]
+    assert_equal_to_alone(name, [Run(plan, CUTS[name][plan.stages]) for plan in legal])
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [
+        *(("hybrid", "own losses"), ("shared", "own losses"), ("hybrid", "sum of copies")),
+        *(("shortcut", "sum of copies"), ("shortcut", "layer index")),
+    ],
+)
+def test_each_safeguard_is_needed(name: str, broken: str, schedule: ScheduleName) -> None:
+    plan = Plan(schedule, 2, 1, 2)
+    with pytest.raises(AssertionError, match="assert"):
+        assert_equal_to_alone(name, [Run(plan, CUTS[name][2], broken)])
+
+
+def refused(rank: int, size: int) -> None:
+    config, axis = architecture("dense"), open_axes(Degrees(pp=size), rank).pp
+    plan, cpu = Plan("1f1b", size, 1, 2), torch.device("cpu")
+    stages = build_stages(config, torch.float64, plan, rank, layers_of((4,), 8))
+    with pytest.raises(ConfigError, match="needs 2 micro-batches or more; found 1"):
+        Pipeline(stages, axis, plan._replace(micro_batches=1), (2, TOKENS), cpu)
+    pipeline = Pipeline(stages, axis, plan, (2, TOKENS), cpu)
+    for count in (1, 3):
+        batches = batches_of(config, count)
+        with pytest.raises(ValueError, match=r"batches: found shapes .* the pipeline runs 2 of \(2, 14\)"):
+            pipeline.step(batches, denominators_of(batches))
+
+
+def test_other_micro_batches_than_planned_are_refused() -> None:
+    assert run_world(2, refused) == [None, None]
+
+
+def test_parts_have_the_names_and_first_values_of_the_whole() -> None:
+    config = architecture("streams")
+    whole = {key: part.shape for key, part in LanguageModel(config).named_parameters()}
+    initials = initial_values(LanguageModel(config))
+    seen: set[str] = set()
+    for layers in layers_of((1, 4, 5), 8):
+        part = Part(config, layers=layers)
+        shapes = {key: parameter.shape for key, parameter in part.named_parameters()}
+        assert shapes.items() <= whole.items()
+        assert initial_values(part).items() <= initials.items()
+        # Modules that predict ahead read the embedding at the other end too.
+        assert seen & shapes.keys() == ({"embed.weight"} if layers.stop == 8 else set())
+        seen |= shapes.keys()
+    assert seen == whole.keys()
