@@ -60,5 +60,9 @@ def _layer_cost(config: Architecture, layer: LayerCount, context: int) -> Cost:
 
 def stage_costs(config: Architecture, stages: Sequence[range], context: int) -> list[Cost]:
     """The cost of each stage per token."""
-    costs = layer_costs(config, context)
-    return [sum_costs([costs[layer] for layer in stage]) for stage in stages]
+    layers = layer_costs(config, context)
+    costs = [sum_costs([layers[layer] for layer in stage]) for stage in stages]
+    if config.model.prediction.depth:
+        # A stage with modules that predict ahead does all of backward at once.
+        costs[-1] = Cost(costs[-1].forward, costs[-1].input + costs[-1].weight, 0.0)
+    return costs

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor
 
@@ -154,6 +155,11 @@ class Pipeline:
         assert axis.size == plan.degree, f"{axis.size=} {plan.degree=}"
         self.stages, self.plan, self.shape = tuple(stages), plan, shape
         self._axis, self._names = axis, None
+        for stage in stages:
+            if isinstance(stage, FSDPModule) and plan.schedule != "1f1b":
+                # Backward is split along the weights that forward saw; sharded ones would get no gradient.
+                # The schedule itself gathers and frees the weights of a stage.
+                stage.set_reshard_after_forward(False)
         config, dtype = stages[0].config, stages[0].dtype
         streams = (config.residual.streams,) if config.residual.kind == "hyper" else ()
         stream = torch.empty(*shape, *streams, config.model.width, dtype=dtype, device="meta")

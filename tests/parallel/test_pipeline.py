@@ -1,5 +1,6 @@
 """A pipeline's losses and gradients are those of one process, under every schedule."""
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -7,16 +8,26 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup, new_group
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.pipelining._backward import (
+    stage_backward,
+    stage_backward_input,
+    stage_backward_weight,
+)
 
 import parallel.pipeline
+from conf.compose import group_options
 from conf.errors import ConfigError
 from kernels.cross_entropy import IGNORED
 from model.config import Architecture
 from model.initial import initial_values
 from model.language_model import LanguageModel, Losses, Part
-from model.mixer import Sequence
+from model.mixer import Sequence as Tokens
 from model.mixers.lightning import Lightning
 from parallel.axes import Degrees, open_axes
+from parallel.config import ParallelConfig
+from parallel.data import shard_data
 from parallel.pipeline import (
     Denominators,
     MicroBatch,
@@ -27,10 +38,12 @@ from parallel.pipeline import (
     objective_of,
 )
 from parallel.schedules import Action, Plan, ScheduleName, action_order, plan_violations
-from tests.architectures import random_model, small_architecture
+from parallel.stages import joined_layers
+from tests.architectures import random_model, randomise, small_architecture
 from tests.worlds import run_world
 
 TOKENS = 14
+SHARDED = ("1f1b", "zero_bubble_v")
 LIMIT = 1e-12
 
 EXPERTS = ("moe.balance_loss=0.3", "moe.z_loss=0.2", "model.z_loss=0.1")
@@ -83,7 +96,7 @@ def batches_of(config: Architecture, count: int) -> list[MicroBatch]:
         position = place - torch.where(starts > 0, place, 0).cummax(1).values
         targets[:, -1] = IGNORED
         targets[0, : index + 1] = IGNORED
-        batches.append(MicroBatch(targets, Sequence(position, document, tokens)))
+        batches.append(MicroBatch(targets, Tokens(position, document, tokens)))
     return batches
 
 
@@ -196,27 +209,34 @@ def pipelined(rank: int, size: int, name: str, runs: list[Run]) -> list[Found]:
 
 
 def distance(found: Tensor, expected: Tensor, floor: float) -> float:
+    assert found.shape == expected.shape
+    if not expected.numel():
+        return 0.0
     return float((found - expected).abs().max() / max(float(expected.abs().max()), floor))
 
 
 def assert_equal_to_alone(name: str, runs: list[Run]) -> None:
-    worlds = run_world(runs[0].plan.degree, pipelined, name, runs)
+    worlds = run_world(runs[0].plan.degree, pipelined, name, runs, timeout=400)
     for index, (plan, _, _) in enumerate(runs):
-        losses, grads = alone(name, plan.micro_batches)
         ranks = [world[index] for world in worlds]
         assert [found.order for found in ranks] == action_order(plan)
-        for place, expected in enumerate(sorted_parts(losses)):
-            total = torch.stack([sorted_parts(found.losses)[place] for found in ranks]).sum(0)
-            assert distance(total, expected, 1e-9) < LIMIT, (plan, place)
-        # Gradients of parameters that softmax cancels are rounding only.
-        floor = 1e-6 * max(float(grad.abs().max()) for grad in grads.values())
         counted = [key for found in ranks for key, _, is_copy in found.grads if not is_copy]
         assert sorted(counted) == sorted(key for key, _ in seeded(architecture(name)).named_parameters())
-        for found in ranks:
-            for key, grad, _ in found.grads:
-                assert (grad is None) == (key not in grads), (plan, key)
-                if grad is not None:
-                    assert distance(grad, grads[key], floor) < LIMIT, (plan, key)
+        assert_found(plan, ranks, alone(name, plan.micro_batches))
+
+
+def assert_found(plan: Plan, ranks: list[Found], expected: tuple[Losses, dict[str, Tensor]]) -> None:
+    losses, grads = expected
+    for place, part in enumerate(sorted_parts(losses)):
+        total = torch.stack([sorted_parts(found.losses)[place] for found in ranks]).sum(0)
+        assert distance(total, part, 1e-9) < LIMIT, (plan, place)
+    # Gradients of parameters that softmax cancels are rounding only.
+    floor = 1e-6 * max(float(grad.abs().max()) for grad in grads.values())
+    for found in ranks:
+        for key, grad, _ in found.grads:
+            assert (grad is None) == (key not in grads), (plan, key)
+            if grad is not None:
+                assert distance(grad, grads[key], floor) < LIMIT, (plan, key)
 
 
 def sorted_parts(losses: Losses) -> list[Tensor]:
@@ -259,6 +279,78 @@ def test_each_safeguard_is_needed(name: str, broken: str, schedule: ScheduleName
     plan = Plan(schedule, 2, 1, 2)
     with pytest.raises(AssertionError, match="assert"):
         assert_equal_to_alone(name, [Run(plan, CUTS[name][2], broken)])
+
+
+@pytest.mark.parametrize("layout", group_options("layout"))
+def test_every_mixer_lets_backward_be_split(layout: str) -> None:
+    config = small_architecture([f"layout={layout}", "model.depth=8", *EXPERTS])
+    free = [layer for layer in range(1, 8) if layer not in joined_layers(config)]
+    torch.manual_seed(2)
+    batch = batches_of(config, 1)[0]
+    for start, stop in {(free[0], free[-1]), (free[-1], 8)}:
+        if start == stop:
+            continue
+        stage = Stage(config, torch.float64, range(start, stop)).to(torch.float64)
+        randomise(stage)
+        found = []
+        for is_split in (False, True):
+            stage.zero_grad()
+            stage.begin([batch], denominators_of([batch]))
+            generator = torch.Generator().manual_seed(1)
+            shape = (2, TOKENS, config.model.width)
+            stream = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+            out = stage(stream, place=torch.tensor([0]))
+            grads = [torch.randn(out.shape, generator=generator, dtype=torch.float64)] if out.ndim else None
+            if is_split:
+                into, groups = stage_backward_input([out], grads, [stream], stage.parameters())
+                stage_backward_weight(stage.parameters(), groups)
+            else:
+                into = stage_backward((out,) if grads else out, grads, [stream])
+            found.append([*into, *(parameter.grad for parameter in stage.parameters())])
+        scale = max(float(part.abs().max()) for part in found[0] if part is not None)
+        for whole, split in zip(*found, strict=True):
+            assert (whole is None) == (split is None)
+            assert whole is None or distance(split, whole, 1e-6 * scale) < LIMIT
+
+
+def opened(ranks: Sequence[int]) -> ProcessGroup | None:
+    group = new_group(list(ranks))
+    return group if isinstance(group, ProcessGroup) else None
+
+
+def sharded(rank: int, size: int, name: str, runs: list[Run]) -> list[Found]:
+    config, axes = architecture(name), open_axes(Degrees(pp=2, dp_shard=2), rank, opened)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp_shard"))
+    state = seeded(config).state_dict()
+    found = []
+    for plan, cuts, _ in runs:
+        stages = build_stages(config, torch.float64, plan, axes.pp.rank, layers_of(cuts, config.model.depth))
+        data = ParallelConfig(
+            data="fsdp", dp_replicate=1, dp_shard=2, reshard_after_forward=True, timeout_seconds=60
+        )
+        for stage in stages:
+            stage.to(torch.float64)
+            stage.load_state_dict({key: state[key].clone() for key in stage.state_dict()})
+            shard_data(stage, data, mesh)
+        pipeline = Pipeline(stages, axes.pp, plan, (2, TOKENS), torch.device("cpu"))
+        batches = batches_of(config, 2 * plan.micro_batches)
+        losses = pipeline.step(batches[axes.dp_shard.rank :: 2], denominators_of(batches))
+        copied = {id(parameter) for parameter in pipeline.copies}
+        grads = [
+            (key, None if parameter.grad is None else parameter.grad.full_tensor(), id(parameter) in copied)
+            for stage in stages
+            for key, parameter in stage.named_parameters()
+        ]
+        found.append(Found(losses, grads, action_order(plan)[axes.pp.rank]))
+    return found
+
+
+@pytest.mark.slow
+def test_stages_sharded_over_data_equal_one_process() -> None:
+    runs = [Run(plan, CUTS["hybrid"][plan.stages]) for plan in plans(2, 2) if plan.schedule in SHARDED]
+    worlds = run_world(4, sharded, "hybrid", runs, timeout=400)
+    for index, (plan, _, _) in enumerate(runs):
+        assert_found(plan, [world[index] for world in worlds], alone("hybrid", 2 * plan.micro_batches))
 
 
 def refused(rank: int, size: int) -> None:
