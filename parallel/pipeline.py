@@ -82,7 +82,9 @@ class Stage(Part):
         assert self._denominators is not None, "forward before begin"
         targets, sequence = self._batches[int(place)]
         if stream is not None and stream.requires_grad:
-            # What is sent back must lie in one piece.
+            # What is sent back must lie in one piece. The schedule reuses its tensors: a hook on one of them
+            # would stay.
+            stream = stream.view_as(stream)
             stream.register_hook(torch.Tensor.contiguous)
         stream, losses = self.part_loss(stream, targets, sequence)
         self.sums = added(self.sums, losses)
