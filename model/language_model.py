@@ -56,36 +56,50 @@ class Table(nn.Module):
         self.initial = {"weight": Initial("normal", 0.0, init_std)}
 
 
-class LanguageModel(nn.Module):
-    """A decoder over tokens. A plain single-device module; `dtype` is what it computes in."""
+class Part(nn.Module):
+    """Neighbouring layers of a decoder, with the embedding before the first and the head after the last.
 
-    def __init__(self, config: Architecture, dtype: torch.dtype = torch.float32) -> None:
+    A plain single-device module; `dtype` is what it computes in. Names of parameters, and what depends on
+    the depth, are those of the whole model. A part that ends the model holds a copy of the embedding where
+    the head or a module that predicts ahead reads it.
+    """
+
+    def __init__(
+        self, config: Architecture, dtype: torch.dtype = torch.float32, layers: range | None = None
+    ) -> None:
+        """`layers` are all by default."""
         super().__init__()
         self.config, self.dtype = config, dtype
         # Set from outside where ranks share out the vocabulary.
         self.vocabulary: Vocabulary = WholeVocabulary()
         shape, residual = config.model, config.residual
-        self.embed = Table(shape.vocab_size, shape.width, shape.init_std)
-        self.blocks = nn.ModuleList(Block(config, layer, names) for layer, names in enumerate(config.layers))
-        self.collapse = build_collapse(shape.width, residual)
-        self.norm = build_norm(shape.width, residual)
-        self.head = (
-            None if shape.has_tied_embeddings else Table(shape.vocab_size, shape.width, shape.init_std)
-        )
-        self.predictions = nn.ModuleList(Prediction(config, ahead) for ahead in range(shape.prediction.depth))
+        self.layers = range(shape.depth) if layers is None else layers
+        self.is_first, self.is_last = self.layers.start == 0, self.layers.stop == shape.depth
+        size = (shape.vocab_size, shape.width, shape.init_std)
+        reads_embedding = self.is_last and (shape.has_tied_embeddings or shape.prediction.depth > 0)
+        self.embed = Table(*size) if self.is_first or reads_embedding else None
+        self.blocks, names = nn.ModuleList(), config.layers
+        for layer in self.layers:
+            self.blocks.add_module(str(layer), Block(config, layer, names[layer]))
+        self.collapse = build_collapse(shape.width, residual) if self.is_last else None
+        self.norm = build_norm(shape.width, residual) if self.is_last else None
+        self.head = Table(*size) if self.is_last and not shape.has_tied_embeddings else None
+        ahead = range(shape.prediction.depth if self.is_last else 0)
+        self.predictions = nn.ModuleList(Prediction(config, index) for index in ahead)
 
-    def forward(self, tokens: Int[Tensor, "B T"], sequence: Sequence | None = None) -> Float[Tensor, "B T V"]:
-        """Logits of the next token at every position. Without `sequence` every row is one document."""
-        x, _ = self._hidden(sequence or Sequence.whole(tokens))
-        logits, cap = x @ self._head_weight().T, self.config.model.logit_cap
-        return logits if cap is None else cap * (logits / cap).tanh()
+    def part_loss(
+        self, stream: Float[Tensor, "B T *n D"] | None, targets: Int[Tensor, "B T"], sequence: Sequence
+    ) -> tuple[Float[Tensor, "B T *n D"] | None, Losses]:
+        """What the next part reads, None after the last, and the losses of this part as sums.
 
-    def loss(
-        self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], sequence: Sequence | None = None
-    ) -> Losses:
-        """The training losses as sums. Targets of -100 count nothing."""
-        sequence = sequence or Sequence.whole(tokens)
-        x, notes = self._hidden(sequence)
+        stream is what the part before made, None before the first. Losses that arise elsewhere are zero.
+        load and entropy have rows for this part's mixtures of experts alone.
+        """
+        stream, notes = self._run(stream, sequence)
+        if not self.is_last:
+            zero = stream.new_zeros((), dtype=torch.promote_types(stream.dtype, torch.float32))
+            return stream, Losses(zero, zero, zero, *_collected(notes, zero))
+        x = self._close(stream)
         cross_entropy, logit_z = self._cross_entropy(x, targets)
         prediction = cross_entropy.new_zeros(())
         for ahead, module in enumerate(self.predictions, 1):
@@ -93,13 +107,14 @@ class LanguageModel(nn.Module):
             if sequence.later:
                 later = sequence.later[ahead - 1]
             else:
-                later = later_in_rows(tokens, targets, sequence.document, ahead)
+                later = later_in_rows(sequence.tokens, targets, sequence.document, ahead)
             x, note = module(x, self._embed(later.tokens), sequence)
             notes.append(note)
             further, z = self._cross_entropy(x, later.targets)
             prediction, logit_z = prediction + further, logit_z + z
         coefficient = self.config.model.prediction.coefficient / max(1, len(self.predictions))
-        return Losses(cross_entropy, prediction * coefficient, logit_z, *_collected(notes, cross_entropy))
+        prediction = prediction * coefficient
+        return None, Losses(cross_entropy, prediction, logit_z, *_collected(notes, cross_entropy))
 
     def _cross_entropy(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         form = LossForm(self.config.model.logit_cap, self.config.model.z_loss)
@@ -107,20 +122,26 @@ class LanguageModel(nn.Module):
         return loss - z, z
 
     def _embed(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B P D"]:
+        assert self.embed is not None, f"{self.layers=}"
         x = self.vocabulary.embed(tokens, self.embed.weight).to(self.dtype)
         scale = self.config.model.embedding_scale
         return x if scale == 1.0 else x * scale
 
-    def _hidden(self, sequence: Sequence) -> tuple[Float[Tensor, "B T D"], list[Notes]]:
-        stream = open_streams(self._embed(sequence.tokens), self.config.residual)
+    def _run(self, stream: Tensor | None, sequence: Sequence) -> tuple[Tensor, list[Notes]]:
+        x = open_streams(self._embed(sequence.tokens), self.config.residual) if stream is None else stream
         carry, notes = Carry(), []
         for block in self.blocks:
-            stream, carry, note = block(stream, sequence, carry)
+            x, carry, note = block(x, sequence, carry)
             notes.append(note)
-        return self.norm(stream if self.collapse is None else self.collapse(stream)), notes
+        return x, notes
+
+    def _close(self, stream: Float[Tensor, "B T *n D"]) -> Float[Tensor, "B T D"]:
+        assert self.norm is not None, f"{self.layers=}"
+        return self.norm(stream if self.collapse is None else self.collapse(stream))
 
     def _head_weight(self) -> Float[Tensor, "V D"]:
         table = self.embed if self.head is None else self.head
+        assert table is not None, f"{self.layers=}"
         return table.weight.to(self.dtype)
 
     def routers(self) -> Iterator[Router]:
@@ -135,6 +156,25 @@ class LanguageModel(nn.Module):
         if self.config.moe.bias_rate:
             for router, counts in zip(self.routers(), load, strict=True):
                 router.update_bias(counts)
+
+
+class LanguageModel(Part):
+    """A decoder over tokens: all of its layers."""
+
+    def __init__(self, config: Architecture, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(config, dtype)
+
+    def forward(self, tokens: Int[Tensor, "B T"], sequence: Sequence | None = None) -> Float[Tensor, "B T V"]:
+        """Logits of the next token at every position. Without `sequence` every row is one document."""
+        stream, _ = self._run(None, sequence or Sequence.whole(tokens))
+        logits, cap = self._close(stream) @ self._head_weight().T, self.config.model.logit_cap
+        return logits if cap is None else cap * (logits / cap).tanh()
+
+    def loss(
+        self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], sequence: Sequence | None = None
+    ) -> Losses:
+        """The training losses as sums. Targets of -100 count nothing."""
+        return self.part_loss(None, targets, sequence or Sequence.whole(tokens))[1]
 
 
 def _collected(notes: list[Notes], like: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:

@@ -11,13 +11,13 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import Shard
 
-from model.language_model import LanguageModel
+from model.language_model import LanguageModel, Part
 from model.moe.layer import Experts
 from model.residual import Residual
 from parallel.axes import Axes, Axis
 
 
-def shard_data(model: LanguageModel, axes: Axes, device_type: str, *, reshard_after_forward: bool) -> None:
+def shard_data(model: Part, axes: Axes, device_type: str, *, reshard_after_forward: bool) -> None:
     """Shards experts, then each block, then what is left. Mutates the model: parameters become DTensors.
 
     Gradients are summed over ranks, never averaged: the loss is divided by global counts beforehand. Experts
@@ -56,7 +56,7 @@ def shard_data(model: LanguageModel, axes: Axes, device_type: str, *, reshard_af
         shard(block, low, frees=reshard_after_forward)
     # The root holds embedding, norm and head; backward needs them at once.
     shard(model, low, frees=False)
-    if isinstance(model, FSDPModule):
+    if isinstance(model, FSDPModule) and isinstance(model, LanguageModel):
         register_fsdp_forward_method(model, "loss")
     for module in model.modules():
         if isinstance(module, FSDPModule):

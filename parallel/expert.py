@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from model.language_model import LanguageModel
+from model.language_model import Part
 from model.mixer import Split
 from model.moe.dispatch import Compute
 from model.moe.layer import Experts
@@ -59,7 +59,7 @@ class AllToAll:
         return flat.argsort(stable=True), counts[:experts]
 
 
-def spread_experts(model: LanguageModel, axes: Axes) -> dict[str, Placement]:
+def spread_experts(model: Part, axes: Axes) -> dict[str, Placement]:
     """Leaves this rank its experts of every layer. Mutates the model; gives their placements by name."""
     placements = {}
     axis, split = axes.ep, Split(0, "experts")

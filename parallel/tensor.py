@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from model.block import Block
 from model.config import Architecture
 from model.ffn import FeedForward
-from model.language_model import LanguageModel
+from model.language_model import Part
 from model.linear import Linear
 from model.mixer import Mixed, Split
 from parallel.axes import Axis
@@ -49,7 +49,7 @@ class TensorPeers:
         return gathered(x, self.axis, dim)
 
 
-def spread_tensors(model: LanguageModel, config: Architecture, axis: Axis) -> dict[str, Placement]:
+def spread_tensors(model: Part, config: Architecture, axis: Axis) -> dict[str, Placement]:
     """Leaves this rank its heads, hidden units, and rows of the vocabulary. Mutates the model.
 
     The model must stand on the meta device. Gives the placements of all parameters but routed experts.
@@ -61,8 +61,10 @@ def spread_tensors(model: LanguageModel, config: Architecture, axis: Axis) -> di
         if isinstance(block, Block):
             placements |= _spread_block(prefix, block, config, axis)
     model.vocabulary = CutVocabulary(axis)
-    tables = {"embed": model.embed} | ({} if model.head is None else {"head": model.head})
+    tables = {"embed": model.embed, "head": model.head}
     for name, table in tables.items():
+        if table is None:
+            continue
         key, whole = f"{name}.weight", table.weight
         if whole.shape[0] % axis.size:
             raise ValueError(f"{axis.name}: {axis.size} ranks do not divide {whole.shape[0]} rows of {key}")
