@@ -38,6 +38,8 @@ class Summary(NamedTuple):
 class Recurrence(ABC):
     """One kind of recurrence; `inputs` are its tensors per token, [X C ...]."""
 
+    # The family of kernels that computes it.
+    family: ClassVar[str]
     # Whether M is a matrix K x K of a head; if not, it is factors of the numbers of the state.
     is_matrix: ClassVar[bool] = False
 
@@ -64,6 +66,7 @@ class Recurrence(ABC):
 class DeltaRule(Recurrence):
     """`gated_delta_rule` of q, k, v, log_decay, beta."""
 
+    family = "delta_rule"
     is_matrix = True
 
     def run(
@@ -94,6 +97,8 @@ class DeltaRule(Recurrence):
 class LinearAttention(Recurrence):
     """`linear_attention` of q, k, v, log_decay."""
 
+    family = "linear_attention"
+
     def run(
         self, inputs: tuple[Tensor, ...], document: Int[Tensor, "X C"] | None, state: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -121,6 +126,8 @@ class LinearAttention(Recurrence):
 
 class SelectiveScan(Recurrence):
     """`selective_scan` of x, step, k, q; each channel is a head with a state of K numbers."""
+
+    family = "selective_scan"
 
     def __init__(self, rate: Float[Tensor, "D K"]) -> None:
         self.rate = rate

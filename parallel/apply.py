@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from model.initial import draw, initial_values
 from model.language_model import LanguageModel
 from model.linear import Initial
 from parallel.axes import Axes
+from parallel.collectives import sum_over
 from parallel.config import ParallelConfig
 from parallel.data import shard_data
 from parallel.expert import spread_experts
@@ -70,9 +72,9 @@ def build_parallel(
         reshard = parallel.reshard_after_forward
         shard_data(model, world.axes, world.device.type, reshard_after_forward=reshard)
     for router in model.routers():
-        router.sum_load = world.sum_over_tokens
+        router.sum_load = partial(sum_over, axis=world.axes.tokens)
         router.row_parts = world.axes.row.size
-        router.sum_row_load = world.sum_over_row
+        router.sum_row_load = partial(sum_over, axis=world.axes.row)
     model.to_empty(device=world.device)
     built = Parallel(model, placements)
     _initialise(built, initials, seed)

@@ -19,10 +19,6 @@ from parallel.states import pass_back, start_states
 class HeadTail(ContextView, Cut):
     """Rows in two chunks per rank of the context axis. All methods but chunks and restore are collective."""
 
-    def __init__(self, axis: Axis) -> None:
-        super().__init__(axis)
-        self.axis = axis
-
     def before(self, x: Float[Tensor, "B T *E"], count: int) -> Float[Tensor, "X U *E"]:
         """The U = count tokens before each chunk, zeros before the first of a row."""
         return tails_before(x, self.axis, count)

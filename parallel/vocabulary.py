@@ -60,11 +60,11 @@ class CutCrossEntropy(torch.autograd.Function):
         dtype = torch.promote_types(x.dtype, torch.float32)
         totals = x.new_zeros(2, dtype=dtype)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight, dtype=dtype)
-        for part in torch.arange(len(x)).split(CHUNK_TOKENS):
-            rows = slice(int(part[0]), int(part[-1]) + 1)
+        for start in range(0, len(x), CHUNK_TOKENS):
+            rows = slice(start, start + CHUNK_TOKENS)
             losses, z, grad = _of_chunk(x[rows], weight, targets[rows], form, axis)
             counted = own[rows] & (targets[rows] != IGNORED)
-            totals += torch.stack((losses[counted].sum(), z[counted].sum()))
+            totals += torch.stack((losses, z)).masked_fill(~counted, 0.0).sum(1)
             grad_x[rows] = grad.to(x.dtype) @ weight
             grad_weight += (grad.to(x.dtype).T @ x[rows]).to(dtype)
         ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))

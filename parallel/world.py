@@ -42,20 +42,6 @@ class World:
         dist.all_gather(parts, x.contiguous())
         return torch.stack(parts)
 
-    def sum_over_tokens(self, x: Tensor) -> Tensor:
-        """x summed over the processes that hold other tokens of the same layers, in place."""
-        if self.axes.tokens.size > 1:
-            dist.all_reduce(x, group=self.axes.tokens.group)
-        return x
-
-    def sum_over_row(self, x: Tensor) -> Tensor:
-        """x summed over the processes that hold other tokens of the same rows, in a tensor of its own."""
-        if self.axes.row.size == 1:
-            return x
-        x = x.clone()
-        dist.all_reduce(x, group=self.axes.row.group)
-        return x
-
     def barrier(self) -> None:
         """Returns when every process has come here."""
         if self.size > 1:

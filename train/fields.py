@@ -175,8 +175,10 @@ def run_violations(config: "RunDraft | RunConfig", world_size: int) -> list[Viol
     """Everything that types and ranges cannot see: what does not fit together."""
     tokens, experts = config.data.sequence_length, config.moe.num_experts
     found = layout_violations(config.parallel, world_size, experts, tokens)
-    if not found:
-        found += _batch_violations(config, config.parallel.degrees(world_size).rows)
+    # However the rest is cut, a layout that is possible leaves this many ranks with rows of their own.
+    ranks, left = divmod(world_size, config.parallel.cp * config.parallel.tp)
+    if ranks and not left:
+        found += _batch_violations(config, ranks)
     if config.data.tokenizer.vocab_size > config.model.vocab_size:
         message = (
             f"{config.model.vocab_size} rows cannot hold the {config.data.tokenizer.vocab_size} pieces of "

@@ -9,6 +9,7 @@ from torch import nn
 from conf.errors import NumericsError
 from kernels.check import Verdict, wrong_kernels
 from kernels.choose import FAMILIES, choose, describe, takes_triton
+from model.recurrence import Recurrence
 from parallel.world import World
 from train.config import RunConfig
 from train.fields import Form, KernelsConfig
@@ -67,3 +68,5 @@ def _imported(values: Iterable[object]) -> Iterator[str]:
         source = str(getattr(value, "__module__", "")).split(".")
         if source[0] == "kernels" and len(source) > 1:
             yield source[1]
+        elif isinstance(value, type) and issubclass(value, Recurrence) and value is not Recurrence:
+            yield value.family

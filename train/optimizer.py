@@ -67,7 +67,7 @@ def gradient_norm(built: Parallel, world: World) -> Tensor:
                 blocks.setdefault(box.sharers, []).append(block)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for sharers, parts in blocks.items():
-        total += torch.stack([part.norm() for part in parts]).double().square().sum() / sharers
+        total += torch.nn.utils.get_total_norm(parts).double().square() / sharers
     return (world.sum(total) / world.axes.dp_replicate.size).sqrt()
 
 

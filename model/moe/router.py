@@ -119,7 +119,7 @@ class Router(nn.Module):
             balance = (seen * (count / (k * length)) * shares.sum(1)).sum()
         else:
             seen = load.sum(0)
-            seen = self.sum_load(seen.clone()) if config.balance_scope == "global" else seen
+            seen = self.sum_load(seen) if config.balance_scope == "global" else seen
             balance = (seen * (count / seen.sum()) * shares.sum((0, 1))).sum()
         z_loss = scores.new_zeros(())
         if config.z_loss:

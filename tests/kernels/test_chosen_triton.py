@@ -85,8 +85,9 @@ def rows_of_the_first_part(x, base, key, is_key, first, dim, stride, DIM: tl.con
 
 
 def everything_is_visible(
-    last, owner, document, row, query, entry, tokens, entries, HAS_DOCUMENTS: tl.constexpr
-):
+    last, owner, document, places, row, query, entry, tokens, entries,
+    HAS_DOCUMENTS: tl.constexpr, HAS_PLACES: tl.constexpr,
+):  # fmt: skip
     return (query < tokens)[:, None] & (entry < entries)[None, :]
 
 

@@ -95,7 +95,9 @@ def test_any_entries_and_blocks(tokens, repeat, dims, sizes, count, mean, dtype,
     seed=st.integers(0, 2**20),
 )
 def test_any_window_and_entries(tokens, heads, dim, length, window, mean, dtype, seed) -> None:
-    case = JointCase(1, tokens, heads, dim, length, window, None)
+    # With a key or two beside a sink the gradient of a score is a difference of numbers that bfloat16 rounds.
+    least = 8 if dtype == torch.bfloat16 else 1
+    case = JointCase(1, max(tokens, least), heads, dim, length, window, None)
     trial = draw_joint(JointPacked(case, mean), setting(dtype, seed=seed, is_small=True))
     assert_true(deviations(trial), LIMITS[dtype])
 

@@ -8,31 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.cut import WHOLE, Cut, View
+from model.cut import WHOLE, View
 from model.mixer import Mixed, Mixer, MixerConfig, Sequence
 from parallel import context_view
 from parallel.axes import Axis, open_axes
-from parallel.chunks import cut_row, join_chunks, split_chunks, tails_before, whole_row
+from parallel.chunks import cut_row, tails_before, whole_row
 from parallel.collectives import gather
-from parallel.context_view import ContextView
+from parallel.context import HeadTail
 from parallel.degrees import Degrees
 from tests.architectures import randomise, small_architecture
 from tests.worlds import run_world
 
 WIDTH, DEPTH, TOKENS = 32, 4, 96
-
-
-class HeadTail(ContextView, Cut):
-    """A whole cut around the views."""
-
-    def before(self, x: Tensor, count: int) -> Tensor:
-        return tails_before(x, self.axis, count)
-
-    def chunks(self, x: Tensor) -> Tensor:
-        return split_chunks(x)
-
-    def restore(self, x: Tensor) -> Tensor:
-        return join_chunks(x)
 
 
 class Setting(NamedTuple):
