@@ -15,7 +15,7 @@ from conf.compose import compose
 from conf.errors import exit_on_error
 from model.config import Architecture
 from parallel.cost import stage_costs
-from parallel.schedules import KINDS, Plan
+from parallel.plans import KINDS, Plan
 from parallel.stages import equal_layers, joined_layers, stage_layers, write_layout
 from parallel.timeline import Timeline, simulate
 

@@ -88,8 +88,8 @@ class Part(nn.Module):
         self.predictions = nn.ModuleList(Prediction(config, index) for index in ahead)
 
     def part_loss(
-        self, stream: Float[Tensor, "B T *n D"] | None, targets: Int[Tensor, "B T"], sequence: Sequence
-    ) -> tuple[Float[Tensor, "B T *n D"] | None, Losses]:
+        self, stream: Float[Tensor, "B P *n D"] | None, targets: Int[Tensor, "B T"], sequence: Sequence
+    ) -> tuple[Float[Tensor, "B P *n D"] | None, Losses]:
         """What the next part reads, None after the last, and the losses of this part as sums.
 
         stream is what the part before made, None before the first. Losses that arise elsewhere are zero.
@@ -135,7 +135,7 @@ class Part(nn.Module):
             notes.append(note)
         return x, notes
 
-    def _close(self, stream: Float[Tensor, "B T *n D"]) -> Float[Tensor, "B T D"]:
+    def _close(self, stream: Float[Tensor, "B P *n D"]) -> Float[Tensor, "B P D"]:
         assert self.norm is not None, f"{self.layers=}"
         return self.norm(stream if self.collapse is None else self.collapse(stream))
 

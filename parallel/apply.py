@@ -1,8 +1,10 @@
 """A plain model made parallel from outside, in one visible order."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,28 +12,72 @@ from torch.distributed.tensor import DTensor
 
 from model.config import Architecture
 from model.initial import draw, initial_values
-from model.language_model import LanguageModel
+from model.language_model import LanguageModel, Part
 from model.linear import Initial
 from parallel.axes import Axes
 from parallel.collectives import sum_over
 from parallel.config import ParallelConfig
 from parallel.data import shard_data
 from parallel.expert import spread_experts
+from parallel.micro_batches import Runner, WholeModel
+from parallel.pipeline import Pipeline, Stage, build_stages
 from parallel.placement import Placement, held_boxes, undivided
+from parallel.stages import stage_layers
 from parallel.stored import Stored
 from parallel.tensor import spread_tensors, sum_shared_gradients
 from parallel.world import World
 
 
+class Work(NamedTuple):
+    """What a rank does in a step: micro-batches, and the rows of each; tokens are those of a whole row."""
+
+    micro_batches: int
+    rows: int
+    tokens: int
+
+
 @dataclass(frozen=True)
 class Parallel:
-    """This rank's part of a model, and where each of its parameters lies in the whole one.
+    """This rank's parts of a model, one without a pipeline, and where its parameters lie in the whole.
 
-    Parameters have the names of the whole model.
+    Parameters have the names of the whole model. names are all that a checkpoint of the whole model holds.
     """
 
-    model: LanguageModel
+    parts: tuple[Part, ...]
     placements: Mapping[str, Placement]
+    runner: Runner
+    names: frozenset[str]
+
+    @property
+    def whole(self) -> LanguageModel | None:
+        """The model, where all of its layers are here."""
+        part = self.parts[0]
+        return part if isinstance(part, LanguageModel) else None
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """All parameters here. Where both ends of a pipeline are, a table that both hold comes twice."""
+        return chain.from_iterable(part.named_parameters() for part in self.parts)
+
+    def counted_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters without those that an earlier stage holds as well: the last one's embedding."""
+        for part in self.parts:
+            for name, parameter in part.named_parameters():
+                if part.is_first or part.embed is None or parameter is not part.embed.weight:
+                    yield name, parameter
+
+    def modules(self) -> Iterator[nn.Module]:
+        """All modules here."""
+        return chain.from_iterable(part.modules() for part in self.parts)
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters and buffers here by name; a table at both ends is that of the first."""
+        return {name: x for part in reversed(self.parts) for name, x in part.state_dict().items()}
+
+    def twins(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """Parameters that two parts here hold alike; `state` names the first of each pair."""
+        first, last = self.parts[0], self.parts[-1]
+        if first is not last and first.embed is not None and last.embed is not None:
+            yield first.embed.weight, last.embed.weight
 
     def stored(self, name: str, x: Tensor) -> Tensor:
         """A parameter, or what has its form, as checkpoints take it."""
@@ -40,13 +86,18 @@ class Parallel:
 
     def sum_shared_gradients(self, axes: Axes) -> None:
         """Sums what several ranks hold the same copy of, beyond data parallelism; once, after backward."""
-        sum_shared_gradients(self.model, self.placements, axes.tp)
+        sum_shared_gradients(self.named_parameters(), self.placements, axes.tp)
 
     @torch.no_grad()
     def fill(self, name: str, x: Tensor, whole: Tensor) -> None:
         """Copies from the whole parameter what this rank holds of it into x, which has its form."""
         for block, box in held_boxes(x.detach(), self.placements[name]):
             block.copy_(box.of_whole(whole))
+
+    def update_expert_biases(self, load: Tensor) -> None:
+        """Moves every router's bias by its load [M E] over the whole global batch. Mutates the biases."""
+        for part in self.parts:
+            part.update_expert_biases(load[part.rows] if isinstance(part, Stage) else load)
 
 
 def build_parallel(
@@ -55,38 +106,57 @@ def build_parallel(
     parallel: ParallelConfig,
     world: World,
     seed: int,
+    work: Work,
 ) -> Parallel:
     """The model of this rank on its device, with its first values, which do not depend on the layout.
 
     dtypes are those of the parameters and of the computation.
     """
+    axes, plan = world.axes, parallel.plan(work.micro_batches)
     with torch.device("meta"):
-        model = LanguageModel(config, dtypes[1])
-    model.to(dtypes[0])
-    initials = initial_values(model)
-    placements = {name: undivided(parameter.shape) for name, parameter in model.named_parameters()}
-    if world.axes.tp.size > 1:
-        placements = spread_tensors(model, config, world.axes.tp)
-    placements |= spread_experts(model, world.axes)
-    if world.size > 1:
-        reshard = parallel.reshard_after_forward
-        shard_data(model, world.axes, world.device.type, reshard_after_forward=reshard)
-    for router in model.routers():
-        router.sum_load = partial(sum_over, axis=world.axes.tokens)
-        router.row_parts = world.axes.row.size
-        router.sum_row_load = partial(sum_over, axis=world.axes.row)
-    model.to_empty(device=world.device)
-    built = Parallel(model, placements)
+        whole = LanguageModel(config, dtypes[1])
+        parts: list[Part] = [whole]
+        if plan is not None:
+            layers = stage_layers(config, plan, work.tokens, parallel.pp_layout)
+            parts = [*build_stages(config, dtypes[1], plan, axes.pp.rank, layers)]
+    initials, names = initial_values(whole), frozenset(whole.state_dict())
+    placements: dict[str, Placement] = {}
+    for part in parts:
+        part.to(dtypes[0])
+        placements |= _spread(part, config, parallel, world)
+        part.to_empty(device=world.device)
+    runner: Runner = WholeModel(whole)
+    if plan is not None:
+        stages = [part for part in parts if isinstance(part, Stage)]
+        shape = (work.rows, work.tokens // axes.cp.size)
+        runner = Pipeline(stages, axes.pp, plan, shape, world.device, axes.tp.size)
+    built = Parallel(tuple(parts), placements, runner, names)
     _initialise(built, initials, seed)
     return built
 
 
+def _spread(part: Part, config: Architecture, parallel: ParallelConfig, world: World) -> dict[str, Placement]:
+    """Leaves this rank its share of a part, which stands on the meta device; gives the placements."""
+    axes = world.axes
+    placements = {name: undivided(parameter.shape) for name, parameter in part.named_parameters()}
+    if axes.tp.size > 1:
+        placements = spread_tensors(part, config, axes.tp)
+    placements |= spread_experts(part, axes)
+    if world.size > 1:
+        shard_data(part, axes, world.device.type, reshard_after_forward=parallel.reshard_after_forward)
+    for router in part.routers():
+        router.sum_load = partial(sum_over, axis=axes.tokens)
+        router.row_parts = axes.row.size
+        router.sum_row_load = partial(sum_over, axis=axes.row)
+    return placements
+
+
 @torch.no_grad()
 def _initialise(built: Parallel, initials: Mapping[str, Initial], seed: int) -> None:
-    for name, parameter in built.model.named_parameters():
+    for name, parameter in built.named_parameters():
         # Every rank draws the same values and keeps its part: no broadcast.
         built.fill(name, parameter, draw(name, initials[name], built.placements[name].shape, seed))
-    for module in built.model.modules():
+    for module in built.modules():
         _reset_buffers(module)
 
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from conf.compose import Config
-from conf.errors import Violation
-from parallel.degrees import Degrees
+from conf.errors import ConfigError, Violation
+from parallel.degrees import ORDER, Degrees
+from parallel.plans import Plan, ScheduleName, fewest_chunks, plan_violations
 
 if TYPE_CHECKING:
     from model.config import Architecture
@@ -17,6 +18,10 @@ class ParallelConfig(Config):
     """Degrees of the mesh axes. The product of all but ep is the number of processes."""
 
     data: Literal["fsdp"]
+    pp: int = Field(ge=1)
+    pp_schedule: ScheduleName
+    pp_chunks: int | None = Field(ge=1)
+    pp_layout: str | None
     dp_replicate: int = Field(ge=1)
     dp_shard: int
     cp: int = Field(ge=1)
@@ -28,10 +33,17 @@ class ParallelConfig(Config):
     def degrees(self, world_size: int) -> Degrees:
         """All degrees, with a dp_shard of -1 replaced by what is left of `world_size`."""
         shard = world_size // self._fixed() if self.dp_shard == -1 else self.dp_shard
-        return Degrees(dp_replicate=self.dp_replicate, dp_shard=shard, cp=self.cp, tp=self.tp, ep=self.ep)
+        return Degrees(self.pp, self.dp_replicate, shard, self.cp, self.tp, self.ep)
+
+    def plan(self, micro_batches: int) -> Plan | None:
+        """The pipeline of a step with so many micro-batches on a rank, None without one."""
+        if self.pp == 1:
+            return None
+        chunks = self.pp_chunks or fewest_chunks(self.pp_schedule)
+        return Plan(self.pp_schedule, self.pp, chunks, micro_batches)
 
     def _fixed(self) -> int:
-        return self.dp_replicate * self.cp * self.tp
+        return self.pp * self.dp_replicate * self.cp * self.tp
 
 
 def layout_violations(
@@ -51,7 +63,7 @@ def _mesh_violations(config: ParallelConfig, world_size: int) -> list[Violation]
     if config.dp_shard != -1 and config.dp_shard < 1:
         return [Violation("parallel.dp_shard", f"must be -1 or at least 1; found {config.dp_shard}")]
     found = []
-    for name in ("tp", "cp", "dp_replicate"):
+    for name in ("tp", "cp", "dp_replicate", "pp"):
         degree = getattr(config, name)
         others = config._fixed() // degree
         if world_size % others == 0 and (world_size // others) % degree:
@@ -64,21 +76,68 @@ def _mesh_violations(config: ParallelConfig, world_size: int) -> list[Violation]
     if not found and world_size % config._fixed():
         product = config._fixed()
         message = (
-            f"dp_replicate {config.dp_replicate} x cp {config.cp} x tp {config.tp} = {product} does not "
+            f"{_product(config, without_shard=True)} = {product} does not "
             f"divide the {world_size} processes started; lower one, or start a multiple of {product}"
         )
         found.append(Violation("parallel.tp", message))
     product = config._fixed() * config.dp_shard
     if not found and config.dp_shard != -1 and product != world_size:
-        others = f" x cp {config.cp} x tp {config.tp}" if config.cp * config.tp > 1 else ""
         message = (
-            f"dp_replicate x dp_shard{others} = {config.dp_replicate} x {config.dp_shard}"
-            f"{f' x {config.cp} x {config.tp}' if others else ''} = {product}, but "
+            f"{_product(config)} = {product}, but "
             f"{world_size} {'process was' if world_size == 1 else 'processes were'} started; "
             f"set it to {world_size // config._fixed()} or -1, or start {product} processes"
         )
         found.append(Violation("parallel.dp_shard", message))
     return found
+
+
+def _product(config: ParallelConfig, *, without_shard: bool = False) -> str:
+    shown = [
+        f"{name} {getattr(config, name)}"
+        for name in ORDER
+        if getattr(config, name) != 1 and not (without_shard and name == "dp_shard")
+    ]
+    return " x ".join(shown) or "one rank"
+
+
+def pipeline_violations(config: ParallelConfig, rows: int, micro: int) -> list[Violation]:
+    """What keeps the rows of a rank from going through its pipeline, `micro` at a time."""
+    plan = config.plan(rows // micro)
+    if plan is None:
+        if config.pp_layout is not None:
+            return [
+                Violation("parallel.pp_layout", "says what each stage has; set parallel.pp above 1, or null")
+            ]
+        return []
+    found = []
+    for violation in plan_violations(plan):
+        message = violation.message
+        if violation.key == "train.micro_batch":
+            others = (
+                value for value in _divisors(rows) if not plan_violations(config.plan(rows // value) or plan)
+            )
+            legal = ", ".join(map(str, others))
+            message += f"; of {rows} rows per rank legal values are {legal}" if legal else ""
+            message += (
+                "" if legal else f"; no share of the {rows} rows per rank does, raise train.global_batch"
+            )
+        found.append(Violation(violation.key, message))
+    return found
+
+
+def stage_violations(config: "Architecture", parallel: ParallelConfig, tokens: int) -> list[Violation]:
+    """What keeps the layers from being the stages of the pipeline; tokens is the length of a row."""
+    from parallel.stages import stage_layers
+
+    # How layers are cut where nothing is said depends on the micro-batches; whether they can be does not.
+    plan = parallel.plan(parallel.pp * (parallel.pp_chunks or 2))
+    if plan is None:
+        return []
+    try:
+        stage_layers(config, plan, tokens, parallel.pp_layout)
+    except ConfigError as error:
+        return list(error.violations)
+    return []
 
 
 def _expert_violations(config: ParallelConfig, degrees: Degrees, num_experts: int) -> list[Violation]:

@@ -1,11 +1,10 @@
 """The head-tail cut of rows as mixers meet it."""
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from data.loader import Batch
 from model.cut import Cut
 from model.mixer import Later, Sequence
 from model.prediction import later_in_rows
@@ -13,6 +12,7 @@ from model.recurrence import Recurrence
 from parallel.axes import Axis
 from parallel.chunks import cut_row, join_chunks, split_chunks, tails_before
 from parallel.context_view import ContextView
+from parallel.micro_batches import MicroBatch
 from parallel.states import pass_back, start_states
 
 
@@ -56,26 +56,15 @@ class HeadTail(ContextView, Cut):
         return self.restore(out)
 
 
-class Rows(NamedTuple):
-    """Whole rows of packed documents."""
-
-    tokens: Int[Tensor, "B S"]
-    targets: Int[Tensor, "B S"]
-    position: Int[Tensor, "B S"]
-    document: Int[Tensor, "B S"]
-
-
-def cut_rows(
-    rows: Rows, axis: Axis, *, draw: float | None = None, predicted: int = 0
-) -> tuple[Int[Tensor, "B T"], Sequence]:
-    """This rank's targets and tokens of whole rows. predicted: how many modules predict further ahead.
+def cut_rows(batch: Batch, axis: Axis, *, draw: float | None = None, predicted: int = 0) -> MicroBatch:
+    """This rank's tokens of the rows of a batch. predicted: how many modules predict further ahead.
 
     Raises ValueError where a row does not have a multiple of 2 R tokens.
     """
     if axis.size == 1:
-        return rows.targets, Sequence(rows.position, rows.document, rows.tokens, draw)
-    parts = Rows(*(cut_row(part, axis) for part in rows))
-    every = (later_in_rows(rows.tokens, rows.targets, rows.document, n) for n in range(1, predicted + 1))
+        return MicroBatch(batch.targets, Sequence(batch.position, batch.document, batch.tokens, draw))
+    every = (later_in_rows(batch.tokens, batch.targets, batch.document, n) for n in range(1, predicted + 1))
     later = tuple(Later(cut_row(one.tokens, axis), cut_row(one.targets, axis)) for one in every)
-    sequence = Sequence(parts.position, parts.document, parts.tokens, draw, later, cut=HeadTail(axis))
-    return parts.targets, sequence
+    position, document, tokens = (cut_row(x, axis) for x in (batch.position, batch.document, batch.tokens))
+    sequence = Sequence(position, document, tokens, draw, later, cut=HeadTail(axis))
+    return MicroBatch(cut_row(batch.targets, axis), sequence)

@@ -56,6 +56,9 @@ def shard_data(model: Part, axes: Axes, device_type: str, *, reshard_after_forwa
         shard(block, low, frees=reshard_after_forward)
     # The root holds embedding, norm and head; backward needs them at once.
     shard(model, low, frees=False)
+    if dense is None and expert is not None:
+        # A schedule gathers and sums all of a stage by its root, also where only experts are shared.
+        fully_shard(model, mesh=expert, mp_policy=low, ignored_params=set(model.parameters()))
     if isinstance(model, FSDPModule) and isinstance(model, LanguageModel):
         register_fsdp_forward_method(model, "loss")
     for module in model.modules():

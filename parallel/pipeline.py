@@ -6,12 +6,12 @@ known everywhere. A stage's own losses enter backward where its stream leaves it
 
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor
@@ -20,23 +20,10 @@ from conf.errors import ConfigError
 from model.config import Architecture
 from model.language_model import Losses, Part
 from model.layout import DENSE, MOE, NONE
-from model.mixer import Sequence
 from parallel.axes import Axis
-from parallel.schedules import Plan, build_schedule, plan_violations
-
-
-class MicroBatch(NamedTuple):
-    """Rows that go through the stages together."""
-
-    targets: Int[Tensor, "B T"]
-    sequence: Sequence
-
-
-class Denominators(NamedTuple):
-    """What the losses are divided by: targets and tokens of the whole global batch."""
-
-    targets: Int[Tensor, ""]
-    tokens: int
+from parallel.micro_batches import Denominators, MicroBatch, added, objective_of
+from parallel.plans import Plan, plan_violations
+from parallel.schedules import build_schedule
 
 
 class Stage(Part):
@@ -74,7 +61,7 @@ class Stage(Part):
             load[self.rows], entropy[self.rows] = sums.load, sums.entropy
         return sums._replace(load=load, entropy=entropy)
 
-    def forward(self, stream: Float[Tensor, "B T *n D"] | None = None, *, place: Int[Tensor, "1"]) -> Tensor:
+    def forward(self, stream: Float[Tensor, "B P *n D"] | None = None, *, place: Int[Tensor, "1"]) -> Tensor:
         """The stream of the next stage, or the objective after the last.
 
         place counts the micro-batches and is on the CPU. Mutates `sums`.
@@ -106,23 +93,6 @@ class _Tie(torch.autograd.Function):
         return grads[0], torch.ones((), dtype=ctx.dtype, device=ctx.device)
 
 
-def objective_of(losses: Losses, denominators: Denominators) -> Float[Tensor, ""]:
-    """What backward starts from: every loss over its global count."""
-    targets = denominators.targets.clamp(min=1)
-    objective = (losses.cross_entropy + losses.prediction + losses.logit_z) / targets
-    for part in losses.auxiliary.values():
-        objective = objective + part / denominators.tokens
-    return objective
-
-
-def added(total: Losses | None, losses: Losses) -> Losses:
-    """The sums so far with those of one more micro-batch, detached."""
-    parts = [part.detach() for part in losses.parts()]
-    if total is not None:
-        parts = [a + b for a, b in zip(total.parts(), parts, strict=True)]
-    return losses.with_parts(parts)
-
-
 def _nothing_left() -> Callable[[], None]:
     # Weights that several branches share, as those of the head where modules predict ahead, defeat torch's
     # split of backward. Such a stage does all of it when the gradient of its input is due, nothing after.
@@ -137,9 +107,9 @@ def build_stages(
 
 
 class Pipeline:
-    """This rank's stages and the schedule that runs them.
+    """This rank's stages and the schedule that runs them; all ranks of the axis must call it alike.
 
-    All ranks of the axis must call `step` alike. Gradients are summed, never averaged.
+    Gradients are summed, never averaged.
     """
 
     def __init__(
@@ -149,25 +119,25 @@ class Pipeline:
         plan: Plan,
         shape: tuple[int, int],
         device: torch.device,
+        degree: int = 1,
     ) -> None:
-        """`shape` are rows and tokens of a micro-batch on this rank. Raises ConfigError."""
+        """`shape` are rows and tokens of a micro-batch on this rank, whose stream `degree` ranks share out.
+
+        Raises ConfigError for an impossible plan.
+        """
         violations = plan_violations(plan)
         if violations:
             raise ConfigError(violations)
         assert axis.size == plan.degree, f"{axis.size=} {plan.degree=}"
         self.stages, self.plan, self.shape = tuple(stages), plan, shape
-        self._axis, self._names = axis, None
+        self._axis, self._device, self._degree, self._names = axis, device, degree, None
         for stage in stages:
             if isinstance(stage, FSDPModule) and plan.schedule != "1f1b":
                 # Backward is split along the weights that forward saw; sharded ones would get no gradient.
                 # The schedule itself gathers and frees the weights of a stage.
                 stage.set_reshard_after_forward(False)
-        config, dtype = stages[0].config, stages[0].dtype
-        streams = (config.residual.streams,) if config.residual.kind == "hyper" else ()
-        stream = torch.empty(*shape, *streams, config.model.width, dtype=dtype, device="meta")
-        stream.requires_grad_()
-        objective = torch.empty((), dtype=torch.promote_types(dtype, torch.float32), device="meta")
-        objective.requires_grad_()
+        stream = self._stream(shape, torch.device("meta")).requires_grad_()
+        objective = torch.empty((), dtype=_at_least_float32(stream.dtype), device="meta").requires_grad_()
         self._schedule = build_schedule(
             plan,
             [
@@ -203,20 +173,45 @@ class Pipeline:
         self._sum_copies()
         return self._joined([stage.end() for stage in self.stages])
 
-    @property
-    def copies(self) -> tuple[nn.Parameter, ...]:
-        """Parameters of this rank that an earlier stage counts: the last stage's embedding."""
-        last = self.stages[-1]
-        table = last.embed if last.is_last and not last.is_first else None
-        return () if table is None else (table.weight,)
+    @torch.no_grad()
+    def score(self, batch: MicroBatch) -> Float[Tensor, ""]:
+        """This rank's share of the summed cross-entropy, without gradients and without dropout.
+
+        Collective over the axis.
+        """
+        home = {stage: rank for rank in range(self.plan.degree) for stage in self.plan.stages_of(rank)}
+        shape = (batch.targets.shape[0], batch.targets.shape[1])
+        total = torch.zeros((), dtype=_at_least_float32(self.stages[0].dtype), device=self._device)
+        nothing = Denominators(torch.ones((), dtype=torch.long, device=self._device), 1)
+        stream = None
+        for index, stage in zip(self.plan.stages_of(self._axis.rank), self.stages, strict=True):
+            if index and home[index - 1] != self._axis.rank:
+                stream = self._stream(shape, self._device)
+                dist.recv(stream, self._axis.ranks[home[index - 1]], self._axis.group)
+            was_training = stage.training
+            stage.eval()
+            stage.begin([batch], nothing)
+            stream = stage(stream, place=torch.zeros(1, dtype=torch.long))
+            total += stage.end().cross_entropy
+            stage.train(was_training)
+            if not stage.is_last and home[index + 1] != self._axis.rank:
+                dist.send(stream, self._axis.ranks[home[index + 1]], self._axis.group)
+        return total
+
+    def _stream(self, shape: tuple[int, int], device: torch.device) -> Float[Tensor, "B P *n D"]:
+        config = self.stages[0].config
+        streams = (config.residual.streams,) if config.residual.kind == "hyper" else ()
+        sizes = (shape[0], shape[1] // self._degree, *streams, config.model.width)
+        return torch.empty(sizes, dtype=self.stages[0].dtype, device=device)
 
     def _sum_copies(self) -> None:
         # Both ends of the pipeline step the same table by the same gradient.
         model = self.stages[0].config.model
         if not (model.has_tied_embeddings or model.prediction.depth):
             return
-        ends = [stage.embed for stage in self.stages if stage.embed is not None]
-        tables = [_local(cast(Tensor, table.weight.grad)) for table in ends]
+        ends = [stage.embed.weight for stage in self.stages if stage.embed is not None]
+        # A frozen table has none, at either end.
+        tables = [_local(table.grad) for table in ends if table.grad is not None]
         if len(tables) == 2:
             tables[0].add_(tables[1])
             tables[1].copy_(tables[0])
@@ -241,11 +236,15 @@ class Pipeline:
             self._names = sorted({name for names in found for name in names})
         total = None
         for losses in sums:
-            zero = torch.zeros_like(losses.cross_entropy)
-            auxiliary = {name: losses.auxiliary.get(name, zero) for name in self._names}
+            like = losses.cross_entropy
+            auxiliary = {name: losses.auxiliary.get(name, torch.zeros_like(like)) for name in self._names}
             total = added(total, losses._replace(auxiliary=auxiliary))
         assert total is not None, "a rank has a stage at least"
         return total
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from conf.errors import ConfigError, Violation
 from model.config import Architecture
 from model.layout import NONE, SHORTCUT, parse
 from parallel.cost import layer_costs, stage_costs
-from parallel.schedules import Plan
+from parallel.plans import Plan
 from parallel.timeline import simulate
 
 KEY = "parallel.pp_layout"

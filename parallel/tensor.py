@@ -5,7 +5,7 @@ computes its heads, or its hidden units, for all of them; and what it gives is s
 again. Nothing inside knows of it: a rank's mixer is an ordinary mixer with fewer heads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,7 +165,9 @@ class _OwnTokens:
 
 
 @torch.no_grad()
-def sum_shared_gradients(model: nn.Module, placements: Mapping[str, Placement], axis: Axis) -> None:
+def sum_shared_gradients(
+    parameters: Iterable[tuple[str, nn.Parameter]], placements: Mapping[str, Placement], axis: Axis
+) -> None:
     """Sums the gradients of blocks that ranks of the tensor axis share, in place; one collective per dtype.
 
     Call it once per step, after the last backward.
@@ -173,7 +175,7 @@ def sum_shared_gradients(model: nn.Module, placements: Mapping[str, Placement], 
     if axis.size == 1:
         return
     slots: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         if parameter.grad is None:
             continue
         for block, box in held_boxes(parameter.grad, placements[name]):

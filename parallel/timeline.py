@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from parallel.cost import Cost
-from parallel.schedules import Action, Plan, action_order
+from parallel.plans import Plan
+from parallel.schedules import Action, action_order
 
 
 class Busy(NamedTuple):

@@ -18,6 +18,7 @@ class EvaluateCommand(Config):
 
 def main(arguments: list[str]) -> None:
     """Prints the scores as a table. Raises the errors of conf.errors."""
+    from parallel.micro_batches import WholeModel
     from parallel.world import World
     from train.evaluation import evaluate
     from train.finished import load_model, open_run
@@ -30,7 +31,7 @@ def main(arguments: list[str]) -> None:
     model, step = load_model(command.run, config)
     rows = command.rows or loader.held_out_rows
     world = World.alone(torch.device("cpu"))
-    held_out = evaluate(model, loader, world, rows=rows, micro_batch=config.rank_rows(1)[1])
+    held_out = evaluate(WholeModel(model), loader, world, rows=rows, micro_batch=config.rank_rows(1)[1])
     print_table(
         "Held-out documents",
         {

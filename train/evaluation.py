@@ -7,9 +7,10 @@ import torch
 
 from data.loader import Loader
 from kernels.cross_entropy import IGNORED
-from model.language_model import LanguageModel
+from parallel.context import cut_rows
+from parallel.micro_batches import Runner
 from parallel.world import World
-from train.step import losses_here, to_device
+from train.step import to_device
 
 
 class Evaluation(NamedTuple):
@@ -20,16 +21,13 @@ class Evaluation(NamedTuple):
     targets: int
 
 
-@torch.no_grad()
 def evaluate(
-    model: LanguageModel, loader: Loader, world: World, *, rows: int, micro_batch: int
+    runner: Runner, loader: Loader, world: World, *, rows: int, micro_batch: int, predicted: int = 0
 ) -> Evaluation:
     """The loss over the first `rows` held-out windows, shared out over the ranks.
 
-    The dataset must hold out at least one document.
+    The dataset must hold out at least one document. predicted: how many modules predict further ahead.
     """
-    was_training = model.training
-    model.eval()
     rows = min(rows, loader.held_out_rows)
     totals = torch.zeros(2, dtype=torch.float64, device=world.device)
     ranks = world.axes.rows
@@ -40,12 +38,11 @@ def evaluate(
         batch = to_device(loader.held_out(first, micro_batch), world.device)
         targets = batch.targets.clone()
         targets[max(0, rows - first) :] = IGNORED
-        losses = losses_here(model, batch._replace(targets=targets), world.axes, None)
-        totals[0] += losses.cross_entropy.double()
-        # Ranks that share rows have losses of their own tokens, and one count.
-        totals[1] += (targets != IGNORED).sum() * (world.axes.row.rank == 0)
+        own = cut_rows(batch._replace(targets=targets), world.axes.cp, predicted=predicted)
+        totals[0] += runner.score(own).double()
+        # Ranks that share rows have losses of their own tokens and layers, and one count.
+        totals[1] += (targets != IGNORED).sum() * (world.axes.row.rank == 0 and world.axes.pp.rank == 0)
     world.sum(totals)
-    model.train(was_training)
     nats, count = totals.tolist()
     # The first token of a document is given, all others are predicted: exact over all documents.
     card = loader.card.held_out

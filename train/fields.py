@@ -10,7 +10,7 @@ from data.config import DataConfig
 from model.layout import LayoutConfig, expand_layers
 from model.moe.config import MoeConfig
 from model.shape import ModelConfig, ResidualConfig
-from parallel.config import ParallelConfig, layout_violations
+from parallel.config import ParallelConfig, layout_violations, pipeline_violations
 from train.checkpoint.config import CheckpointConfig
 from train.track.config import TrackConfig
 
@@ -176,7 +176,8 @@ def run_violations(config: "RunDraft | RunConfig", world_size: int) -> list[Viol
     tokens, experts = config.data.sequence_length, config.moe.num_experts
     found = layout_violations(config.parallel, world_size, experts, tokens)
     # However the rest is cut, a layout that is possible leaves this many ranks with rows of their own.
-    ranks, left = divmod(world_size, config.parallel.cp * config.parallel.tp)
+    others = config.parallel.pp * config.parallel.cp * config.parallel.tp
+    ranks, left = divmod(world_size, others)
     if ranks and not left:
         found += _batch_violations(config, ranks)
     if config.data.tokenizer.vocab_size > config.model.vocab_size:
@@ -203,6 +204,8 @@ def _batch_violations(config: "RunDraft | RunConfig", ranks: int) -> list[Violat
         message = f"{micro} does not divide the {share} sequences of a rank; legal values are {legal}"
         found.append(Violation("train.micro_batch", message))
     share = rows // ranks
+    if not found:
+        found += pipeline_violations(config.parallel, share, micro or share)
     if config.moe.balance_scope == "global" and config.moe.balance_loss and micro not in (None, share):
         message = f"counts the load of the whole batch before backward; found train.micro_batch={micro}"
         hint = f"; set train.micro_batch=null or {share}, or balance_scope=sequence"

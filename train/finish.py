@@ -28,10 +28,13 @@ def finish(state: TrainState, loader: Loader, tracker: Tracker, config: RunConfi
     if loader.held_out_rows:
         _, micro = config.rank_rows(world.axes.rows.size)
         rows = min(config.train.final_rows or loader.held_out_rows, loader.held_out_rows)
-        held_out = evaluate(state.model, loader, world, rows=rows, micro_batch=micro)
+        ahead = config.model.prediction.depth
+        runner = state.built.runner
+        held_out = evaluate(runner, loader, world, rows=rows, micro_batch=micro, predicted=ahead)
         tracker.log_evaluation(state.step, held_out._asdict())
-    is_cut = world.axes.row.size > 1
-    text = None if is_cut else sample_text(state.model, loader.tokenizer, config, world)
+    # Generation wants all layers, whole, and rows of any length.
+    model = state.built.whole if world.axes.row.size == 1 else None
+    text = None if model is None else sample_text(model, loader.tokenizer, config, world)
     if world.rank != 0:
         return
     directory = Path(config.run.dir)
@@ -42,7 +45,6 @@ def finish(state: TrainState, loader: Loader, tracker: Tracker, config: RunConfi
     plot_losses(tracker.metrics(), tracker.evaluations(), directory / PLOT_FILE)
     print_table("Result", {name: shown(value) for name, value in result.items()})
     if text is None:
-        # Generation wants whole layers and rows of any length.
         print(f"for a sample of text: python -m train.sample run={config.run.dir}", flush=True)
     else:
         print(f"--- sample, temperature {config.sample.temperature} ---\n{text}\n---", flush=True)

@@ -15,10 +15,10 @@ from train.config import RunConfig
 from train.fields import Form, KernelsConfig
 
 
-def prepare_kernels(config: RunConfig, model: nn.Module, world: World) -> None:
+def prepare_kernels(config: RunConfig, modules: Iterable[nn.Module], world: World) -> None:
     """Chooses the form of every family for this process, and says so once.
 
-    On a GPU the Triton kernels that the model uses are compared with float64 first, on every rank; if one is
+    On a GPU the Triton kernels that the modules use are compared with float64 first, on every rank; if one is
     wrong on any of them, all ranks stop, or take plain torch for its family, as `kernels.check` says.
 
     Raises NumericsError for a wrong kernel.
@@ -27,7 +27,7 @@ def prepare_kernels(config: RunConfig, model: nn.Module, world: World) -> None:
     dtype = getattr(torch, config.precision.compute)
     if world.device.type == "cuda" and config.kernels.check != "off":
         probe = torch.empty(0, dtype=dtype, device=world.device)
-        used = [family for family in used_families(model) if takes_triton(family, probe)]
+        used = [family for family in used_families(modules) if takes_triton(family, probe)]
         wrong = wrong_anywhere(wrong_kernels(used, world.device), used, world)
         choose(settled(config.kernels, wrong))
     if world.rank == 0:
@@ -56,10 +56,10 @@ def settled(config: KernelsConfig, wrong: Sequence[str]) -> dict[str, Form]:
     return {**config.forms(), **dict.fromkeys(wrong, "reference")}
 
 
-def used_families(model: nn.Module) -> list[str]:
-    """The families that the modules of the model call, by what their files import."""
-    modules = {sys.modules[cls.__module__] for part in model.modules() for cls in type(part).__mro__}
-    found = {family for module in modules for family in _imported(vars(module).values())}
+def used_families(modules: Iterable[nn.Module]) -> list[str]:
+    """The families that the modules call, by what their files import."""
+    files = {sys.modules[cls.__module__] for part in modules for cls in type(part).__mro__}
+    found = {family for module in files for family in _imported(vars(module).values())}
     return [family for family in FAMILIES if family in found]
 
 

@@ -29,9 +29,11 @@ def load_config(overrides: Sequence[str], world_size: int | None) -> "RunConfig"
         config = validate(RunConfig, tree)
     except ConfigError as error:
         raise ConfigError(list(dict.fromkeys([*error.violations, *found]))) from error
-    from parallel.config import tensor_violations
+    from parallel.config import stage_violations, tensor_violations
 
     found += tensor_violations(config.architecture, config.parallel.tp)
+    if not any(violation.key.startswith("parallel.pp") for violation in found):
+        found += stage_violations(config.architecture, config.parallel, config.data.sequence_length)
     if found:
         raise ConfigError(found)
     return config

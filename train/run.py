@@ -11,7 +11,7 @@ import xxhash
 
 from conf.errors import ConfigError, NumericsError, Violation, as_storage_error
 from data.loader import Batch, Loader
-from parallel.apply import build_parallel
+from parallel.apply import Work, build_parallel
 from parallel.world import World, open_world
 from train.checkpoint.atomic import write_atomically
 from train.checkpoint.lock import RunLock
@@ -57,7 +57,7 @@ def run_in_world(config: RunConfig, world: World, interrupt: Interrupt) -> None:
     directory = Path(config.run.dir)
     loader = open_data(config, world.rank)
     state = build_state(config, world)
-    prepare_kernels(config, state.model, world)
+    prepare_kernels(config, state.built.modules(), world)
     store = CheckpointStore(
         directory / CHECKPOINTS, keep=config.checkpoint.keep, rank=world.rank, size=world.size
     )
@@ -95,6 +95,7 @@ def train(
     meter = Meter(config, world.device, world.size)
     rows, micro = config.rank_rows(world.axes.rows.size)
     first = world.axes.rows.rank * rows
+    is_predicting = config.model.prediction.depth > 0
     upcoming = loader.prefetch(state.cursor + first, rows)
     while state.step < config.train.steps:
         meter.start_step()
@@ -104,14 +105,16 @@ def train(
         meter.end_data()
         samples = digest_samples(batch, world)
         result = train_step(state, batch, config, world)
-        tracker.log(state.step, step_metrics(state, result, meter, samples))
+        metrics = step_metrics(state, result, meter, samples, is_predicting=is_predicting)
+        tracker.log(state.step, metrics)
         check_numerics(state, result, config)
 
         is_last = state.step == config.train.steps
         has_held_out = loader.held_out_rows > 0
         if has_held_out and state.step % config.train.evaluate_every == 0 and not is_last:
-            windows = config.train.evaluate_rows
-            held_out = evaluate(state.model, loader, world, rows=windows, micro_batch=micro)
+            windows, ahead = config.train.evaluate_rows, config.model.prediction.depth
+            runner = state.built.runner
+            held_out = evaluate(runner, loader, world, rows=windows, micro_batch=micro, predicted=ahead)
             tracker.log_evaluation(state.step, held_out._asdict())
         must_stop = is_requested(interrupt, world) and not is_last
         if is_last or must_stop or state.step % config.checkpoint.every == 0:
@@ -177,10 +180,12 @@ def open_data(config: RunConfig, rank: int) -> Loader:
 def build_state(config: RunConfig, world: World) -> TrainState:
     """The state before the first step: the same weights for every layout."""
     dtypes = (getattr(torch, config.precision.parameters), getattr(torch, config.precision.compute))
-    built = build_parallel(config.architecture, dtypes, config.parallel, world, config.train.seed)
+    rows, micro = config.rank_rows(world.axes.rows.size)
+    work = Work(rows // micro, micro, config.data.sequence_length)
+    built = build_parallel(config.architecture, dtypes, config.parallel, world, config.train.seed, work)
     # Dropout differs between ranks, weights do not.
     torch.manual_seed(config.train.seed * 100_003 + world.rank)
-    return TrainState(built, build_optimizer(built.model, config.optim))
+    return TrainState(built, build_optimizer(built, config.optim))
 
 
 def save(state: TrainState, store: CheckpointStore, loader: Loader, world: World) -> None:
@@ -211,8 +216,9 @@ def resume(state: TrainState, store: CheckpointStore, loader: Loader, world: Wor
 
 def digest_samples(batch: Batch, world: World) -> str:
     """A digest of the sample ids of the global batch, as every rank really drew them."""
-    # Ranks of one row have the same rows.
-    ids = world.gather(batch.sample_ids.to(world.device))[:: world.axes.row.size].cpu()
+    # Ranks of one row, and stages of one pipeline, have the same rows.
+    ids = world.gather(batch.sample_ids.to(world.device))
+    ids = ids[: world.size // world.axes.pp.size : world.axes.row.size].cpu()
     return xxhash.xxh3_64_hexdigest(ids.numpy().tobytes())
 
 
@@ -233,7 +239,9 @@ def check_numerics(state: TrainState, result: StepResult, config: RunConfig) -> 
         )
 
 
-def step_metrics(state: TrainState, result: StepResult, meter: Meter, samples: str) -> dict[str, Any]:
+def step_metrics(
+    state: TrainState, result: StepResult, meter: Meter, samples: str, *, is_predicting: bool
+) -> dict[str, Any]:
     """One line of metrics.jsonl, and the panels made from it."""
     seconds = meter.end_step()
     metrics: dict[str, Any] = {
@@ -252,7 +260,7 @@ def step_metrics(state: TrainState, result: StepResult, meter: Meter, samples: s
         "data/tokens": state.tokens,
         "data/sequences": state.cursor,
     }
-    if state.model.predictions:
+    if is_predicting:
         metrics["loss/prediction"] = result.prediction
     for layer, (load, entropy) in enumerate(zip(result.load, result.entropy, strict=True)):
         metrics[f"router/max_violation_{layer}"] = float(load.max() / load.mean() - 1)

@@ -21,13 +21,13 @@ def start_from(built: Parallel, directory: Path, fresh: Sequence[str]) -> list[s
     Raises CheckpointError before anything is copied.
     """
     hub = HubDirectory(directory)
-    forms, state, placements = hub.forms(), built.model.state_dict(), built.placements
-    kept = {name for name in state.keys() - forms.keys() if any(fnmatchcase(name, like) for like in fresh)}
+    forms, state, placements = hub.forms(), built.state(), built.placements
+    kept = {name for name in built.names - forms.keys() if any(fnmatchcase(name, like) for like in fresh)}
     wholes = {name: placements.get(name, tensor) for name, tensor in state.items()}
     shapes = {name: tuple(whole.shape) for name, whole in wholes.items() if name in forms}
     problems = {
-        "missing": state.keys() - forms.keys() - kept,
-        "unexpected": forms.keys() - state.keys(),
+        "missing": built.names - forms.keys() - kept,
+        "unexpected": forms.keys() - built.names,
         "misshaped": [
             f"{name} (found {list(forms[name][0])}, expected {list(shape)})"
             for name, shape in shapes.items()
@@ -43,6 +43,8 @@ def start_from(built: Parallel, directory: Path, fresh: Sequence[str]) -> list[s
     for name, tensor in hub.tensors():
         if name in placements:
             built.fill(name, state[name], tensor)
-        else:
+        elif name in state:
             state[name].copy_(tensor)
+    for first, last in built.twins():
+        last.copy_(first)
     return sorted(kept)

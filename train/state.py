@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch.optim import AdamW
 
-from model.language_model import LanguageModel
 from parallel.apply import Parallel
 from parallel.world import World
 
@@ -26,11 +25,6 @@ class TrainState:
     tokens: int = 0
     skipped: int = 0
 
-    @property
-    def model(self) -> LanguageModel:
-        """This rank's part of the model."""
-        return self.built.model
-
     def tensors(self, world: World) -> dict[str, Any]:
         """Weights, expert biases, optimizer state and this rank's random state, for sharded storage.
 
@@ -43,7 +37,7 @@ class TrainState:
         return {
             "model": {
                 name: stored(name, value) if name in placements else value
-                for name, value in self.model.state_dict().items()
+                for name, value in self.built.state().items()
             },
             "optimizer": {"state": self._moments()},
             "random": {f"rank_{world.rank}_of_{world.size}": random},
@@ -52,13 +46,15 @@ class TrainState:
     def _moments(self) -> dict[str, dict[str, torch.Tensor]]:
         trained = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
         found = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.built.named_parameters():
             if parameter in trained:
                 state = self.optimizer.state[parameter]
                 if not state:
                     state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                     state["exp_avg"] = torch.zeros_like(parameter.detach())
                     state["exp_avg_sq"] = torch.zeros_like(parameter.detach())
+                if name in found:
+                    continue  # both ends of a pipeline are here: the first one's table is kept
                 moments = {key: self.built.stored(name, state[key]) for key in ("exp_avg", "exp_avg_sq")}
                 found[name] = {"step": state["step"], **moments}
         return found
@@ -69,6 +65,10 @@ class TrainState:
 
     def restore(self, tensors: dict[str, Any], counters: dict[str, int], world: World) -> None:
         """Takes over what was loaded into the result of `tensors`; weights and moments were, in place."""
+        for first, last in self.built.twins():
+            last.detach().copy_(first.detach())
+            for key, moment in self.optimizer.state[first].items():
+                self.optimizer.state[last][key].copy_(moment)
         random = tensors["random"][f"rank_{world.rank}_of_{world.size}"]
         torch.set_rng_state(random["cpu"])
         if world.device.type == "cuda":

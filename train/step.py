@@ -9,10 +9,9 @@ from torch import Tensor
 
 from data.loader import Batch
 from kernels.cross_entropy import IGNORED
-from model.language_model import LanguageModel, Losses
-from parallel.axes import Axes
-from parallel.context import Rows, cut_rows
-from parallel.data import reduce_over_copies
+from model.language_model import Losses
+from parallel.context import cut_rows
+from parallel.micro_batches import Denominators
 from parallel.world import World
 from train.config import RunConfig
 from train.optimizer import clip_gradients, gradient_norm
@@ -43,21 +42,17 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World)
     """Runs the step on this rank's rows of the global batch. Mutates the state."""
     # Denominators are global and known before backward, so that gradients are plain sums over ranks.
     axes = world.axes
-    targets = world.sum((batch.targets != IGNORED).sum().to(world.device)) // axes.row.size
+    sharers = axes.pp.size * axes.row.size
+    targets = world.sum((batch.targets != IGNORED).sum().to(world.device)) // sharers
     batch = to_device(batch, world.device)
     tokens = config.train.global_batch * batch.tokens.shape[1]
     _, micro = config.rank_rows(axes.rows.size)
-    draw = draw_of(config.train.seed, state.step)
-    total: Losses | None = None
-    for start in range(0, batch.tokens.shape[0], micro):
-        reduce_over_copies(state.model, is_last=start + micro >= batch.tokens.shape[0])
-        losses = losses_here(state.model, Batch(*(part[start : start + micro] for part in batch)), axes, draw)
-        objective = (losses.cross_entropy + losses.prediction + losses.logit_z) / targets.clamp(min=1)
-        for part in losses.auxiliary.values():
-            objective = objective + part / tokens
-        objective.backward()
-        total = added(total, losses)
-    assert total is not None, f"{batch.tokens.shape=}"
+    options = {"draw": draw_of(config.train.seed, state.step), "predicted": config.model.prediction.depth}
+    batches = [
+        cut_rows(Batch(*(part[start : start + micro] for part in batch)), axes.cp, **options)
+        for start in range(0, batch.tokens.shape[0], micro)
+    ]
+    total = state.built.runner.step(batches, Denominators(targets, tokens))
     total = summed_over_ranks(total, world)
     cross_entropy = total.cross_entropy / targets.clamp(min=1)
 
@@ -70,9 +65,9 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World)
     if not is_skipped:
         for group in state.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        clip_gradients(state.model.parameters(), norm, config.optim.clip_norm)
+        clip_gradients(state.built, norm, config.optim.clip_norm)
         state.optimizer.step()
-        state.model.update_expert_biases(total.load)
+        state.built.update_expert_biases(total.load)
     state.optimizer.zero_grad()
     state.step += 1
     state.cursor += config.train.global_batch
@@ -94,14 +89,6 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World)
     )
 
 
-def added(total: Losses | None, losses: Losses) -> Losses:
-    """The sums so far with those of one more micro-batch, detached."""
-    parts = [part.detach() for part in losses.parts()]
-    if total is not None:
-        parts = [a + b for a, b in zip(total.parts(), parts, strict=True)]
-    return losses.with_parts(parts)
-
-
 def summed_over_ranks(losses: Losses, world: World) -> Losses:
     """The sums over all ranks, by one collective, in float64."""
     parts = losses.parts()
@@ -113,13 +100,6 @@ def summed_over_ranks(losses: Losses, world: World) -> Losses:
 def draw_of(seed: int, step: int) -> float:
     """A number in [0, 1) that all layers, ranks and micro-batches of a step share."""
     return xxhash.xxh3_64_intdigest(f"{seed}/{step}".encode()) / 2**64
-
-
-def losses_here(model: LanguageModel, batch: Batch, axes: Axes, draw: float | None) -> Losses:
-    """The losses of this rank's tokens of whole rows, as sums."""
-    rows = Rows(batch.tokens, batch.targets, batch.position, batch.document)
-    targets, sequence = cut_rows(rows, axes.cp, draw=draw, predicted=len(model.predictions))
-    return model.loss(sequence.tokens, targets, sequence)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

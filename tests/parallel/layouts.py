@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from conf.compose import compose, group_options
+from data.loader import Batch
 from model.config import Architecture
 from model.initial import draw, initial_values
 from model.language_model import LanguageModel, Losses
@@ -18,12 +19,14 @@ from model.mixer import Mixer, Sequence
 from model.moe.layer import Experts
 from model.moe.router import Router
 from model.peers import ALONE
-from parallel.apply import Parallel, build_parallel
+from parallel.apply import Parallel, Work, build_parallel
 from parallel.axes import open_axes
 from parallel.config import ParallelConfig
-from parallel.context import Rows, cut_rows
+from parallel.context import cut_rows
 from parallel.degrees import Degrees
+from parallel.micro_batches import Denominators
 from parallel.placement import held_boxes
+from parallel.plans import ScheduleName
 from parallel.world import World
 from tests.architectures import SMALL
 
@@ -42,15 +45,6 @@ EVEN = (
 )
 
 
-class Batch(NamedTuple):
-    """Rows of packed documents."""
-
-    tokens: Tensor
-    targets: Tensor
-    document: Tensor
-    position: Tensor
-
-
 def batch_of(vocabulary: int) -> Batch:
     """Documents of all lengths, other ones in each row, and targets that are missing at their ends."""
     generator = torch.Generator().manual_seed(3)
@@ -61,7 +55,7 @@ def batch_of(vocabulary: int) -> Batch:
     index = torch.arange(TOKENS).expand(ROWS, -1)
     position = index - torch.where(is_start, index, 0).cummax(1).values
     targets = tokens.roll(-1, 1).masked_fill(is_start.roll(-1, 1), -100)
-    return Batch(tokens, targets, document, position)
+    return Batch(tokens, targets, document, position, torch.arange(ROWS))
 
 
 def architecture_of(overrides: Items[str] = (), mixers: Items[str] | None = None) -> Architecture:
@@ -113,44 +107,57 @@ def alone(config: Architecture) -> Result:
     return Result(named(losses), grads)
 
 
-def build(config: Architecture, degrees: Degrees, rank: int) -> tuple[Parallel, World]:
+def build(
+    config: Architecture, degrees: Degrees, rank: int, schedule: ScheduleName = "1f1b"
+) -> tuple[Parallel, World]:
     """This rank's part with the values of `alone`."""
     world = World(rank, degrees.size, torch.device("cpu"), open_axes(degrees, rank))
     settings = {"data": "fsdp", "dp_replicate": degrees.dp_replicate, "dp_shard": degrees.dp_shard}
-    settings |= {"cp": degrees.cp, "tp": degrees.tp, "ep": degrees.ep}
+    settings |= {"cp": degrees.cp, "tp": degrees.tp, "ep": degrees.ep, "pp": degrees.pp}
+    settings |= {"pp_schedule": schedule, "pp_chunks": None, "pp_layout": None}
     parallel = ParallelConfig(**settings, reshard_after_forward=True, timeout_seconds=60)
-    built = build_parallel(config, (torch.float64, torch.float64), parallel, world, SEED)
+    micro = micro_of(degrees)
+    work = Work(ROWS // degrees.rows // micro, micro, TOKENS)
+    built = build_parallel(config, (torch.float64, torch.float64), parallel, world, SEED, work)
     with torch.device("meta"):
         initials = initial_values(LanguageModel(config))
-    for name, parameter in built.model.named_parameters():
+    for name, parameter in built.named_parameters():
         built.fill(name, parameter, value_of(name, initials[name], built.placements[name].shape))
     return built, world
 
 
+def micro_of(degrees: Degrees) -> int:
+    """Rows of a micro-batch: a pipeline wants several."""
+    return 1 if degrees.pp > 1 else ROWS // degrees.rows
+
+
 def on_rank(
-    rank: int, size: int, config: Architecture, degrees: Degrees, fault: str = ""
+    rank: int,
+    size: int,
+    config: Architecture,
+    degrees: Degrees,
+    fault: str = "",
+    schedule: ScheduleName = "1f1b",
 ) -> tuple[dict[str, Tensor], list[Any]]:
     """Losses summed over ranks, and the blocks of gradients that this rank holds.
 
     fault breaks one thing that layouts stand on.
     """
-    built, world = build(config, degrees, rank)
+    built, world = build(config, degrees, rank, schedule)
     break_it(built, fault)
     batch = batch_of(config.model.vocab_size)
-    targets = int((batch.targets != -100).sum())
+    denominators = Denominators((batch.targets != -100).sum(), batch.tokens.numel())
     own = slice(world.axes.rows.rank, None, world.axes.rows.size)
-    batch = Batch(*(part[own] for part in batch))
-    rows = Rows(batch.tokens, batch.targets, batch.position, batch.document)
-    own_targets, sequence = cut_rows(rows, world.axes.cp, predicted=len(built.model.predictions))
-    losses = built.model.loss(sequence.tokens, own_targets, sequence)
-    objective_of(losses, targets).backward()
+    rows = [part[own].split(micro_of(degrees)) for part in batch]
+    batches = [cut_rows(Batch(*parts), world.axes.cp) for parts in zip(*rows, strict=True)]
+    losses = built.runner.step(batches, denominators)
     if fault != "gradients of copies":
         built.sum_shared_gradients(world.axes)
     found = named(losses)
     for part in found.values():
         dist.all_reduce(part)
     blocks = []
-    for name, parameter in built.model.named_parameters():
+    for name, parameter in built.named_parameters():
         if parameter.grad is not None:
             held = held_boxes(parameter.grad, built.placements[name])
             blocks += [(name, box, block.clone()) for block, box in held]
@@ -163,7 +170,7 @@ class CopiesDifferError(Exception):
 
 def break_it(built: Parallel, fault: str) -> None:
     """Makes a model wrong in one way. Mutates it."""
-    for module in built.model.modules():
+    for module in built.modules():
         if fault == "mean of gradients" and isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(2.0)
         if fault == "load of a row" and isinstance(module, Router):

@@ -3,6 +3,7 @@
 import pytest
 
 from parallel.degrees import Degrees
+from parallel.plans import ScheduleName
 from tests.parallel.layouts import (
     CopiesDifferError,
     Result,
@@ -19,15 +20,34 @@ LAYOUTS = {
     "cp2": Degrees(cp=2),
     "cp2-tp2-ep2": Degrees(cp=2, tp=2, ep=2),
     "dp2-tp2-ep4": Degrees(dp_shard=2, tp=2, ep=4),
+    "pp2-tp2-ep2": Degrees(pp=2, tp=2, ep=2),
+}
+MORE_LAYOUTS: dict[str, tuple[Degrees, ScheduleName]] = {
+    "pp2-cp2-1f1b": (Degrees(pp=2, cp=2), "1f1b"),
+    "pp2-tp2-zero_bubble_v": (Degrees(pp=2, tp=2), "zero_bubble_v"),
+    "pp2-cp2-ep2-zero_bubble": (Degrees(pp=2, cp=2, ep=2), "zero_bubble"),
+    "pp2-dp2-ep2-interleaved": (Degrees(pp=2, dp_shard=2, ep=2), "interleaved"),
+    "pp2-copies2-dualpipe_v": (Degrees(pp=2, dp_replicate=2), "dualpipe_v"),
+    "pp2-cp2-tp2-ep4-zero_bubble_v": (Degrees(pp=2, cp=2, tp=2, ep=4), "zero_bubble_v"),
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_equals_one_process(layout: str) -> None:
-    config, degrees = architecture_of(), LAYOUTS[layout]
+    check(LAYOUTS[layout], "1f1b")
+
+
+@pytest.mark.prove
+@pytest.mark.parametrize("layout", MORE_LAYOUTS)
+def test_more_layouts_equal_one_process(layout: str) -> None:
+    check(*MORE_LAYOUTS[layout])
+
+
+def check(degrees: Degrees, schedule: ScheduleName) -> None:
+    config = architecture_of()
     reference = alone(config)
-    found = assembled(reference, run_world(degrees.size, on_rank, config, degrees))
-    assert not wrong_parts(found, reference)
+    ranks = run_world(degrees.size, on_rank, config, degrees, "", schedule, timeout=400)
+    assert not wrong_parts(assembled(reference, ranks), reference)
 
 
 def wrong_parts(found: Result, reference: Result) -> dict[str, float]:

@@ -37,7 +37,8 @@ from parallel.pipeline import (
     build_stages,
     objective_of,
 )
-from parallel.schedules import Action, Plan, ScheduleName, action_order, plan_violations
+from parallel.plans import Plan, ScheduleName, plan_violations
+from parallel.schedules import Action, action_order
 from parallel.stages import joined_layers
 from tests.architectures import random_model, randomise, small_architecture
 from tests.worlds import run_world

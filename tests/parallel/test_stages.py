@@ -11,7 +11,7 @@ from conf.errors import ConfigError
 from model.config import Architecture
 from model.count import count
 from parallel.cost import OPERATIONS_PER_BYTE, layer_costs, stage_costs
-from parallel.schedules import KINDS, Plan
+from parallel.plans import KINDS, Plan
 from parallel.stages import (
     equal_layers,
     joined_layers,

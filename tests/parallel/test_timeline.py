@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.cost import Cost
-from parallel.schedules import KINDS, Plan, action_order, plan_violations
+from parallel.plans import KINDS, Plan, plan_violations
+from parallel.schedules import action_order
 from parallel.timeline import Timeline, simulate
 
 

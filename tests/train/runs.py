@@ -142,8 +142,9 @@ def forget(what: str) -> None:
         elif what == "random":
             torch.set_rng_state(random)
         elif what == "bias":
-            for router in self.model.routers():
-                router.bias.zero_()
+            for part in self.built.parts:
+                for router in part.routers():
+                    router.bias.zero_()
         elif what == "optimizer":
             self.optimizer.state.clear()
 

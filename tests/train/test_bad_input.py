@@ -127,7 +127,7 @@ def train_with_a_poisoned_weight(overrides: list[str]) -> None:
     def poisoned(*arguments):
         state = build(*arguments)
         with torch.no_grad():
-            state.model.head.weight[3, 0] = float("nan")
+            state.built.whole.head.weight[3, 0] = float("nan")
         return state
 
     run.build_state = poisoned

@@ -34,7 +34,7 @@ def test_plain_torch_on_a_cpu_and_an_error_where_triton_is_asked_for() -> None:
 
 
 def test_a_model_names_the_families_that_it_uses() -> None:
-    used = kernels.used_families(LanguageModel(small_architecture(["model=qwen3_next_small"])))
+    used = kernels.used_families(LanguageModel(small_architecture(["model=qwen3_next_small"])).modules())
     assert {"delta_rule", "attention", "convolution", "experts", "norm", "cross_entropy"} <= set(used)
     assert not {"indexer", "block_attention", "selective_scan"} & set(used)
 

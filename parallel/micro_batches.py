@@ -1,0 +1,83 @@
+"""What goes through a model at a time, and the objective that its losses make."""
+
+from collections.abc import Sequence as Items
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from model.language_model import LanguageModel, Losses
+from model.mixer import Sequence
+from parallel.data import reduce_over_copies
+
+
+class MicroBatch(NamedTuple):
+    """Rows that go through a model together: this rank's tokens of them."""
+
+    targets: Int[Tensor, "B T"]
+    sequence: Sequence
+
+
+class Denominators(NamedTuple):
+    """What the losses are divided by: targets and tokens of the whole global batch."""
+
+    targets: Int[Tensor, ""]
+    tokens: int
+
+
+@runtime_checkable
+class Runner(Protocol):
+    """Runs this rank's part of a model."""
+
+    def step(self, batches: Items[MicroBatch], denominators: Denominators) -> Losses:
+        """Forward and backward of all micro-batches. Adds to gradients; gives this rank's sums, detached."""
+        ...
+
+    def score(self, batch: MicroBatch) -> Float[Tensor, ""]:
+        """This rank's share of the summed cross-entropy, without gradients and without dropout."""
+        ...
+
+
+class WholeModel:
+    """Runs a model all of whose layers are here, one micro-batch after the other."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+
+    def step(self, batches: Items[MicroBatch], denominators: Denominators) -> Losses:
+        """Forward and backward of all micro-batches. Adds to gradients; gives this rank's sums, detached."""
+        total: Losses | None = None
+        for index, (targets, sequence) in enumerate(batches):
+            reduce_over_copies(self._model, is_last=index + 1 == len(batches))
+            losses = self._model.loss(sequence.tokens, targets, sequence)
+            objective_of(losses, denominators).backward()
+            total = added(total, losses)
+        assert total is not None, "a step has a micro-batch at least"
+        return total
+
+    @torch.no_grad()
+    def score(self, batch: MicroBatch) -> Float[Tensor, ""]:
+        """This rank's share of the summed cross-entropy, without gradients and without dropout."""
+        was_training = self._model.training
+        self._model.eval()
+        losses = self._model.loss(batch.sequence.tokens, batch.targets, batch.sequence)
+        self._model.train(was_training)
+        return losses.cross_entropy
+
+
+def objective_of(losses: Losses, denominators: Denominators) -> Float[Tensor, ""]:
+    """What backward starts from: every loss over its global count."""
+    targets = denominators.targets.clamp(min=1)
+    objective = (losses.cross_entropy + losses.prediction + losses.logit_z) / targets
+    for part in losses.auxiliary.values():
+        objective = objective + part / denominators.tokens
+    return objective
+
+
+def added(total: Losses | None, losses: Losses) -> Losses:
+    """The sums so far with those of one more micro-batch, detached."""
+    parts = [part.detach() for part in losses.parts()]
+    if total is not None:
+        parts = [a + b for a, b in zip(total.parts(), parts, strict=True)]
+    return losses.with_parts(parts)
