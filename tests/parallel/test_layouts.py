@@ -27,7 +27,7 @@ MORE_LAYOUTS: dict[str, tuple[Degrees, ScheduleName]] = {
     "pp2-tp2-zero_bubble_v": (Degrees(pp=2, tp=2), "zero_bubble_v"),
     "pp2-cp2-ep2-zero_bubble": (Degrees(pp=2, cp=2, ep=2), "zero_bubble"),
     "pp2-dp2-ep2-interleaved": (Degrees(pp=2, dp_shard=2, ep=2), "interleaved"),
-    "pp2-copies2-dualpipe_v": (Degrees(pp=2, dp_replicate=2), "dualpipe_v"),
+    "pp2-cp2-dualpipe_v": (Degrees(pp=2, cp=2), "dualpipe_v"),
     "pp2-cp2-tp2-ep4-zero_bubble_v": (Degrees(pp=2, cp=2, tp=2, ep=4), "zero_bubble_v"),
 }
 
