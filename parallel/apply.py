@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from model.block import Block
 from model.config import Architecture
 from model.initial import draw, initial_values
 from model.language_model import LanguageModel
@@ -17,7 +18,9 @@ from parallel.collectives import sum_over
 from parallel.config import ParallelConfig
 from parallel.data import shard_data
 from parallel.expert import spread_experts
+from parallel.offload import Offload
 from parallel.placement import Placement, held_boxes, undivided
+from parallel.recompute import recompute
 from parallel.stored import Stored
 from parallel.tensor import spread_tensors, sum_shared_gradients
 from parallel.world import World
@@ -68,6 +71,7 @@ def build_parallel(
     if world.axes.tp.size > 1:
         placements = spread_tensors(model, config, world.axes.tp)
     placements |= spread_experts(model, world.axes)
+    keep_less(model, parallel)
     if world.size > 1:
         reshard = parallel.reshard_after_forward
         shard_data(model, world.axes, world.device.type, reshard_after_forward=reshard)
@@ -79,6 +83,15 @@ def build_parallel(
     built = Parallel(model, placements)
     _initialise(built, initials, seed)
     return built
+
+
+def keep_less(model: LanguageModel, parallel: ParallelConfig) -> None:
+    """Makes every block leave backward what `parallel` asks for. Mutates the blocks."""
+    for block in model.modules():
+        if isinstance(block, Block):
+            recompute(block, parallel.recomputed, draws=model.config.residual.dropout > 0)
+            if parallel.offload == "activations":
+                block.run = Offload(block, block.run)
 
 
 @torch.no_grad()

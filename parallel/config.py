@@ -8,6 +8,7 @@ from pydantic import Field
 from conf.compose import Config
 from conf.errors import Violation
 from parallel.degrees import Degrees
+from parallel.regions import region_names
 
 if TYPE_CHECKING:
     from model.config import Architecture
@@ -23,12 +24,19 @@ class ParallelConfig(Config):
     tp: int = Field(ge=1)
     ep: int = Field(ge=1)
     reshard_after_forward: bool
+    recompute: str
+    offload: Literal["none", "activations"]
     timeout_seconds: int = Field(ge=1)
 
     def degrees(self, world_size: int) -> Degrees:
         """All degrees, with a dp_shard of -1 replaced by what is left of `world_size`."""
         shard = world_size // self._fixed() if self.dp_shard == -1 else self.dp_shard
         return Degrees(dp_replicate=self.dp_replicate, dp_shard=shard, cp=self.cp, tp=self.tp, ep=self.ep)
+
+    @property
+    def recomputed(self) -> frozenset[str]:
+        """The regions that `recompute` names."""
+        return region_names(self.recompute)
 
     def _fixed(self) -> int:
         return self.dp_replicate * self.cp * self.tp

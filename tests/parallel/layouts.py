@@ -1,6 +1,8 @@
 """One step of a model with every mixer, on one process and in any layout: the same losses and gradients."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from conf.compose import compose, group_options
+from model.block import Block
 from model.config import Architecture
 from model.initial import draw, initial_values
 from model.language_model import LanguageModel, Losses
@@ -23,6 +26,7 @@ from parallel.axes import open_axes
 from parallel.config import ParallelConfig
 from parallel.context import Rows, cut_rows
 from parallel.degrees import Degrees
+from parallel.offload import Offload
 from parallel.placement import held_boxes
 from parallel.world import World
 from tests.architectures import SMALL
@@ -113,28 +117,39 @@ def alone(config: Architecture) -> Result:
     return Result(named(losses), grads)
 
 
-def build(config: Architecture, degrees: Degrees, rank: int) -> tuple[Parallel, World]:
-    """This rank's part with the values of `alone`."""
+def build(
+    config: Architecture, degrees: Degrees, rank: int, keys: Mapping[str, Any] | None = None
+) -> tuple[Parallel, World]:
+    """This rank's part with the values of `alone`. keys: other keys of `parallel`."""
     world = World(rank, degrees.size, torch.device("cpu"), open_axes(degrees, rank))
     settings = {"data": "fsdp", "dp_replicate": degrees.dp_replicate, "dp_shard": degrees.dp_shard}
     settings |= {"cp": degrees.cp, "tp": degrees.tp, "ep": degrees.ep}
-    parallel = ParallelConfig(**settings, reshard_after_forward=True, timeout_seconds=60)
+    settings |= {"reshard_after_forward": True, "recompute": "none", "offload": "none", **(keys or {})}
+    parallel = ParallelConfig(**settings, timeout_seconds=60)
     built = build_parallel(config, (torch.float64, torch.float64), parallel, world, SEED)
     with torch.device("meta"):
         initials = initial_values(LanguageModel(config))
+    for module in built.model.modules():
+        if isinstance(module, Block) and isinstance(module.run, Offload):
+            module.run = replace(module.run, least_bytes=0)
     for name, parameter in built.model.named_parameters():
         built.fill(name, parameter, value_of(name, initials[name], built.placements[name].shape))
     return built, world
 
 
 def on_rank(
-    rank: int, size: int, config: Architecture, degrees: Degrees, fault: str = ""
+    rank: int,
+    size: int,
+    config: Architecture,
+    degrees: Degrees,
+    fault: str = "",
+    keys: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Tensor], list[Any]]:
     """Losses summed over ranks, and the blocks of gradients that this rank holds.
 
-    fault breaks one thing that layouts stand on.
+    fault breaks one thing that layouts stand on. keys: other keys of `parallel`.
     """
-    built, world = build(config, degrees, rank)
+    built, world = build(config, degrees, rank, keys)
     break_it(built, fault)
     batch = batch_of(config.model.vocab_size)
     targets = int((batch.targets != -100).sum())
