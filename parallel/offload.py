@@ -89,7 +89,7 @@ class Hooks:
             copy = torch.empty_like(source, device="cpu", pin_memory=x.device.type != "cpu")
             known = weakref.ref(storage), Away(copy.copy_(source, non_blocking=True), x.device)
             self.known[place] = known
-        return View(known[1], x.dtype, x.storage_offset(), x.shape, x.stride())
+        return View(known[1], x.dtype, int(x.storage_offset()), x.shape, x.stride())
 
     @staticmethod
     def unpack(packed: Tensor | View) -> Tensor:
