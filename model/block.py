@@ -1,6 +1,7 @@
 """One layer: a token mixer and a feed-forward around the residual stream."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -32,6 +33,15 @@ class Notes(NamedTuple):
     losses: dict[str, Tensor]
 
 
+# Calls a function with the arguments that follow it, the residual stream first, and gives what it gives.
+Run: TypeAlias = Callable[..., Any]
+
+
+def directly(function: Callable[..., Any], *args: Any) -> Any:
+    """The function's own result."""
+    return function(*args)
+
+
 class Block(nn.Module):
     """A mixer half and a feed-forward half; either may be absent.
 
@@ -43,6 +53,10 @@ class Block(nn.Module):
     def __init__(self, config: Architecture, layer: int, names: Layer) -> None:
         super().__init__()
         self.layer, self.names = layer, names
+        # Set from outside where backward is to find less of what a half, or the whole block, computed.
+        self.run: Run = directly
+        self.run_mixer: Run = directly
+        self.run_ffn: Run = directly
         shape, width = config.model, config.model.width
         # Outputs that add to the residual stream start smaller, so that its scale does not grow with depth.
         stds = (shape.init_std, shape.init_std / (2 * shape.depth) ** 0.5)
@@ -64,9 +78,35 @@ class Block(nn.Module):
         self, stream: Float[Tensor, "B T *n D"], sequence: Sequence, carry: Carry
     ) -> tuple[Float[Tensor, "B T *n D"], Carry, Notes]:
         """The next residual stream, what the next layer gets beside it, and what happened."""
-        stream, selection, losses = self._mix(stream, sequence, carry.selection)
-        if self.ffn is None and self.moe is None:
-            return stream, Carry(selection, carry.shortcut), Notes(None, losses)
+        return self.run(self._both, stream, sequence, *carry)
+
+    def _both(
+        self, stream: Tensor, sequence: Sequence, selection: Tensor | None, shortcut: Tensor | None
+    ) -> tuple[Tensor, Carry, Notes]:
+        losses, routing = {}, None
+        if self.mixer is not None:
+            stream, selection, losses = self.run_mixer(self._mix, stream, sequence, selection)
+        if self.ffn is not None or self.moe is not None:
+            stream, shortcut, routing = self.run_ffn(self._feed, stream, sequence, shortcut)
+        return stream, Carry(selection, shortcut), Notes(routing, losses)
+
+    def _mix(
+        self, stream: Tensor, sequence: Sequence, selection: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """The next stream, the keys that were chosen last, and the mixer's own losses."""
+        mixer = self.mixer
+        assert mixer is not None, f"{self.names=}"
+        x, kept = self.mixer_residual.read(stream)
+        mixed = mixer(x, sequence, selection) if mixer.shares_selection else mixer(x, sequence)
+        if isinstance(mixed, Tensor):
+            mixed = Mixed(mixed)
+        selection = selection if mixed.selection is None else mixed.selection
+        return self.mixer_residual.write(kept, mixed.out), selection, mixed.losses or {}
+
+    def _feed(
+        self, stream: Tensor, sequence: Sequence, joins: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Routing | None]:
+        """The next stream, what joins it a layer later, and how tokens were routed."""
         x, kept = self.ffn_residual.read(stream)
         parts, routing, shortcut = [], None, None
         if self.ffn is not None:
@@ -77,19 +117,7 @@ class Block(nn.Module):
                 parts.append(out)
             else:
                 shortcut = out
-        if carry.shortcut is not None:
-            parts.append(carry.shortcut)
+        if joins is not None:
+            parts.append(joins)
         stream = self.ffn_residual.write(kept, parts[0] if len(parts) == 1 else parts[0] + parts[1])
-        return stream, Carry(selection, shortcut), Notes(routing, losses)
-
-    def _mix(
-        self, stream: Tensor, sequence: Sequence, selection: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        if self.mixer is None:
-            return stream, selection, {}
-        x, kept = self.mixer_residual.read(stream)
-        mixed = self.mixer(x, sequence, selection) if self.mixer.shares_selection else self.mixer(x, sequence)
-        if isinstance(mixed, Tensor):
-            mixed = Mixed(mixed)
-        selection = selection if mixed.selection is None else mixed.selection
-        return self.mixer_residual.write(kept, mixed.out), selection, mixed.losses or {}
+        return stream, shortcut, routing

@@ -144,15 +144,39 @@ def count_prediction(config: Architecture) -> LayerCount:
     return layer._replace(norm_params=layer.norm_params + around)
 
 
+class HalfBytes(NamedTuple):
+    """Bytes per token that a training step keeps for backward of each half of a layer, 0 where it is absent.
+
+    stream is the residual stream as it enters each, which is part of both.
+    """
+
+    mixer: int
+    ffn: int
+    stream: int
+
+
+def half_bytes(
+    config: Architecture, names: Layer, *, element_bytes: int = 2, is_cut: bool = False
+) -> HalfBytes:
+    """What the halves of a layer keep, nothing recomputed. is_cut: whether rows are cut over ranks."""
+    shape, (mixer, ffn) = config.model, names
+    stream = config.residual.streams * shape.width * element_bytes
+    around = stream + shape.width * element_bytes
+    mixing = feeding = 0
+    if mixer != NONE:
+        entry = config.mixer[mixer]
+        mixing = around + entry.activation_bytes(shape.width, element_bytes=element_bytes)
+        mixing += entry.cut_activation_bytes(element_bytes=element_bytes) if is_cut else 0
+    if ffn != NONE:
+        feeding = around
+    if ffn in (DENSE, SHORTCUT):
+        feeding += ffn_activation_bytes(shape.ffn_hidden, shape.activation, element_bytes=element_bytes)
+    if ffn not in (DENSE, NONE):
+        feeding += config.moe.activation_bytes(shape.width, element_bytes=element_bytes)
+    return HalfBytes(mixing, feeding, stream)
+
+
 def activation_bytes(config: Architecture, layer: int, *, element_bytes: int = 2) -> int:
     """Bytes per token that a training step keeps of one layer for backward, nothing recomputed."""
-    shape, (mixer, ffn) = config.model, config.layers[layer]
-    halves = (mixer != NONE) + (ffn != NONE)
-    total = (1 + config.residual.streams) * shape.width * element_bytes * halves
-    if mixer != NONE:
-        total += config.mixer[mixer].activation_bytes(shape.width, element_bytes=element_bytes)
-    if ffn in (DENSE, SHORTCUT):
-        total += ffn_activation_bytes(shape.ffn_hidden, shape.activation, element_bytes=element_bytes)
-    if ffn not in (DENSE, NONE):
-        total += config.moe.activation_bytes(shape.width, element_bytes=element_bytes)
-    return total
+    halves = half_bytes(config, config.layers[layer], element_bytes=element_bytes)
+    return halves.mixer + halves.ffn

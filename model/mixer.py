@@ -181,6 +181,10 @@ class MixerConfig(Config, ABC):
     def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
         """Bytes per token that a training step keeps for backward, norms and residual left out."""
 
+    def cut_activation_bytes(self, *, element_bytes: int = 2) -> int:
+        """Bytes per token that it keeps beyond `activation_bytes` where rows are cut over ranks."""
+        return 0
+
     @abstractmethod
     def roles(self, width: int) -> Mapping[str, Split]:
         """For each parameter name of the built module, how it may be cut over tensor-parallel ranks."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from model.block import Block
 from model.config import Architecture
 from model.initial import draw, initial_values
 from model.language_model import LanguageModel, Part
@@ -20,8 +21,10 @@ from parallel.config import ParallelConfig
 from parallel.data import shard_data
 from parallel.expert import spread_experts
 from parallel.micro_batches import Runner, WholeModel
+from parallel.offload import Offload
 from parallel.pipeline import Pipeline, Stage, build_stages
 from parallel.placement import Placement, held_boxes, undivided
+from parallel.recompute import recompute
 from parallel.stages import stage_layers
 from parallel.stored import Stored
 from parallel.tensor import spread_tensors, sum_shared_gradients
@@ -142,6 +145,7 @@ def _spread(part: Part, config: Architecture, parallel: ParallelConfig, world: W
     if axes.tp.size > 1:
         placements = spread_tensors(part, config, axes.tp)
     placements |= spread_experts(part, axes)
+    keep_less(part, parallel)
     if world.size > 1:
         shard_data(part, axes, world.device.type, reshard_after_forward=parallel.reshard_after_forward)
     for router in part.routers():
@@ -149,6 +153,15 @@ def _spread(part: Part, config: Architecture, parallel: ParallelConfig, world: W
         router.row_parts = axes.row.size
         router.sum_row_load = partial(sum_over, axis=axes.row)
     return placements
+
+
+def keep_less(part: Part, parallel: ParallelConfig) -> None:
+    """Makes every block leave backward what `parallel` asks for. Mutates the blocks."""
+    for block in part.modules():
+        if isinstance(block, Block):
+            recompute(block, parallel.recomputed, draws=part.config.residual.dropout > 0)
+            if parallel.offload == "activations":
+                block.run = Offload(block, block.run)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from conf.compose import Config
 from conf.errors import ConfigError, Violation
 from parallel.degrees import ORDER, Degrees
 from parallel.plans import Plan, ScheduleName, fewest_chunks, plan_violations
+from parallel.regions import region_names
 
 if TYPE_CHECKING:
     from model.config import Architecture
@@ -28,6 +29,8 @@ class ParallelConfig(Config):
     tp: int = Field(ge=1)
     ep: int = Field(ge=1)
     reshard_after_forward: bool
+    recompute: str
+    offload: Literal["none", "activations"]
     timeout_seconds: int = Field(ge=1)
 
     def degrees(self, world_size: int) -> Degrees:
@@ -41,6 +44,11 @@ class ParallelConfig(Config):
             return None
         chunks = self.pp_chunks or fewest_chunks(self.pp_schedule)
         return Plan(self.pp_schedule, self.pp, chunks, micro_batches)
+
+    @property
+    def recomputed(self) -> frozenset[str]:
+        """The regions that `recompute` names."""
+        return region_names(self.recompute)
 
     def _fixed(self) -> int:
         return self.pp * self.dp_replicate * self.cp * self.tp

@@ -11,6 +11,7 @@ from model.layout import LayoutConfig, expand_layers
 from model.moe.config import MoeConfig
 from model.shape import ModelConfig, ResidualConfig
 from parallel.config import ParallelConfig, layout_violations, pipeline_violations
+from parallel.regions import region_violations
 from train.checkpoint.config import CheckpointConfig
 from train.track.config import TrackConfig
 
@@ -175,6 +176,9 @@ def run_violations(config: "RunDraft | RunConfig", world_size: int) -> list[Viol
     """Everything that types and ranges cannot see: what does not fit together."""
     tokens, experts = config.data.sequence_length, config.moe.num_experts
     found = layout_violations(config.parallel, world_size, experts, tokens)
+    mixers = {layer.mixer for layer in expand_layers(config.layout, config.model.depth, config.mixer)}
+    mixers |= {config.model.prediction.mixer} if config.model.prediction.depth else set()
+    found += region_violations(config.parallel.recompute, mixers)
     # However the rest is cut, a layout that is possible leaves this many ranks with rows of their own.
     others = config.parallel.pp * config.parallel.cp * config.parallel.tp
     ranks, left = divmod(world_size, others)

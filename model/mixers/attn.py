@@ -102,10 +102,11 @@ class AttnConfig(MixerConfig):
         return sum(self._parts()[2:]) * self._reach(context) * element_bytes
 
     def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
-        """Projections, their normed copies, output, log-sum-exp and gate."""
+        """Projections, their normed copies, log-sum-exp, gate, and output before and after it."""
         queries, gate, keys, values = self._parts()
         normed = (queries + keys) * (self.qk_norm != "none")
-        kept = queries + self._outputs() + 2 * gate + keys + values + normed
+        outputs = self._outputs() * (1 + (self.output_gate != "none"))
+        kept = queries + outputs + 2 * gate + keys + values + normed
         return element_bytes * kept + 4 * self.num_heads
 
     def roles(self, width: int) -> Mapping[str, Split]:

@@ -79,6 +79,10 @@ class GdnConfig(MixerConfig):
         values, gate = self._parts()[2:4]
         return element_bytes * (2 * self._mixed() + 2 * values + gate) + self.num_value_heads * (8 + 2 * 64)
 
+    def cut_activation_bytes(self, *, element_bytes: int = 2) -> int:
+        """What each token reads of the state that enters its chunk."""
+        return self.num_value_heads * self.key_dim * element_bytes
+
     def roles(self, width: int) -> Mapping[str, Split]:
         """Key heads are the unit; the value heads of a group go with their key head."""
         roles = {

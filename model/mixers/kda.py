@@ -74,6 +74,10 @@ class KdaConfig(MixerConfig):
         thin = self.decay_rank + self.gate_rank
         return element_bytes * (2 * mixed + 3 * values + keys + thin) + 4 * keys + heads * (8 + 2 * 64)
 
+    def cut_activation_bytes(self, *, element_bytes: int = 2) -> int:
+        """What each token reads of the state that enters its chunk."""
+        return self.num_heads * self.key_dim * element_bytes
+
     def roles(self, width: int) -> Mapping[str, Split]:
         """Heads are the unit; the narrow halves of the low-rank projections are copied."""
         return {

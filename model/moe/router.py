@@ -65,6 +65,8 @@ class Router(nn.Module):
         # The load of whole rows, where ranks hold parts of a row: how many, and their sum.
         self.row_parts = 1
         self.sum_row_load: Callable[[Tensor], Tensor] = _as_is
+        # What becomes of a choice; set from outside while the same tokens pass once more.
+        self.settle: Callable[[Tensor], Tensor] = _as_is
 
     @torch.no_grad()
     def reset_buffers(self) -> None:
@@ -81,7 +83,7 @@ class Router(nn.Module):
         bias = None if self.logit_bias is None else self.logit_bias.to(dtype)
         logits = linear(x.to(dtype), self.weight.to(dtype), bias)
         scores = scores_of(logits, config)
-        experts = self.table[tokens] if self.is_hashed else self._top(scores, logits)
+        experts = self.table[tokens] if self.is_hashed else self.settle(self._top(scores, logits))
         if config.score == "softmax_of_chosen":
             weights = logits.gather(-1, experts).softmax(-1)
         else:
@@ -158,5 +160,5 @@ def hash_table(like: Int[Tensor, "V k"], experts: int) -> Int[Tensor, "V k"]:
     return (first[:, None] + torch.arange(k, device=like.device) * (experts // k)) % experts
 
 
-def _as_is(load: Tensor) -> Tensor:
-    return load
+def _as_is(x: Tensor) -> Tensor:
+    return x

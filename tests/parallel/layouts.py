@@ -1,6 +1,8 @@
 """One step of a model with every mixer, on one process and in any layout: the same losses and gradients."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from conf.compose import compose, group_options
 from data.loader import Batch
+from model.block import Block
 from model.config import Architecture
 from model.initial import draw, initial_values
 from model.language_model import LanguageModel, Losses
@@ -25,8 +28,8 @@ from parallel.config import ParallelConfig
 from parallel.context import cut_rows
 from parallel.degrees import Degrees
 from parallel.micro_batches import Denominators
+from parallel.offload import Offload
 from parallel.placement import held_boxes
-from parallel.plans import ScheduleName
 from parallel.world import World
 from tests.architectures import SMALL
 
@@ -108,19 +111,23 @@ def alone(config: Architecture) -> Result:
 
 
 def build(
-    config: Architecture, degrees: Degrees, rank: int, schedule: ScheduleName = "1f1b"
+    config: Architecture, degrees: Degrees, rank: int, keys: Mapping[str, Any] | None = None
 ) -> tuple[Parallel, World]:
-    """This rank's part with the values of `alone`."""
+    """This rank's part with the values of `alone`. keys: other keys of `parallel`."""
     world = World(rank, degrees.size, torch.device("cpu"), open_axes(degrees, rank))
     settings = {"data": "fsdp", "dp_replicate": degrees.dp_replicate, "dp_shard": degrees.dp_shard}
     settings |= {"cp": degrees.cp, "tp": degrees.tp, "ep": degrees.ep, "pp": degrees.pp}
-    settings |= {"pp_schedule": schedule, "pp_chunks": None, "pp_layout": None}
-    parallel = ParallelConfig(**settings, reshard_after_forward=True, timeout_seconds=60)
+    settings |= {"pp_schedule": "1f1b", "pp_chunks": None, "pp_layout": None, "timeout_seconds": 60}
+    settings |= {"reshard_after_forward": True, "recompute": "none", "offload": "none", **(keys or {})}
+    parallel = ParallelConfig(**settings)
     micro = micro_of(degrees)
     work = Work(ROWS // degrees.rows // micro, micro, TOKENS)
     built = build_parallel(config, (torch.float64, torch.float64), parallel, world, SEED, work)
     with torch.device("meta"):
         initials = initial_values(LanguageModel(config))
+    for module in built.modules():
+        if isinstance(module, Block) and isinstance(module.run, Offload):
+            module.run = replace(module.run, least_bytes=0)
     for name, parameter in built.named_parameters():
         built.fill(name, parameter, value_of(name, initials[name], built.placements[name].shape))
     return built, world
@@ -137,13 +144,13 @@ def on_rank(
     config: Architecture,
     degrees: Degrees,
     fault: str = "",
-    schedule: ScheduleName = "1f1b",
+    keys: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Tensor], list[Any]]:
     """Losses summed over ranks, and the blocks of gradients that this rank holds.
 
-    fault breaks one thing that layouts stand on.
+    fault breaks one thing that layouts stand on. keys: other keys of `parallel`.
     """
-    built, world = build(config, degrees, rank, schedule)
+    built, world = build(config, degrees, rank, keys)
     break_it(built, fault)
     batch = batch_of(config.model.vocab_size)
     denominators = Denominators((batch.targets != -100).sum(), batch.tokens.numel())

@@ -46,7 +46,7 @@ def test_more_layouts_equal_one_process(layout: str) -> None:
 def check(degrees: Degrees, schedule: ScheduleName) -> None:
     config = architecture_of()
     reference = alone(config)
-    ranks = run_world(degrees.size, on_rank, config, degrees, "", schedule, timeout=400)
+    ranks = run_world(degrees.size, on_rank, config, degrees, "", {"pp_schedule": schedule}, timeout=400)
     assert not wrong_parts(assembled(reference, ranks), reference)
 
 
