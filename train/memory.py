@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from model.config import Architecture
 from model.count import count, half_bytes
-from model.layout import DENSE, NONE, Layer
+from model.layout import DENSE, HASH, NONE, Layer
 from parallel.degrees import Degrees
 from parallel.regions import FULL, ffn_region
 from parallel.schedules import action_order
@@ -52,8 +52,8 @@ def kept_bytes(
 ) -> Kept:
     """What a layer keeps if backward computes `regions` again; regions and is_cut as elsewhere."""
     halves = half_bytes(config, names, element_bytes=element_bytes, is_cut=is_cut)
-    # Of what is computed again the input stays, and the experts that tokens chose, as int64.
-    choice = 0 if names.ffn in (DENSE, NONE) else 8 * config.moe.top_k
+    # Of what is computed again the input stays, and the experts that a learned router chose, as int64.
+    choice = 0 if names.ffn in (DENSE, HASH, NONE) else 8 * config.moe.top_k
     if FULL in regions:
         return Kept(halves.stream + choice, halves.mixer + halves.ffn)
     kept = again = 0

@@ -50,6 +50,13 @@ LAYOUT_MIXERS = {"offload beside recompute": ("gdn", "csa", "attn", "dsa", "dsa_
 HYPER = ("residual=hyper", "model.prediction.depth=1", "layout.ffn.pattern=shortcut dense")
 
 
+def whole(config: Architecture, keys: Mapping[str, Any]) -> LanguageModel:
+    """A model built as a run of one process builds it."""
+    model = build(config, Degrees(), 0, keys)[0].whole
+    assert model is not None
+    return model
+
+
 def nothing(model: LanguageModel) -> None:
     """Leaves the model as it is."""
 
@@ -63,7 +70,7 @@ def step(
     between: Callable[[LanguageModel], None] = nothing,
 ) -> Result:
     """One process built as a run builds it; `change` before forward, `between` before backward."""
-    model = build(config, Degrees(), 0, keys)[0].model
+    model = whole(config, keys)
     batch = batch_of(config.model.vocab_size)
     change(model)
     torch.manual_seed(seed)
@@ -106,7 +113,7 @@ def test_streams_shortcuts_and_dropout_keep_every_bit(keeping: str) -> None:
 
 def test_names_of_parameters_stay() -> None:
     config = architecture_of(mixers=("gdn", "dsa"))
-    plain, kept = (build(config, Degrees(), 0, keys)[0].model for keys in ({}, KEEPING["offload of streams"]))
+    plain, kept = (whole(config, keys) for keys in ({}, KEEPING["offload of streams"]))
     assert list(kept.state_dict()) == list(plain.state_dict())
     assert [name for name, _ in kept.named_modules()] == [name for name, _ in plain.named_modules()]
 
