@@ -6,6 +6,7 @@ import time
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
 
 from conf.errors import ConfigError, PeerError, Violation
 from parallel.meeting import Meeting
@@ -14,15 +15,14 @@ from parallel.meeting import Meeting
 LOOK, FAREWELL = 0.05, 3.0
 
 
-def open_store(meeting: Meeting, rank: int, timeout: float) -> dist.TCPStore:
-    """The keys that all processes share. timeout is in seconds.
+def open_store(meeting: Meeting, timeout: float, *, is_host: bool) -> TCPStore:
+    """A connection to the keys that all processes share, which one host keeps. timeout is in seconds.
 
-    Raises PeerError where rank 0 does not open it in time, ConfigError where it cannot.
+    Raises PeerError where it is not there in time, ConfigError where the host cannot open it.
     """
     place = f"{meeting.address}:{meeting.port}"
-    is_host = rank == 0 and not meeting.is_hosted
     try:
-        return dist.TCPStore(
+        return TCPStore(
             meeting.address,
             meeting.port,
             is_master=is_host,
@@ -38,7 +38,7 @@ def open_store(meeting: Meeting, rank: int, timeout: float) -> dist.TCPStore:
         raise PeerError(message + "is not reached from here; its log says why") from error
 
 
-def call_roll(store: dist.Store, meeting: Meeting, rank: int, size: int, timeout: float) -> None:
+def call_roll(store: Store, meeting: Meeting, rank: int, size: int, timeout: float) -> None:
     """Returns once all `size` ranks are there. timeout is in seconds.
 
     Raises PeerError that names the ranks that did not come in time, ConfigError where two processes say that
@@ -67,12 +67,12 @@ def call_roll(store: dist.Store, meeting: Meeting, rank: int, size: int, timeout
         raise ConfigError([Violation("WORLD_SIZE", message + "command, or give each job a port of its own")])
 
 
-def place_of(store: dist.Store, rank: int) -> str:
+def place_of(store: Store, rank: int) -> str:
     """Process and machine of a rank that came."""
     return str(json.loads(store.get(f"here/{rank}"))[1])
 
 
-def _look(store: dist.Store, size: int, timeout: float) -> dict:
+def _look(store: Store, size: int, timeout: float) -> dict:
     deadline = time.monotonic() + timeout
     absent, here, other = set(range(size)), dict[int, int](), dict[int, int]()
     while absent and not other:
@@ -87,14 +87,14 @@ def _look(store: dist.Store, size: int, timeout: float) -> dict:
     return {"size": size, "absent": [] if other else sorted(absent), "here": sorted(here), "other": other}
 
 
-def _let_read(store: dist.Store, readers: int) -> None:
+def _let_read(store: Store, readers: int) -> None:
     """The store ends with this process: others read first."""
     deadline = time.monotonic() + FAREWELL
     while store.add("read", 0) < readers and time.monotonic() < deadline:
         time.sleep(LOOK)
 
 
-def _verdict(store: dist.Store, timeout: float) -> dict:
+def _verdict(store: Store, timeout: float) -> dict:
     try:
         store.wait(["roll"], timedelta(seconds=timeout + FAREWELL))
         return json.loads(store.get("roll"))

@@ -10,13 +10,14 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from conf.errors import PeerError
 from parallel.degrees import ORDER, Degrees, coordinates
 from parallel.roll_call import place_of
 
 # What the libraries beneath say when a peer is the cause; torch has no type for it.
-_OF_PEERS = ("gloo/transport", "ncclRemoteError")
+_OF_PEERS = ("gloo/transport", "Application timeout caused pair closure", "ncclRemoteError")
 _CLOSED = ("closed by peer", "reset by peer", "ncclRemoteError")
 
 
@@ -28,13 +29,13 @@ class Watch:
     thread that waits in a collective cannot be interrupted. timeout is in seconds.
     """
 
-    def __init__(self, store: dist.Store, rank: int, degrees: Degrees, timeout: float) -> None:
+    def __init__(self, store: TCPStore, own: TCPStore, rank: int, degrees: Degrees, timeout: float) -> None:
         self.rank, self.size, self.degrees, self.timeout = rank, degrees.size, degrees, timeout
         self.interval = min(1.0, timeout / 5)
         # Silence that counts once something is known to be wrong.
         self.silence = max(3 * self.interval, 1.0)
-        # Another connection: what one thread waits for must not hold up the other.
-        self._store, self._own = store, store.clone()
+        # Two connections: what one thread waits for must not hold up the other.
+        self._store, self._own = store, own
         store.set(f"beat/{rank}", "0")
         self._verdict: str | None = None
         self._is_known, self._is_over = threading.Event(), threading.Event()
@@ -167,7 +168,7 @@ class Watch:
 
     def _named(self, rank: int) -> str:
         with suppress(dist.DistError):
-            return f"{self._placed(rank)}, {place_of(self._own, rank)},"
+            return f"{self._placed(rank)}, {place_of(self._own, rank)}"
         return self._placed(rank)
 
     def _placed(self, rank: int) -> str:
@@ -182,12 +183,12 @@ def _leave(said: str) -> None:
 
 
 @contextmanager
-def watched(store: dist.Store, rank: int, degrees: Degrees, timeout: float) -> Iterator[None]:
-    """Runs the block under a Watch. Collective: returns once every rank is watched.
+def watched(store: TCPStore, own: TCPStore, rank: int, degrees: Degrees, timeout: float) -> Iterator[None]:
+    """Runs the block under a Watch, which has a connection of its own. Collective.
 
     Raises PeerError in place of the errors of a collective that another rank broke.
     """
-    watch = Watch(store, rank, degrees, timeout)
+    watch = Watch(store, own, rank, degrees, timeout)
     try:
         dist.barrier()
         watch.start()

@@ -75,13 +75,14 @@ def open_world(
         return
     assert meeting is not None, f"{size=}"
     seconds, degrees = config.timeout_seconds, config.degrees(size)
-    store = open_store(meeting, rank, seconds)
+    store = open_store(meeting, seconds, is_host=rank == 0 and not meeting.is_hosted)
     call_roll(store, meeting, rank, size, seconds)
+    own = open_store(meeting, seconds, is_host=False)
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=seconds)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
-        with watched(store, rank, degrees, seconds):
+        with watched(store, own, rank, degrees, seconds):
             yield World(rank, size, device, open_axes(degrees, rank))
     finally:
         dist.destroy_process_group()
