@@ -3,6 +3,7 @@
 #   make train    the default recipe on this machine; RUN="key=value ..." changes it
 #   make test     lint and the test suite; TESTS="tests/data -k packing" runs a part
 #   make prove    the long proofs
+#   make equality every mixer in every parallel layout against one process; writes its table into README.md
 #   make lint     style, types, import layers and file lengths only
 #   make setup    everything that the commands above need, without running them
 #   make lock     write requirements.lock anew from .venv
@@ -13,7 +14,7 @@ SHELL := /bin/bash
 # Two targets that write one .venv at a time would break it.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: train test prove lint setup lock clean
+.PHONY: train test prove equality lint setup lock clean
 .DEFAULT_GOAL := train
 
 VENV := .venv
@@ -40,7 +41,7 @@ train: $(VENV)/train.ready
 	$(BIN)/python -m train $(RUN)
 
 test: lint
-	$(BIN)/python -m pytest -m "not prove and not interpreted" $(TESTS)
+	$(BIN)/python -m pytest -m "not prove and not interpreted and not equality" $(TESTS)
 
 # Triton decides when it is imported whether kernels are interpreted or compiled: one process cannot do both.
 prove: $(VENV)/test.ready $(VENV)/triton-$(TRITON_NEWEST).ready
@@ -48,6 +49,11 @@ prove: $(VENV)/test.ready $(VENV)/triton-$(TRITON_NEWEST).ready
 	$(BIN)/python -m kernels.compiled
 	PYTHONPATH=$(VENV)/triton-$(TRITON_NEWEST) TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m kernels.compiled
 	$(BIN)/python -m pytest -m prove $(TESTS)
+
+# Two precisions by nine layouts by all mixers; `make prove` runs the four that cover every pair of axes.
+equality: $(VENV)/test.ready
+	$(BIN)/python -m pytest -m equality tests/parallel/test_equality.py
+	$(BIN)/python -m bench.equality write
 
 lint: $(VENV)/test.ready
 	$(BIN)/ruff check .

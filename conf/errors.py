@@ -58,6 +58,12 @@ class StorageError(WeftError):
     exit_code = 74
 
 
+class PeerError(WeftError):
+    """Another process of the run never came, ended or hangs. Requeue."""
+
+    exit_code = 75
+
+
 _STORAGE_CAUSES = {
     errno.ENOSPC: "the disk is full; free space or choose another directory",
     errno.EDQUOT: "the quota is used up; free space or choose another directory",

@@ -10,6 +10,8 @@ from conf.compose import Config
 HELD_OUT = "held_out"  # the name of the held-out token file, so no corpus may have it
 STDLIB = "stdlib"  # the source that stands for the running Python's own standard library
 
+SHORTEST_ROW = 8  # tokens
+
 _CORPUS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _FILE_KINDS = ("code", "text")
 
@@ -63,7 +65,7 @@ class DataConfig(Config):
     """A prepared dataset: where it is, what goes in, and how training cuts it into windows."""
 
     directory: str = Field(min_length=1)
-    sequence_length: int = Field(ge=8)
+    sequence_length: int = Field(ge=SHORTEST_ROW)
     corpora: dict[str, CorpusConfig] = Field(min_length=1)
     tokenizer: TokenizerConfig
     held_out: float = Field(ge=0, lt=0.5)

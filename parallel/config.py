@@ -7,6 +7,7 @@ from pydantic import Field
 
 from conf.compose import Config
 from conf.errors import ConfigError, Violation
+from data.config import SHORTEST_ROW
 from parallel.degrees import ORDER, Degrees
 from parallel.plans import Plan, ScheduleName, fewest_chunks, plan_violations
 from parallel.regions import region_names
@@ -85,7 +86,7 @@ def _mesh_violations(config: ParallelConfig, world_size: int) -> list[Violation]
         product = config._fixed()
         message = (
             f"{_product(config, without_shard=True)} = {product} does not "
-            f"divide the {world_size} processes started; lower one, or start a multiple of {product}"
+            f"divide the {world_size} processes started; lower them, or start a multiple of {product}"
         )
         found.append(Violation("parallel.tp", message))
     product = config._fixed() * config.dp_shard
@@ -165,9 +166,10 @@ def _row_violations(config: ParallelConfig, tokens: int) -> list[Violation]:
     if tokens % unit == 0:
         return []
     below = tokens - tokens % unit
+    legal = " or ".join(str(length) for length in (below, below + unit) if length >= SHORTEST_ROW)
     message = (
         f"{tokens} tokens are not a multiple of {unit}, two chunks for each rank of cp {config.cp} in parts "
-        f"for tp {config.tp}; use {f'{below} or ' if below else ''}{below + unit}"
+        f"for tp {config.tp}; use {legal}"
     )
     return [Violation("data.sequence_length", message)]
 

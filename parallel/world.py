@@ -12,6 +12,9 @@ from torch import Tensor
 from parallel.axes import Axes, open_axes
 from parallel.config import ParallelConfig
 from parallel.degrees import Degrees
+from parallel.meeting import Meeting
+from parallel.roll_call import call_roll, open_store
+from parallel.watch import watched
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,16 @@ class World:
 
 
 @contextmanager
-def open_world(config: ParallelConfig, rank: int, size: int, local_rank: int) -> Iterator[World]:
+def open_world(
+    config: ParallelConfig, rank: int, size: int, local_rank: int, meeting: Meeting | None = None
+) -> Iterator[World]:
     """The World of this process; its process group lives as long as the block.
 
-    The rendezvous is that of the environment (MASTER_ADDR, MASTER_PORT). NCCL on GPUs, gloo elsewhere. On a
-    CPU, numbers too small for the normal form count as zero from here on, in the whole process.
+    Several processes need a meeting. NCCL on GPUs, gloo elsewhere. On a CPU, numbers too small for the normal
+    form count as zero from here on, in the whole process.
+
+    Raises PeerError that names the rank which did not come, ended or hangs, and ConfigError for processes
+    that disagree on how many they are.
     """
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -65,10 +73,16 @@ def open_world(config: ParallelConfig, rank: int, size: int, local_rank: int) ->
     if size == 1:
         yield World.alone(device)
         return
-    timeout = timedelta(seconds=config.timeout_seconds)
+    assert meeting is not None, f"{size=}"
+    seconds, degrees = config.timeout_seconds, config.degrees(size)
+    store = open_store(meeting, seconds, is_host=rank == 0 and not meeting.is_hosted)
+    call_roll(store, meeting, rank, size, seconds)
+    own = open_store(meeting, seconds, is_host=False)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout)
+    timeout = timedelta(seconds=seconds)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
-        yield World(rank, size, device, open_axes(config.degrees(size), rank))
+        with watched(store, own, rank, degrees, seconds):
+            yield World(rank, size, device, open_axes(degrees, rank))
     finally:
         dist.destroy_process_group()

@@ -5,6 +5,7 @@ import socket
 from dataclasses import dataclass
 
 from conf.errors import ConfigError, Violation
+from parallel.meeting import Meeting
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Environment:
     world_size: int
     local_rank: int
     slurm_job: str | None
-    host: str
+    meeting: Meeting | None
 
 
 def read_environment() -> Environment:
@@ -41,4 +42,14 @@ def read_environment() -> Environment:
         if missing:
             message = f"needed by {world_size} processes; torchrun and slurm/pretrain.sbatch set it"
             raise ConfigError([Violation(name, message) for name in missing])
-    return Environment(rank, world_size, local_rank, os.environ.get("SLURM_JOB_ID"), socket.gethostname())
+    meeting = _read_meeting() if world_size > 1 else None
+    return Environment(rank, world_size, local_rank, os.environ.get("SLURM_JOB_ID"), meeting)
+
+
+def _read_meeting() -> Meeting:
+    port = os.environ["MASTER_PORT"]
+    if not port.isdigit() or not 0 < int(port) < 2**16:
+        raise ConfigError([Violation("MASTER_PORT", f"must be a port from 1 to {2**16 - 1}; found {port!r}")])
+    # torchrun keeps the store itself.
+    is_hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return Meeting(os.environ["MASTER_ADDR"], int(port), is_hosted, socket.gethostname())

@@ -48,7 +48,7 @@ def run(config: RunConfig, environment: Environment) -> None:
             claim(directory, config)
         # Before anything slow: from here on a request to stop is heard.
         interrupt = Interrupt(directory, watches_file=is_first)
-        with open_world(config.parallel, *ranks) as world:
+        with open_world(config.parallel, *ranks, environment.meeting) as world:
             run_in_world(config, world, interrupt)
 
 

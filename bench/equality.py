@@ -1,0 +1,64 @@
+"""How far every mixer in every layout is from one process: the table in README.md.
+
+`make equality` measures and writes bench/results/equality.json. `python -m bench.equality` prints its table;
+`python -m bench.equality write` puts it into README.md.
+"""
+
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conf.errors import exit_on_error
+
+README, RESULT = Path("README.md"), Path("bench/results/equality.json")
+START, END = "<!-- equality -->\n", "<!-- /equality -->\n"
+
+# Kind of difference by precision, layout and mixer.
+Measured = dict[str, dict[str, dict[str, dict[str, float]]]]
+
+
+def main(arguments: list[str]) -> None:
+    """Prints or writes the table."""
+    if arguments == ["write"]:
+        before, _, rest = README.read_text().partition(START)
+        after = rest.partition(END)[2]
+        README.write_text(before + START + table() + END + after)
+    else:
+        print(table(), end="")
+
+
+def table() -> str:
+    """One line for each mixer, one column for each layout, the worst relative difference, in Markdown."""
+    found: Measured = json.loads(RESULT.read_text())["worst"]
+    lines = []
+    for precision, layouts in found.items():
+        lines += [f"| {precision} | {' | '.join(layouts)} |", "|" + "---|" * (len(layouts) + 1)]
+        for mixer in next(iter(layouts.values())):
+            cells = (f"{max(mixers[mixer].values()):.0e}" for mixers in layouts.values())
+            lines.append(f"| `{mixer}` | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def write(found: Measured, steps: int, limits: dict[str, float]) -> None:
+    """Writes the result file."""
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    described: dict[str, Any] = {
+        "device": f"{platform.machine()} CPU, gloo",
+        "torch": torch.__version__,
+        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+        "steps": steps,
+        "limits": limits,
+        "worst": found,
+    }
+    RESULT.write_text(json.dumps(described, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main(sys.argv[1:])

@@ -1,0 +1,16 @@
+"""Where the processes of a run meet; without torch."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """An address that every process reaches, and the machine of this one.
+
+    is_hosted: the launcher keeps a store of keys there; otherwise rank 0 opens it.
+    """
+
+    address: str
+    port: int
+    is_hosted: bool
+    host: str

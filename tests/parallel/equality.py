@@ -1,0 +1,226 @@
+"""Some steps of training in any layout beside the same steps of one process, for a model of each mixer."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from conf.compose import group_options
+from model.initial import initial_values
+from model.language_model import LanguageModel
+from parallel.apply import Parallel
+from parallel.axes import Axes, open_axes
+from parallel.degrees import Degrees
+from parallel.placement import held_boxes
+from parallel.world import World
+from tests.parallel.layouts import EVEN, value_of
+from tests.train.runs import overrides_of
+from train.config import RunConfig
+from train.load import load_config
+from train.run import build_state, digest_samples, open_data
+from train.state import TrainState
+from train.step import train_step
+
+STEPS = 3
+# Every axis alone, then every pair of axes in at least one layout of several.
+LAYOUTS = {
+    "shard2": Degrees(dp_shard=2),
+    "replicate2": Degrees(dp_replicate=2),
+    "cp2": Degrees(cp=2),
+    "tp2": Degrees(tp=2),
+    "ep2": Degrees(dp_shard=2, ep=2),
+    "pp2": Degrees(pp=2),
+    "cp4-ep2": Degrees(cp=4, ep=2),
+    "replicate2-shard2-ep2": Degrees(dp_replicate=2, dp_shard=2, ep=2),
+    "pp2-shard2-ep2": Degrees(pp=2, dp_shard=2, ep=2),
+    "pp2-replicate2": Degrees(pp=2, dp_replicate=2),
+    "pp2-cp2-tp2": Degrees(pp=2, cp=2, tp=2),
+    "replicate2-cp2-tp2-ep2": Degrees(dp_replicate=2, cp=2, tp=2, ep=2),
+    "shard2-cp2-tp2-ep4": Degrees(dp_shard=2, cp=2, tp=2, ep=4),
+}
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
+MIXERS = tuple(sorted(group_options("mixer")))
+# What reads the choice of a layer before it stands behind one; any other before softmax attention.
+PATTERNS = {mixer: "dsa dsa_shared" if mixer == "dsa_shared" else f"{mixer} attn" for mixer in MIXERS}
+PRECISIONS = {"float64": "fp64", "float32": "fp32"}
+# float64 leaves rounding of sums in another order, float32 leaves more of it.
+LIMITS = {"float64": 1e-12, "float32": 1e-5}
+
+
+class Job(NamedTuple):
+    """One model in one layout. fault breaks one thing that layouts stand on."""
+
+    config: RunConfig
+    degrees: Degrees
+    fault: str = ""
+
+
+class Forgetful(Parallel):
+    """Leaves out the sum over what ranks of the tensor axis hold copies of."""
+
+    def sum_shared_gradients(self, axes: Axes) -> None:
+        """Does nothing."""
+
+
+class Block(NamedTuple):
+    """A block of a parameter, of its first moment, and where they lie in the whole; on one rank."""
+
+    name: str
+    box: Any
+    weight: Tensor
+    moment: Tensor
+
+
+class Run(NamedTuple):
+    """What one rank saw: numbers of every step, sample ids of every step, its blocks after the last."""
+
+    numbers: list[dict[str, float]]
+    loads: list[Tensor]
+    samples: list[str]
+    biases: dict[str, Tensor]
+    blocks: list[Block]
+
+
+def config_of(pattern: str, precision: str, dataset: Path, *more: str) -> RunConfig:
+    """A model with two layers or more of a pattern, routed experts and all losses."""
+    overrides = overrides_of(dataset, dataset, Path("unused"))
+    keys = (
+        *EVEN,
+        f"layout.pattern={pattern}",
+        "layout.ffn.pattern=moe dense",
+        f"precision={PRECISIONS[precision]}",
+        "model.width=32",
+        "moe.num_experts=8",
+        "residual.dropout=0.0",
+        # Every step is clipped, and the first already has the whole learning rate.
+        "optim.clip_norm=0.5",
+        "optim.lr=0.003",
+        "schedule.warmup_steps=0",
+        f"train.steps={STEPS + 1}",
+        *more,
+    )
+    return load_config([*overrides, *keys], 1)
+
+
+def on_rank(rank: int, size: int, jobs: list[Job]) -> list[Run]:
+    """The runs of this rank, one after the other."""
+    axes: dict[Degrees, Any] = {}
+    found = []
+    for job in jobs:
+        assert job.degrees.size == size, f"{job.degrees} on {size} processes"
+        if job.degrees not in axes:
+            axes[job.degrees] = open_axes(job.degrees, rank)
+        found.append(run(job, World(rank, size, torch.device("cpu"), axes[job.degrees])))
+    return found
+
+
+def run(job: Job, world: World) -> Run:
+    """STEPS steps from values that are never constant."""
+    config = laid_out(job.config, job.degrees)
+    loader = open_data(config, world.rank)
+    state = build_state(config, world)
+    fill(state, config)
+    if job.fault == "gradients of copies":
+        state.built = Forgetful(**vars(state.built))
+    rows, _ = config.rank_rows(world.axes.rows.size)
+    numbers, loads, samples = [], [], []
+    for _ in range(STEPS):
+        place = 0 if job.fault == "rows of the first" else world.axes.rows.rank
+        batch = loader.batch(state.cursor + place * rows, rows)
+        samples.append(digest_samples(batch, world))
+        result = train_step(state, batch, config, world)
+        assert not result.is_skipped
+        assert result.grad_norm > config.optim.clip_norm, f"{result.grad_norm} is not clipped"
+        numbers.append({"loss": result.loss, "norm": result.grad_norm, **result.auxiliary})
+        loads.append(result.load)
+    names = [name for name in state.built.state() if name.endswith("router.bias")]
+    biases = {name: state.built.state()[name].clone() for name in names}
+    return Run(numbers, loads, samples, biases, list(blocks_of(state)))
+
+
+def laid_out(config: RunConfig, degrees: Degrees) -> RunConfig:
+    """The config with the degrees of a layout."""
+    settings = {name: getattr(degrees, name) for name in AXES}
+    # Two micro-batches where a rank has the rows for them: a pipeline wants several.
+    micro = config.train.global_batch // degrees.rows // 2
+    train = config.train.model_copy(update={"micro_batch": max(1, micro)})
+    parallel = config.parallel.model_copy(update=settings)
+    return config.model_copy(update={"parallel": parallel, "train": train})
+
+
+def fill(state: TrainState, config: RunConfig) -> None:
+    """The same values in every layout, near the first ones. Mutates the parameters."""
+    with torch.device("meta"):
+        initials = initial_values(LanguageModel(config.architecture))
+    for name, parameter in state.built.named_parameters():
+        shape = state.built.placements[name].shape
+        state.built.fill(name, parameter, value_of(name, initials[name], shape))
+
+
+def blocks_of(state: TrainState) -> Iterable[Block]:
+    """What this rank holds of parameters, and of the running mean of their gradients."""
+    for name, parameter in state.built.named_parameters():
+        placement = state.built.placements[name]
+        moments = held_boxes(state.optimizer.state[parameter]["exp_avg"], placement)
+        for (weight, box), (moment, _) in zip(
+            held_boxes(parameter.detach(), placement), moments, strict=True
+        ):
+            yield Block(name, box, weight.clone(), moment.clone())
+
+
+class Apart(NamedTuple):
+    """Largest relative difference of each kind: loss, gradient norm, gradients, weights."""
+
+    loss: float
+    norm: float
+    gradient: float
+    weight: float
+
+    @property
+    def worst(self) -> float:
+        """The largest of all."""
+        return max(self)
+
+
+def compare(reference: Run, ranks: list[Run]) -> Apart:
+    """How far the run of a layout is from that of one process.
+
+    Raises AssertionError where what must be the same is not: sample ids, loads, biases of experts, copies
+    of one block on two ranks, or a part that no rank holds.
+    """
+    for rank in ranks:
+        assert rank.samples == reference.samples, "sample ids differ"
+        assert all(torch.equal(a, b) for a, b in zip(rank.loads, reference.loads, strict=True)), (
+            "loads differ"
+        )
+        for name, bias in rank.biases.items():
+            assert torch.equal(bias, reference.biases[name]), f"bias of {name} differs"
+        assert rank.numbers == ranks[0].numbers, "ranks report different losses"
+    numbers = list(zip(ranks[0].numbers, reference.numbers, strict=True))
+    assert all(a.keys() == b.keys() for a, b in numbers), "losses are missing"
+    losses = (relative(a[key], b[key]) for a, b in numbers for key in b if key != "norm")
+    norms = (relative(a["norm"], b["norm"]) for a, b in numbers)
+    weight = tensors_apart(reference, ranks, "weight")
+    moment = tensors_apart(reference, ranks, "moment")
+    return Apart(max(losses), max(norms), max(moment.values()), max(weight.values()))
+
+
+def relative(found: float, expected: float) -> float:
+    """Difference over size."""
+    return abs(found - expected) / abs(expected) if found != expected else 0.0
+
+
+def tensors_apart(reference: Run, ranks: list[Run], kind: str) -> Mapping[str, float]:
+    """The norm of the difference over the norm, for every parameter by name."""
+    expected = {block.name: getattr(block, kind) for block in reference.blocks}
+    found = {name: torch.full_like(whole, torch.nan) for name, whole in expected.items()}
+    for rank in ranks:
+        for block in rank.blocks:
+            whole, part = block.box.of_whole(found[block.name]), getattr(block, kind)
+            assert bool(((whole == part) | whole.isnan()).all()), f"copies of {block.name} differ"
+            whole.copy_(part)
+    for name, whole in found.items():
+        assert not whole.isnan().any(), f"no rank holds all of {name}"
+    return {name: ((found[name] - w).norm() / w.norm()).item() for name, w in expected.items()}

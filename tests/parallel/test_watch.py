@@ -1,0 +1,178 @@
+"""Processes that never come, end or hang: those that are left name them, in time, and end."""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+
+from tests.train.runs import free_port, spawn
+
+DEADLINE = 4  # seconds that a rank waits for another
+SPARE = 30  # seconds beside it: to start, to find out who it was, on a machine that is busy
+
+
+def work(rank: int, size: int, port: int, cut: dict[str, int], folder: str, steps: int, name: str) -> None:
+    """Sums over all ranks, again and again; counts the sums in a file. Rank 1 breaks after the third."""
+    import torch
+
+    from conf.errors import exit_on_error
+    from parallel.config import ParallelConfig
+    from parallel.meeting import Meeting
+    from parallel.world import open_world
+
+    file = os.open(f"{folder}/log.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    keys = {"data": "fsdp", "dp_replicate": 1, "dp_shard": -1, "cp": 1, "tp": 1, "ep": 1} | cut
+    config = ParallelConfig(**keys, reshard_after_forward=True, timeout_seconds=DEADLINE)
+    meeting = Meeting("127.0.0.1", port, is_hosted=False, host="here")
+    with exit_on_error(), open_world(config, rank, size, rank, meeting) as world:
+        for step in range(steps):
+            world.sum(torch.ones(4))
+            Path(f"{folder}/steps.{name}").write_text(str(step))
+            if Path(f"{folder}/break").exists() and rank == 1:
+                raise ValueError("broken here")
+            time.sleep(0.02)
+
+
+class Ranks:
+    """Processes of one world, each with a log of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.processes: dict[str, BaseProcess] = {}
+
+    def start(self, rank: int, size: int, name: str = "", steps: int = 10_000, **cut: int) -> None:
+        name = name or str(rank)
+        self.processes[name] = spawn(work, rank, size, self.port, cut, str(self.folder), steps, name)
+
+    def wait_until_all_work(self) -> None:
+        deadline = time.monotonic() + SPARE
+        while not all((self.folder / f"steps.{name}").exists() for name in self.processes):
+            assert time.monotonic() < deadline, [self.said(name) for name in self.processes]
+            time.sleep(0.01)
+
+    def said(self, name: str) -> str:
+        path = self.folder / f"log.{name}"
+        return path.read_text() if path.exists() else ""
+
+    def error(self, name: str) -> str:
+        lines = [line for line in self.said(name).splitlines() if line.startswith("error: ")]
+        assert "Traceback" not in self.said(name), self.said(name)
+        assert len(lines) == 1, self.said(name)
+        return lines[0]
+
+    def exit_code(self, name: str, seconds: float = DEADLINE + SPARE) -> int | None:
+        self.processes[name].join(seconds)
+        return self.processes[name].exitcode
+
+
+@pytest.fixture
+def ranks(tmp_path: Path) -> Iterator[Ranks]:
+    found = Ranks(tmp_path)
+    yield found
+    for process in found.processes.values():
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize(("present", "says"), [(0, "1 of 2 ranks did not come"), (1, "rank 0 did not open")])
+def test_a_rank_that_never_comes_is_named(ranks: Ranks, present: int, says: str) -> None:
+    ranks.start(present, 2)
+    assert ranks.exit_code(str(present)) == 75
+    said = ranks.error(str(present))
+    assert says in said
+    assert f"127.0.0.1:{ranks.port} within {DEADLINE} s" in said
+    if present == 0:
+        assert "rank 1;" in said
+
+
+def test_those_who_came_all_name_the_absent(ranks: Ranks) -> None:
+    for rank in (0, 2):
+        ranks.start(rank, 4)
+    for name in ("0", "2"):
+        assert ranks.exit_code(name) == 75
+        assert "2 of 4 ranks did not come" in ranks.error(name)
+        assert "rank 1, 3;" in ranks.error(name)
+
+
+def test_processes_of_two_sizes_are_refused(ranks: Ranks) -> None:
+    ranks.start(0, 2)
+    ranks.start(1, 3)
+    for name in ("0", "1"):
+        assert ranks.exit_code(name) == 64
+        assert "WORLD_SIZE" in ranks.error(name)
+        assert "rank 0 as one of 2, rank 1 as one of 3" in ranks.error(name)
+
+
+def test_a_rank_that_is_there_twice_is_refused(ranks: Ranks) -> None:
+    for name in ("first", "second"):
+        ranks.start(1, 2, name, steps=3)
+    ranks.start(0, 2, steps=3)
+    codes = {name: ranks.exit_code(name) for name in ("first", "second")}
+    assert sorted(codes.values(), key=str) == [0, 64]
+    refused = next(name for name, code in codes.items() if code == 64)
+    assert "both say that they are rank 1" in ranks.error(refused)
+    assert ranks.exit_code("0") == 0
+
+
+def test_a_port_that_is_taken_is_refused(ranks: Ranks) -> None:
+    with socket.socket(socket.AF_INET6) as owner:
+        owner.bind(("::", ranks.port))
+        owner.listen()
+        ranks.start(0, 2)
+        assert ranks.exit_code("0") == 64
+    assert "MASTER_PORT" in ranks.error("0")
+    assert f"127.0.0.1:{ranks.port}" in ranks.error("0")
+
+
+@pytest.mark.parametrize("victim", [0, 3])
+@pytest.mark.parametrize(
+    ("number", "what"),
+    [
+        # Rank 0 keeps the store: without it there is nobody to ask.
+        (signal.SIGKILL, ("the connection to it is lost", "ended without a word")),
+        (signal.SIGSTOP, ("hangs",)),
+    ],
+    ids=["killed", "stopped"],
+)
+def test_every_rank_that_is_left_names_the_lost_one(
+    ranks: Ranks, victim: int, number: int, what: tuple[str, ...]
+) -> None:
+    for rank in range(4):
+        ranks.start(rank, 4, cp=2, tp=2)
+    ranks.wait_until_all_work()
+    os.kill(ranks.processes[str(victim)].pid or 0, number)
+    since = time.monotonic()
+    for rank in {0, 1, 2, 3} - {victim}:
+        assert ranks.exit_code(str(rank)) == 75, ranks.said(str(rank))
+        said = ranks.error(str(rank))
+        assert f"rank {victim} (cp {victim // 2}, tp {victim % 2})" in said, said
+        assert any(text in said for text in what), said
+    assert time.monotonic() - since < DEADLINE + SPARE
+
+
+def test_an_error_of_one_rank_is_told_by_the_others(ranks: Ranks, tmp_path: Path) -> None:
+    for rank in range(3):
+        ranks.start(rank, 3)
+    ranks.wait_until_all_work()
+    (tmp_path / "break").touch()
+    for name in ("0", "2"):
+        assert ranks.exit_code(name) == 75, ranks.said(name)
+        assert "rank 1 (dp_shard 1)" in ranks.error(name)
+        assert "failed: ValueError: broken here" in ranks.error(name)
+    assert ranks.exit_code("1") not in (0, 75)
+    assert 'raise ValueError("broken here")' in ranks.said("1")
+
+
+def test_ranks_that_are_done_end_well(ranks: Ranks) -> None:
+    for rank in range(3):
+        ranks.start(rank, 3, steps=5)
+    for rank in range(3):
+        assert ranks.exit_code(str(rank)) == 0, ranks.said(str(rank))
+        assert not ranks.said(str(rank))
