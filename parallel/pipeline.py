@@ -170,6 +170,8 @@ class Pipeline:
         # The schedule splits tensors only, so each micro-batch travels as its place.
         places = torch.arange(self.plan.micro_batches)
         self._schedule.step(place=places, target=places, return_outputs=False)
+        for stage in self.stages:
+            _lay_out_gradients(stage)
         self._sum_copies()
         return self._joined([stage.end() for stage in self.stages])
 
@@ -241,6 +243,15 @@ class Pipeline:
             total = added(total, losses._replace(auxiliary=auxiliary))
         assert total is not None, "a rank has a stage at least"
         return total
+
+
+def _lay_out_gradients(stage: Stage) -> None:
+    # A split backward leaves gradients with the strides that they came with; fused optimizers read them with
+    # those of the parameter.
+    for parameter in stage.parameters():
+        grad = parameter.grad
+        if grad is not None and grad.stride() != parameter.stride():
+            parameter.grad = torch.empty_like(parameter).copy_(grad)
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -43,7 +43,7 @@ LAYOUTS = {
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
 MIXERS = tuple(sorted(group_options("mixer")))
 # What reads the choice of a layer before it stands behind one; any other before softmax attention.
-PATTERNS = {mixer: "dsa dsa_shared" if mixer == "dsa_shared" else f"{mixer} attn" for mixer in MIXERS}
+PATTERNS = {mixer: f"{mixer} attn" for mixer in MIXERS} | {"dsa_shared": "attn dsa dsa_shared"}
 PRECISIONS = {"float64": "fp64", "float32": "fp32"}
 # float64 leaves rounding of sums in another order, float32 leaves more of it.
 LIMITS = {"float64": 1e-12, "float32": 1e-5}
@@ -84,11 +84,12 @@ class Run(NamedTuple):
 
 
 def config_of(pattern: str, precision: str, dataset: Path, *more: str) -> RunConfig:
-    """A model with two layers or more of a pattern, routed experts and all losses."""
+    """A model with the layers of a pattern, routed experts and all losses."""
     overrides = overrides_of(dataset, dataset, Path("unused"))
     keys = (
         *EVEN,
         f"layout.pattern={pattern}",
+        f"model.depth={len(pattern.split())}",
         "layout.ffn.pattern=moe dense",
         f"precision={PRECISIONS[precision]}",
         "model.width=32",

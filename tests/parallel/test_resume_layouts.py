@@ -1,5 +1,6 @@
 """A run that is saved in one layout goes on in another as if nothing had been."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,19 +18,26 @@ from train.config import RunConfig
 from train.run import build_state, digest_samples, open_data, resume, save
 from train.step import train_step
 
-# Each takes the run on from the one before: data, expert, tensor and context parallelism come and go.
+# Each takes the run on from the one before: every axis comes and goes.
 CHAIN = (
     Degrees(),
     Degrees(dp_shard=2, ep=2),
     Degrees(tp=2),
     Degrees(cp=2),
+    Degrees(pp=2, dp_shard=2, ep=2),
     Degrees(cp=2, tp=2, ep=4),
     Degrees(),
+    Degrees(pp=2, tp=2),
     Degrees(cp=2, tp=2, ep=2),
     Degrees(dp_replicate=2, dp_shard=2, ep=2),
     Degrees(tp=2, ep=2),
 )
 EACH = 2  # steps in a layout
+# One rank has both ends of the pipeline, and so the shared table twice.
+TIED = (
+    *("model.has_tied_embeddings=true", "parallel.pp_schedule=zero_bubble_v", "model.prediction.depth=1"),
+    *("residual=hyper", "model.depth=4"),
+)
 
 
 class Step(NamedTuple):
@@ -80,17 +88,36 @@ def uninterrupted(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -
 def test_a_run_goes_on_in_any_other_layout(
     config: RunConfig, uninterrupted: list[Step], tmp_path: Path
 ) -> None:
+    check_chain(config, CHAIN, uninterrupted, tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize("forgets", ["", "twins"])
+def test_a_table_at_both_ends_of_a_pipeline_goes_on(
+    short_documents: Path, tmp_path: Path, forgets: str
+) -> None:
+    config = config_of("gdn attn", "float64", short_documents, f"train.steps={4 * EACH + 1}", *TIED)
+    (steps,) = run_world(1, go_on, config, Degrees(), tmp_path / "one", 3 * EACH)
+    chain = (Degrees(pp=2), Degrees(), Degrees(pp=2))
+    if not forgets:
+        check_chain(config, chain, steps, tmp_path / "checkpoints")
+        return
+    with pytest.raises(AssertionError):
+        check_chain(config, chain, steps, tmp_path / "checkpoints", forgets)
+
+
+def check_chain(
+    config: RunConfig, chain: Sequence[Degrees], expected: list[Step], directory: Path, forgets: str = ""
+) -> None:
     limit = LIMITS[config.precision.compute]
-    for turn, degrees in enumerate(CHAIN):
+    for turn, degrees in enumerate(chain):
         until = EACH * (turn + 1)
-        ranks = run_world(degrees.size, go_on, config, degrees, tmp_path / "checkpoints", until)
+        ranks = run_world(degrees.size, go_on, config, degrees, directory, until, forgets)
         assert all(steps == ranks[0] for steps in ranks)
-        for step, found in enumerate(ranks[0], EACH * turn):
-            expected = uninterrupted[step]
-            assert found.samples == expected.samples, (degrees, step)
-            assert found.loss == pytest.approx(expected.loss, rel=limit), (degrees, step)
+        for found, other in zip(ranks[0], expected[EACH * turn :], strict=False):
+            assert found.samples == other.samples, degrees
+            assert found.loss == pytest.approx(other.loss, rel=limit), degrees
             # The norm sums squares of gradients of all sizes, through all steps before.
-            assert found.norm == pytest.approx(expected.norm, rel=10 * limit), (degrees, step)
+            assert found.norm == pytest.approx(other.norm, rel=10 * limit), degrees
 
 
 @pytest.mark.parametrize("what", ["cursor", "optimizer", "bias"])
