@@ -187,7 +187,13 @@ def test_a_storage_moves_once_and_parameters_stay() -> None:
     assert not Hooks.unpack(later).any()
 
 
-@pytest.mark.parametrize("keeping", ["full", "every half", "offload beside recompute"])
+@pytest.mark.parametrize(
+    "keeping",
+    [
+        *(pytest.param(name, marks=pytest.mark.prove) for name in ("full", "every half")),
+        "offload beside recompute",
+    ],
+)
 def test_a_layout_equals_one_process(keeping: str) -> None:
     config, degrees = architecture_of(mixers=LAYOUT_MIXERS.get(keeping)), Degrees(cp=2, tp=2, ep=2)
     reference = alone(config)

@@ -78,8 +78,7 @@ REFUSALS = {
         ("parallel.tp=4", "parallel.cp=4"),
         6,
         "parallel.tp",
-        "dp_replicate 1 x cp 4 x tp 4 = 16 does not divide the 6 processes started; lower them, or start a "
-        "multiple of 16",
+        "cp 4 x tp 4 = 16 does not divide the 6 processes started; lower them, or start a multiple of 16",
         values(None, 16, 32),
     ),
     "shards": Refusal(
