@@ -187,6 +187,10 @@ def summaries(scan: dict[str, Tensor], mamba: dict[str, Tensor], grad_out: Tenso
 
 CALLS = calls()
 ARGUMENTS = [(name, tensor) for name, call in CALLS.items() for tensor in call.tensors]
+# Of these, those that another argument knows a dim of.
+BOUND = [(name, tensor) for name, tensor in ARGUMENTS if tensor not in CALLS[name].lone]
+# An open annotation takes any number of dims, but not another number than its companions.
+COUNTED = [(name, tensor) for name, tensor in BOUND if name not in {"rms_norm", "gated_rms_norm"}]
 
 
 def run(call: Call, **changed: Any) -> tuple[Tensor, ...]:
@@ -208,23 +212,19 @@ def test_the_calls_themselves_work(name: str) -> None:
     assert all(torch.isfinite(part.float()).all() for part in run(CALLS[name]))
 
 
-@pytest.mark.parametrize(("name", "argument"), ARGUMENTS)
+@pytest.mark.parametrize(("name", "argument"), COUNTED)
 def test_a_dim_too_many_or_too_few_is_refused(name: str, argument: str) -> None:
     call = CALLS[name]
     x = call.tensors[argument]
     for changed in (x[None], x[0]):
-        # An open annotation takes any number of dims, but not another number than its companions.
-        if not (argument in call.lone or name in {"rms_norm", "gated_rms_norm"}):
-            with pytest.raises(ValueError, match=rf"^{argument}: expected .*, found \("):
-                run(call, **{argument: changed})
+        with pytest.raises(ValueError, match=rf"^{argument}: expected .*, found \("):
+            run(call, **{argument: changed})
 
 
-@pytest.mark.parametrize(("name", "argument"), ARGUMENTS)
+@pytest.mark.parametrize(("name", "argument"), BOUND)
 def test_a_dim_of_another_size_is_refused(name: str, argument: str) -> None:
     call = CALLS[name]
     x = call.tensors[argument]
-    if argument in call.lone:
-        pytest.skip("nothing else says how long its dims are")
     longer = (torch.cat((x, x.narrow(dim, 0, 1)), dim) for dim in range(x.ndim))
     refusals = [message for changed in longer if (message := refusal(call, **{argument: changed}))]
     assert refusals
@@ -242,7 +242,7 @@ def test_another_kind_of_number_or_device_is_refused(name: str, argument: str) -
     if len(call.tensors) > 1:
         with pytest.raises(ValueError, match=r"^\w+: expected on (cpu|meta), .*, found (cpu|meta)"):
             run(call, **{argument: x.to("meta")})
-    with pytest.raises(ValueError, match=rf"^{argument}: expected a tensor, found str|v: expected"):
+    with pytest.raises(ValueError, match=rf"^{argument}: expected .*, found (str|'text')"):
         run(call, **{argument: "text"})
 
 
@@ -275,8 +275,12 @@ EMPTY = [
 @pytest.mark.parametrize("name", EMPTY)
 def test_no_tokens_are_refused(name: str) -> None:
     call = CALLS[name]
-    shorter = {key: x[:, :0] for key, x in call.tensors.items() if x.ndim > 1 and x.shape[:2] == (B, T)}
-    with pytest.raises(ValueError, match=r"at least one token|expected"):
+    shorter = {
+        key: x[:, :0]
+        for key, x in call.tensors.items()
+        if x.ndim > 1 and x.shape[0] in (1, B) and x.shape[1] == T
+    }
+    with pytest.raises(ValueError, match=r"at least one token"):
         run(call, **shorter)
 
 
@@ -288,4 +292,5 @@ def test_strides_change_nothing(name: str) -> None:
         wide = torch.empty(*x.shape, 2, dtype=x.dtype)
         strided[key] = wide[..., 1].copy_(x)
     for found, expected in zip(run(call, **strided), run(call), strict=True):
+        # Products of strided matrices may add in another order: some roundings of float32.
         assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
