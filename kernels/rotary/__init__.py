@@ -50,7 +50,7 @@ def rotate(
     Raises ValueError for tables of another shape, and for no tokens.
     """
     dim = x.shape[-1]
-    require(x.shape[1] > 0, "x", "at least one token", x.shape[1])
+    require(x.shape[1] > 0, "x", "at least one token", tuple(x.shape))
     require(2 * cos.shape[-1] <= dim, "cos", f"at most {dim // 2} angles", cos.shape[-1])
     if takes_triton("rotary", x):
         from kernels.rotary.triton import rotate_triton
