@@ -47,10 +47,9 @@ def rotate(
     half_split: dim m pairs with dim m + R. interleaved: dim 2 m pairs with dim 2 m + 1. Cosines and sines get
     no gradient.
 
-    Raises ValueError for tables of another shape, and for no tokens.
+    Raises ValueError for tables of another shape.
     """
     dim = x.shape[-1]
-    require(x.shape[1] > 0, "x", "at least one token", tuple(x.shape))
     require(2 * cos.shape[-1] <= dim, "cos", f"at most {dim // 2} angles", cos.shape[-1])
     if takes_triton("rotary", x):
         from kernels.rotary.triton import rotate_triton

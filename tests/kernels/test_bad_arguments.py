@@ -265,10 +265,13 @@ def test_documents_out_of_order_are_refused(name: str) -> None:
         run(CALLS[name], document=document)
 
 
+# A short row has no compressed entries to turn, so none is not too few there.
 EMPTY = [
     name
     for name, call in CALLS.items()
-    if {"q", "x"} & set(call.tensors) and B in next(iter(call.tensors.values())).shape[:1]
+    if name != "rotate"
+    and {"q", "x"} & set(call.tensors)
+    and B in next(iter(call.tensors.values())).shape[:1]
 ]
 
 
