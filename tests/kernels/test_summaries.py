@@ -17,7 +17,7 @@ from kernels.selective_scan.summary import selective_scan_start_gradient, select
 from tests.closeness import relative
 
 ROWS, GROUPS, HEADS, KEY_DIM, VALUE_DIM = 2, 2, 4, 16, 3
-LIMIT = 1e-12
+LIMIT = 1e-12  # float64, sums in another order
 DOCUMENTS = ("none", "one", "many", "last token")
 DECAYS = ("head", "channel", "with zeros")
 Recurrence = Callable[[Tensor, float], tuple[Tensor, Tensor]]
