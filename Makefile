@@ -50,7 +50,7 @@ prove: $(VENV)/test.ready $(VENV)/triton-$(TRITON_NEWEST).ready
 	PYTHONPATH=$(VENV)/triton-$(TRITON_NEWEST) TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m kernels.compiled
 	$(BIN)/python -m pytest -m prove $(TESTS)
 
-# Two precisions by thirteen layouts by all mixers; `make prove` runs six that cover most pairs of axes.
+# Two precisions by thirteen layouts by all mixers; `make prove` runs five in float64.
 equality: $(VENV)/test.ready
 	$(BIN)/python -m pytest -m equality tests/parallel/test_equality.py
 	$(BIN)/python -m bench.equality write

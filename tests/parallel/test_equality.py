@@ -31,7 +31,6 @@ PROVEN = (
     ("float64", "shard2-cp2-tp2-ep4"),
     ("float64", "pp2-shard2-ep2"),
     ("float64", "pp2-cp2-tp2"),
-    ("float32", "shard2-cp2-tp2-ep4"),
 )
 CASES = [
     pytest.param(
