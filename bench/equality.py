@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from bench.readme import show
 from conf.errors import exit_on_error
 
-README, RESULT = Path("README.md"), Path("bench/results/equality.json")
-START, END = "<!-- equality -->\n", "<!-- /equality -->\n"
+RESULT = Path("bench/results/equality.json")
 
 # Kind of difference by precision, layout and mixer.
 Measured = dict[str, dict[str, dict[str, dict[str, float]]]]
@@ -24,12 +24,7 @@ Measured = dict[str, dict[str, dict[str, dict[str, float]]]]
 
 def main(arguments: list[str]) -> None:
     """Prints or writes the table."""
-    if arguments == ["write"]:
-        before, _, rest = README.read_text().partition(START)
-        after = rest.partition(END)[2]
-        README.write_text(before + START + table() + END + after)
-    else:
-        print(table(), end="")
+    show(table(), "equality", arguments)
 
 
 def table() -> str:

@@ -4,25 +4,17 @@
 """
 
 import sys
-from pathlib import Path
 
+from bench.readme import show
 from conf.compose import compose, group_options
 from conf.errors import exit_on_error
 from model.config import Architecture
 from model.count import count
 
-README = Path("README.md")
-START, END = "<!-- systems -->\n", "<!-- /systems -->\n"
-
 
 def main(arguments: list[str]) -> None:
     """Prints or writes the table."""
-    if arguments == ["write"]:
-        before, _, rest = README.read_text().partition(START)
-        after = rest.partition(END)[2]
-        README.write_text(before + START + table() + END + after)
-    else:
-        print(table(), end="")
+    show(table(), "systems", arguments)
 
 
 def table() -> str:
