@@ -95,7 +95,7 @@ def train(
     meter = Meter(config, world.device, world.size)
     rows, micro = config.rank_rows(world.axes.rows.size)
     first = world.axes.rows.rank * rows
-    is_predicting = config.model.prediction.depth > 0
+    ahead = config.model.prediction.depth
     upcoming = loader.prefetch(state.cursor + first, rows)
     while state.step < config.train.steps:
         meter.start_step()
@@ -105,15 +105,13 @@ def train(
         meter.end_data()
         samples = digest_samples(batch, world)
         result = train_step(state, batch, config, world)
-        metrics = step_metrics(state, result, meter, samples, is_predicting=is_predicting)
-        tracker.log(state.step, metrics)
+        tracker.log(state.step, step_metrics(state, result, meter, samples, is_predicting=ahead > 0))
         check_numerics(state, result, config)
 
         is_last = state.step == config.train.steps
         has_held_out = loader.held_out_rows > 0
         if has_held_out and state.step % config.train.evaluate_every == 0 and not is_last:
-            windows, ahead = config.train.evaluate_rows, config.model.prediction.depth
-            runner = state.built.runner
+            windows, runner = config.train.evaluate_rows, state.built.runner
             held_out = evaluate(runner, loader, world, rows=windows, micro_batch=micro, predicted=ahead)
             tracker.log_evaluation(state.step, held_out._asdict())
         must_stop = is_requested(interrupt, world) and not is_last
