@@ -8,6 +8,9 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from kernels.shapes import of_shapes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -71,7 +74,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     """The function, which raises ValueError for tensors that do not fit the annotations of its signature.
 
     Shapes and dtypes are those of jaxtyping; dims of one name are equal over all arguments, and all tensors
-    are on the device of the first. Whole numbers are int32 or int64.
+    are on the device of the first. Whole numbers are int32 or int64. Tensors that are shapes alone
+    (FakeTensorMode) give tensors that are shapes alone.
     """
     parameters = inspect.signature(function).parameters
     shapes = {name: _shapes(parameter.annotation) for name, parameter in parameters.items()}
@@ -91,6 +95,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
                 continue
             device = value.device if device is None else device
             _check(name, value, shapes[name], sizes, device)
+        if any(isinstance(value, FakeTensor) for value in (*args, *kwargs.values())):
+            return of_shapes(function, *args, **kwargs)
         return function(*args, **kwargs)
 
     return call

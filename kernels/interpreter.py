@@ -1,4 +1,4 @@
-"""Triton's interpreter with bfloat16 that rounds as the hardware does.
+"""Triton's interpreter with bfloat16 that rounds as the hardware does, and without work done twice.
 
 The interpreter keeps bfloat16 as its 16 bits and then calculates with these bits as if they were whole
 numbers. Here every operation widens to float32 first and rounds to nearest even after.
@@ -6,6 +6,8 @@ numbers. Here every operation widens to float32 first and rounds to nearest even
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace as with_fields
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -63,6 +65,7 @@ def corrected() -> Iterator[None]:
         tensor.__index__ = lambda self: self.handle.data.item()
 
     stack.enter_context(patch.object(interpreter, "_patch_lang_tensor", with_index))
+    _save_time(stack)
 
     @replace("binary_op")
     def _(self, lhs, rhs, op):
@@ -115,3 +118,39 @@ def corrected() -> Iterator[None]:
 
     with stack:
         yield
+
+
+def _save_time(stack: ExitStack) -> None:
+    """Leaves out what the interpreter does anew at every call. Mutates it until the stack ends."""
+    # Which attributes of a module are operations is looked up at every call of every device function.
+    names: dict[object, list[str]] = {}
+
+    def patch_operations(pkg: Any, builder: Any, *scope: Any) -> None:
+        if pkg not in names:
+            names[pkg] = [name for name in dir(pkg) if tl.core.is_builtin(getattr(pkg, name, None))]
+        for name in names[pkg]:
+            member = getattr(pkg, name)
+            if tl.core.is_builtin(member):
+                interpreter._patch_attr(pkg, name, member, builder, *scope)
+
+    stack.enter_context(patch.object(interpreter, "_patch_builtin", patch_operations))
+    patch_language = interpreter._patch_lang
+
+    def patch_language_once(function: Any) -> Any:
+        # A launch has done so for the functions that its kernel calls.
+        if tl.core.is_builtin(tl.load) or tl.core.is_builtin(tl.core.load):
+            return patch_language(function)
+        return interpreter._LangPatchScope()
+
+    stack.enter_context(patch.object(interpreter, "_patch_lang", patch_language_once))
+    stock_dtype = interpreter._get_np_dtype
+    dtype_of_scalar = cache(stock_dtype)
+
+    def dtype_of(kind: Any) -> np.dtype:
+        return dtype_of_scalar(kind) if type(kind) is tl.dtype else stock_dtype(kind)
+
+    stack.enter_context(patch.object(interpreter, "_get_np_dtype", dtype_of))
+    # Sums and products of integers are computed twice to see an overflow, which small shapes never have.
+    builder = interpreter.interpreter_builder
+    options = with_fields(builder.options, sanitize_overflow=False)
+    stack.enter_context(patch.object(builder, "options", options))

@@ -52,8 +52,11 @@ def at_places(x: Int[Tensor, "B S"], places: Int[Tensor, "B T"] | None) -> Int[T
 
 
 def spans(places: Int[Tensor, "B T"] | None, queries: int, size: int) -> list[Span]:
-    """Neighbouring queries, at most `size` at a time; with places the host waits for them once."""
-    if places is None:
+    """Neighbouring queries, at most `size` at a time; with places the host waits for them once.
+
+    Places on the meta device are taken for the first tokens of the row: only shapes follow from them.
+    """
+    if places is None or places.is_meta:
         starts = range(0, queries, size)
         return [Span(a, min(a + size, queries), a, min(a + size, queries)) for a in starts]
     jumps = places.diff(dim=1).amax(0) > GAP

@@ -1,6 +1,7 @@
 """The language model: embedding, blocks, norm, head, and modules that predict further ahead."""
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Items
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from kernels.cross_entropy import Form as LossForm
 from model.block import Block, Carry, Notes
 from model.config import Architecture
+from model.layout import DENSE, NONE, Layer
 from model.linear import Initial
 from model.mixer import Sequence
 from model.moe.router import Router
@@ -65,16 +67,16 @@ class Part(nn.Module):
     """
 
     def __init__(
-        self, config: Architecture, dtype: torch.dtype = torch.float32, layers: range | None = None
+        self, config: Architecture, dtype: torch.dtype = torch.float32, layers: Items[int] | None = None
     ) -> None:
-        """`layers` are all by default."""
+        """`layers` are all by default, ascending; a rehearsal leaves out some that are like others."""
         super().__init__()
         self.config, self.dtype = config, dtype
         # Set from outside where ranks share out the vocabulary.
         self.vocabulary: Vocabulary = WholeVocabulary()
         shape, residual = config.model, config.residual
         self.layers = range(shape.depth) if layers is None else layers
-        self.is_first, self.is_last = self.layers.start == 0, self.layers.stop == shape.depth
+        self.is_first, self.is_last = self.layers[0] == 0, self.layers[-1] == shape.depth - 1
         size = (shape.vocab_size, shape.width, shape.init_std)
         reads_embedding = self.is_last and (shape.has_tied_embeddings or shape.prediction.depth > 0)
         self.embed = Table(*size) if self.is_first or reads_embedding else None
@@ -161,9 +163,6 @@ class Part(nn.Module):
 class LanguageModel(Part):
     """A decoder over tokens: all of its layers."""
 
-    def __init__(self, config: Architecture, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(config, dtype)
-
     def forward(self, tokens: Int[Tensor, "B T"], sequence: Sequence | None = None) -> Float[Tensor, "B T V"]:
         """Logits of the next token at every position. Without `sequence` every row is one document."""
         stream, _ = self._run(None, sequence or Sequence.whole(tokens))
@@ -175,6 +174,16 @@ class LanguageModel(Part):
     ) -> Losses:
         """The training losses as sums. Targets of -100 count nothing."""
         return self.part_loss(None, targets, sequence or Sequence.whole(tokens))[1]
+
+
+def loss_names(config: Architecture) -> list[str]:
+    """The names of the auxiliary losses that a model has in training, sorted."""
+    ahead = config.model.prediction
+    layers = [*config.layers, *[Layer(ahead.mixer, ahead.ffn)] * ahead.depth]
+    names = {name for layer in layers if layer.mixer != NONE for name in config.mixer[layer.mixer].losses}
+    if any(layer.ffn not in (DENSE, NONE) for layer in layers):
+        names |= {"balance", "router_z"}
+    return sorted(names)
 
 
 def _collected(notes: list[Notes], like: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:

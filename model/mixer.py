@@ -153,6 +153,10 @@ class MixerConfig(Config, ABC):
         parts = {name: max(1, getattr(self, name) // degree) for name in (*self.spread, *self.shared)}
         return self.model_copy(update=parts)
 
+    def sharers(self, degree: int) -> int:
+        """How many neighbouring ranks of `degree` have the same one of what ranks may share."""
+        return max([1, *(degree // getattr(self, name) for name in self.shared)])
+
     def _most_ranks(self) -> int:
         return min((getattr(self, name) for name in self.spread), default=1)
 
@@ -198,6 +202,11 @@ class MixerConfig(Config, ABC):
     def selection(self) -> Literal["makes", "reads"] | None:
         """Whether the module chooses keys that later layers may share, or reads the last choice."""
         return None
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """The names of the losses that the module reports in training."""
+        return ()
 
 
 @cache

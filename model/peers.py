@@ -23,8 +23,17 @@ class Peers(Protocol):
         """Into how many shares the heads are cut."""
         ...
 
+    @property
+    def sharers(self) -> int:
+        """How many neighbouring shares have the same key head, each with other query heads of its group."""
+        ...
+
     def sum(self, x: Tensor) -> Tensor:
         """x summed over the shares; so is its gradient."""
+        ...
+
+    def sum_group(self, x: Tensor) -> Tensor:
+        """x summed over the sharers of a key head; so is its gradient. All shares must call."""
         ...
 
     def join(self, x: Tensor, dim: int) -> Tensor:
@@ -35,9 +44,13 @@ class Peers(Protocol):
 class Alone:
     """All heads are here."""
 
-    rank, size = 0, 1
+    rank, size, sharers = 0, 1, 1
 
     def sum(self, x: Tensor) -> Tensor:
+        """x itself."""
+        return x
+
+    def sum_group(self, x: Tensor) -> Tensor:
         """x itself."""
         return x
 

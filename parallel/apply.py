@@ -1,6 +1,6 @@
 """A plain model made parallel from outside, in one visible order."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage
 from torch.distributed.tensor import DTensor
 
 from model.block import Block
@@ -115,27 +116,47 @@ def build_parallel(
 
     dtypes are those of the parameters and of the computation.
     """
+    built, initials = arrange(config, dtypes, parallel, world, work)
+    for part in built.parts:
+        part.to_empty(device=world.device)
+    _initialise(built, initials, seed)
+    return built
+
+
+def arrange(
+    config: Architecture,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    parallel: ParallelConfig,
+    world: World,
+    work: Work,
+    kept: Collection[int] | None = None,
+    link: type[PipelineStage] = PipelineStage,
+) -> tuple[Parallel, dict[str, Initial]]:
+    """The model of this rank on the meta device, without memory, and how its whole parameters start.
+
+    kept are the layers that it has; a rehearsal leaves out those that are like others. All by default. link
+    ties stages of a pipeline.
+    """
     axes, plan = world.axes, parallel.plan(work.micro_batches)
+    kept = range(config.model.depth) if kept is None else kept
     with torch.device("meta"):
-        whole = LanguageModel(config, dtypes[1])
+        whole = LanguageModel(config, dtypes[1], sorted(kept))
         parts: list[Part] = [whole]
         if plan is not None:
-            layers = stage_layers(config, plan, work.tokens, parallel.pp_layout)
+            cut = stage_layers(config, plan, work.tokens, parallel.pp_layout)
+            layers = [[layer for layer in stage if layer in kept] for stage in cut]
             parts = [*build_stages(config, dtypes[1], plan, axes.pp.rank, layers)]
     initials, names = initial_values(whole), frozenset(whole.state_dict())
     placements: dict[str, Placement] = {}
     for part in parts:
         part.to(dtypes[0])
         placements |= _spread(part, config, parallel, world)
-        part.to_empty(device=world.device)
     runner: Runner = WholeModel(whole)
     if plan is not None:
         stages = [part for part in parts if isinstance(part, Stage)]
         shape = (work.rows, work.tokens // axes.cp.size)
-        runner = Pipeline(stages, axes.pp, plan, shape, world.device, axes.tp.size)
-    built = Parallel(tuple(parts), placements, runner, names)
-    _initialise(built, initials, seed)
-    return built
+        runner = Pipeline(stages, axes.pp, plan, shape, world.device, axes.tp.size, link)
+    return Parallel(tuple(parts), placements, runner, names), initials
 
 
 def _spread(part: Part, config: Architecture, parallel: ParallelConfig, world: World) -> dict[str, Placement]:
@@ -146,7 +167,7 @@ def _spread(part: Part, config: Architecture, parallel: ParallelConfig, world: W
         placements = spread_tensors(part, config, axes.tp)
     placements |= spread_experts(part, axes)
     keep_less(part, parallel)
-    if world.size > 1:
+    if world.size > 1 and parallel.data == "fsdp":
         shard_data(part, axes, world.device.type, reshard_after_forward=parallel.reshard_after_forward)
     for router in part.routers():
         router.sum_load = partial(sum_over, axis=axes.tokens)

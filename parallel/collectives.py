@@ -7,6 +7,7 @@ the axis must call, in the same order, in forward and in backward.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -42,11 +43,67 @@ def sum_over(x: Tensor, axis: Axis) -> Tensor:
     return x if axis.size == 1 else cast(Tensor, _Sum.apply(x, axis))
 
 
+def sum_neighbours(x: Tensor, axis: Axis, count: int) -> Tensor:
+    """x summed over the `count` neighbours along the axis that this rank is one of. Adjoint: the same.
+
+    All of them get the same bits. Ranks of the whole axis must call, with as many numbers each: groups of
+    neighbours have no process group of their own.
+    """
+    if count == 1:
+        return x
+    if count == axis.size:
+        return sum_over(x, axis)
+    flat = torch.nn.functional.pad(x.flatten(), (0, -x.numel() % count))
+    first, piece = axis.rank // count * count, flat.numel() // count
+    counts = [piece * (first <= rank < first + count) for rank in range(axis.size)]
+    # Each sums a piece, and gives it to the others.
+    own = exchange(flat, axis, counts, counts).view(count, piece).sum(0)
+    return exchange(own.repeat(count), axis, counts, counts)[: x.numel()].view(x.shape)
+
+
 def exchange(x: Tensor, axis: Axis, sent: Sequence[int], received: Sequence[int]) -> Tensor:
     """Rows of x sent in order of rank, `sent` to each, and `received` from each. Adjoint: the way back."""
     if axis.size == 1:
         return x
     return cast(Tensor, _Exchange.apply(x, axis, list(sent), list(received)))
+
+
+@dataclass
+class Journey:
+    """An exchange under way, that of rows and later that of their gradients."""
+
+    axis: Axis
+    sent: list[int]
+    received: list[int]
+    work: dist.Work | None = None
+    returned: Tensor | None = None
+
+    def start(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        """What will be there after `wait`."""
+        out = x.new_empty(sum(received), *x.shape[1:])
+        self.work = dist.all_to_all_single(
+            out, x.contiguous(), received, sent, group=self.axis.group, async_op=True
+        )
+        return out
+
+    def wait(self) -> None:
+        """Waits for the exchange that was started last; on a GPU its stream does."""
+        assert self.work is not None, "nothing was started"
+        self.work.wait()
+
+
+def depart(x: Tensor, axis: Axis, sent: Sequence[int], received: Sequence[int]) -> tuple[Tensor, Journey]:
+    """`exchange` begun: what it will give, to be read only by `arrive`. What is called between overlaps it.
+
+    Backward, the gradients of all that is called between overlap the way back.
+    """
+    journey = Journey(axis, list(sent), list(received))
+    return cast(Tensor, _Depart.apply(x, journey)), journey
+
+
+def arrive(x: Tensor, journey: Journey) -> Tensor:
+    """What `depart` gave, now that it is there."""
+    return cast(Tensor, _Arrive.apply(x, journey))
 
 
 def gathered(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
@@ -124,3 +181,30 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         return exchanged(grads[0], ctx.axis, ctx.received, ctx.sent), None, None, None
+
+
+class _Depart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, journey: Journey) -> Tensor:
+        ctx.journey = journey
+        return journey.start(x, journey.sent, journey.received)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        # Begun by _Arrive; what came along the graph only has the shape of what was sent.
+        ctx.journey.wait()
+        return ctx.journey.returned, None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, journey: Journey) -> Tensor:
+        ctx.journey = journey
+        journey.wait()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        journey = ctx.journey
+        journey.returned = journey.start(grads[0], journey.received, journey.sent)
+        return grads[0], None

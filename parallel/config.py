@@ -11,6 +11,7 @@ from data.config import SHORTEST_ROW
 from parallel.degrees import ORDER, Degrees
 from parallel.plans import Plan, ScheduleName, fewest_chunks, plan_violations
 from parallel.regions import region_names
+from parallel.zero_config import ZeroConfig
 
 if TYPE_CHECKING:
     from model.config import Architecture
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 class ParallelConfig(Config):
     """Degrees of the mesh axes. The product of all but ep is the number of processes."""
 
-    data: Literal["fsdp"]
+    data: Literal["fsdp", "zero"]
+    zero: ZeroConfig
     pp: int = Field(ge=1)
     pp_schedule: ScheduleName
     pp_chunks: int | None = Field(ge=1)

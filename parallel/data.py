@@ -43,7 +43,12 @@ def shard_data(model: Part, axes: Axes, device_type: str, *, reshard_after_forwa
     def shard(module: nn.Module, policy: MixedPrecisionPolicy, *, frees: bool) -> None:
         if dense is not None:
             fully_shard(
-                module, mesh=dense, mp_policy=policy, reshard_after_forward=frees, ignored_params=apart
+                module,
+                mesh=dense,
+                mp_policy=policy,
+                reshard_after_forward=frees,
+                ignored_params=apart,
+                shard_placement_fn=lambda parameter: _cut_of_dense(parameter, axes.shard.size),
             )
         if isinstance(module, Residual) and isinstance(module, FSDPModule):
             register_fsdp_forward_method(module, "read")
@@ -71,6 +76,15 @@ def _cut_of(parameter: nn.Parameter, degree: int) -> Shard | None:
     # Fewer experts than ranks: each expert is cut along its rows.
     if parameter.shape[0] % degree and parameter.ndim > 1 and parameter.shape[1] % degree == 0:
         return Shard(1)
+    return None
+
+
+def _cut_of_dense(parameter: nn.Parameter, degree: int) -> Shard | None:
+    # Fewer rows than ranks, as where each key head has a matrix: only the first ranks would hold anything.
+    if parameter.shape[0] < degree:
+        return next(
+            (Shard(dim) for dim in range(1, parameter.ndim) if parameter.shape[dim] % degree == 0), None
+        )
     return None
 
 

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from model.language_model import Part
 from model.mixer import Split
-from model.moe.dispatch import Compute
+from model.moe.dispatch import Compute, Meanwhile
 from model.moe.layer import Experts
 from parallel.axes import Axes, Axis
-from parallel.collectives import exchange, exchanged
+from parallel.collectives import arrive, depart, exchange, exchanged
 from parallel.placement import Placement, placed, undivided
 
 
@@ -20,7 +20,8 @@ class AllToAll:
     """Dispatch over an axis whose ranks hold `held` experts each, in order.
 
     No token is dropped: splits are as uneven as the choices, and may be empty. Each rank sends k rows per
-    token and gets them back. The device is waited for once per layer, for the numbers of rows.
+    token and gets them back. The device is waited for once per layer, for the numbers of rows. Rows travel to
+    experts, and their gradients back from them, while the shared expert computes.
     """
 
     axis: Axis
@@ -28,20 +29,25 @@ class AllToAll:
     scales_input: bool
 
     def __call__(
-        self, x: Float[Tensor, "N D"], chosen: Int[Tensor, "N k"], weights: Float[Tensor, "N k"], run: Compute
-    ) -> Float[Tensor, "N D"]:
+        self,
+        x: Float[Tensor, "N D"],
+        chosen: Int[Tensor, "N k"],
+        weights: Float[Tensor, "N k"],
+        run: Compute,
+        meanwhile: Meanwhile,
+    ) -> tuple[Float[Tensor, "N D"], Tensor | None]:
         """Weights are applied where the token is, before its journey or after it, as the experts want it."""
         tokens, top_k = chosen.shape
         order, counts = self._sorted(chosen)
         arriving = exchanged(counts, self.axis, [self.held] * self.axis.size, [self.held] * self.axis.size)
-        totals = torch.stack(
-            (counts.view(self.axis.size, -1).sum(1), arriving.view(self.axis.size, -1).sum(1))
-        )
-        sent, received = totals.tolist()
+        sent, received = self.splits(counts, arriving, chosen.numel())
         order = order[: sum(sent)]
         place = weights.to(x.dtype).flatten()[order, None]
         rows = x[order // top_k]
-        rows = exchange(rows * place if self.scales_input else rows, self.axis, sent, received)
+        rows = rows * place if self.scales_input else rows
+        rows, journey = depart(rows, self.axis, sent, received)
+        beside = meanwhile()
+        rows = arrive(rows, journey)
         held = torch.arange(self.held, device=x.device).repeat(self.axis.size)
         experts = held.repeat_interleave(arriving, output_size=sum(received))
         out = run(rows, experts[:, None], rows.new_ones(len(experts), 1))
@@ -49,7 +55,15 @@ class AllToAll:
         out = out if self.scales_input else out * place
         # Back at the place of each choice, so that the sum over k is in the order of one process.
         slots = out.new_zeros(tokens * top_k, out.shape[1]).index_copy(0, order, out)
-        return slots.view(tokens, top_k, -1).sum(1)
+        return slots.view(tokens, top_k, -1).sum(1), beside
+
+    def splits(
+        self, counts: Int[Tensor, "E"], arriving: Int[Tensor, "E"], rows: int
+    ) -> tuple[list[int], list[int]]:
+        """How many of this rank's rows go to each rank, and how many come from each."""
+        totals = [part.view(self.axis.size, -1).sum(1) for part in (counts, arriving)]
+        sent, received = torch.stack(totals).tolist()
+        return sent, received
 
     def _sorted(self, chosen: Int[Tensor, "N k"]) -> tuple[Int[Tensor, "M"], Int[Tensor, "E"]]:
         """Choices by expert, those of no expert last, and how many each expert got."""
@@ -62,7 +76,7 @@ class AllToAll:
 def spread_experts(model: Part, axes: Axes) -> dict[str, Placement]:
     """Leaves this rank its experts of every layer. Mutates the model; gives their placements by name."""
     placements = {}
-    axis, split = axes.ep, Split(0, "experts")
+    axis = axes.ep
     for prefix, module in model.named_modules():
         if not isinstance(module, Experts):
             continue
@@ -73,10 +87,15 @@ def spread_experts(model: Part, axes: Axes) -> dict[str, Placement]:
             part = torch.Size((shape[0] // axis.size, *shape[1:]))
             if axis.size > 1:
                 setattr(module, name, nn.Parameter(parameter.new_empty(part)))
-            found = (
-                placed(shape, split, split, part, axis.rank, axis.size) if axis.size > 1 else undivided(shape)
-            )
-            placements[f"{prefix}.{name}"] = replace(found, is_expert=True)
+            placements[f"{prefix}.{name}"] = expert_placement(shape, axis.rank, axis.size)
         if axis.size > 1:
             module.dispatch = AllToAll(axis, module.gate_up.shape[0], module.form.scales_input)
     return placements
+
+
+def expert_placement(shape: torch.Size, rank: int, degree: int) -> Placement:
+    """Where the experts of one of `degree` ranks lie in a parameter of all experts."""
+    part = torch.Size((shape[0] // degree, *shape[1:]))
+    split = Split(0, "experts")
+    found = placed(shape, split, split, part, rank, degree) if degree > 1 else undivided(shape)
+    return replace(found, is_expert=True)

@@ -63,9 +63,19 @@ class Offload:
         """What `inner` gives for the function and its args."""
         if not torch.is_grad_enabled():
             return self.inner(function, *args)
-        hooks = Hooks(self.owner.parameters, self.least_bytes)
+        hooks = Hooks(parameters_of(self.owner), self.least_bytes)
         with saved_tensors_hooks(hooks.pack, hooks.unpack):
             return self.inner(function, *args)
+
+
+def parameters_of(owner: nn.Module) -> Callable[[], list[nn.Parameter]]:
+    """Gives the parameters that the module's parts hold at the time of each call.
+
+    What is gathered is swapped in and out while a block runs, but always in the same parts: they are found
+    once, since to walk the tree for every saved tensor takes longer than to compare addresses.
+    """
+    holders = [part._parameters for part in owner.modules() if part._parameters]
+    return lambda: [held for holder in holders for held in holder.values() if held is not None]
 
 
 @dataclass

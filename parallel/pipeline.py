@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from conf.errors import ConfigError
 from model.config import Architecture
-from model.language_model import Losses, Part
+from model.language_model import Losses, Part, loss_names
 from model.layout import DENSE, MOE, NONE
 from parallel.axes import Axis
 from parallel.micro_batches import Denominators, MicroBatch, added, objective_of
@@ -32,15 +32,17 @@ class Stage(Part):
     `rows` are where its mixtures of experts stand among the `total` of the model.
     """
 
-    def __init__(self, config: Architecture, dtype: torch.dtype, layers: range) -> None:
+    def __init__(self, config: Architecture, dtype: torch.dtype, layers: Items[int]) -> None:
         super().__init__(config, dtype, layers)
         ahead = config.model.prediction
         has_experts = [layer.ffn not in (DENSE, NONE) for layer in config.layers]
         has_experts += [ahead.ffn == MOE] * ahead.depth
-        stop = len(has_experts) if self.is_last else layers.stop
-        self.rows = slice(sum(has_experts[: layers.start]), sum(has_experts[:stop]))
+        own = [*layers, *(range(config.model.depth, len(has_experts)) if self.is_last else ())]
+        self.rows = [sum(has_experts[:index]) for index in own if has_experts[index]]
         self.total = sum(has_experts)
         self.sums: Losses | None = None
+        # Set from outside where tensors have no numbers.
+        self.place_of: Callable[[Tensor], int] = int
         self._batches: Items[MicroBatch] = ()
         self._denominators: Denominators | None = None
 
@@ -67,7 +69,7 @@ class Stage(Part):
         place counts the micro-batches and is on the CPU. Mutates `sums`.
         """
         assert self._denominators is not None, "forward before begin"
-        targets, sequence = self._batches[int(place)]
+        targets, sequence = self._batches[self.place_of(place)]
         if stream is not None and stream.requires_grad:
             # What is sent back must lie in one piece. The schedule reuses its tensors: a hook on one of them
             # would stay.
@@ -100,7 +102,7 @@ def _nothing_left() -> Callable[[], None]:
 
 
 def build_stages(
-    config: Architecture, dtype: torch.dtype, plan: Plan, rank: int, layers: Items[range]
+    config: Architecture, dtype: torch.dtype, plan: Plan, rank: int, layers: Items[Items[int]]
 ) -> list[Stage]:
     """The stages of one rank of the pipeline, ascending. `layers` are those of all stages."""
     return [Stage(config, dtype, layers[stage]) for stage in plan.stages_of(rank)]
@@ -120,8 +122,10 @@ class Pipeline:
         shape: tuple[int, int],
         device: torch.device,
         degree: int = 1,
+        link: type[PipelineStage] = PipelineStage,
     ) -> None:
         """`shape` are rows and tokens of a micro-batch on this rank, whose stream `degree` ranks share out.
+        `link` ties a stage to those beside it.
 
         Raises ConfigError for an impossible plan.
         """
@@ -130,7 +134,7 @@ class Pipeline:
             raise ConfigError(violations)
         assert axis.size == plan.degree, f"{axis.size=} {plan.degree=}"
         self.stages, self.plan, self.shape = tuple(stages), plan, shape
-        self._axis, self._device, self._degree, self._names = axis, device, degree, None
+        self._axis, self._device, self._degree = axis, device, degree
         for stage in stages:
             if isinstance(stage, FSDPModule) and plan.schedule != "1f1b":
                 # Backward is split along the weights that forward saw; sharded ones would get no gradient.
@@ -141,7 +145,7 @@ class Pipeline:
         self._schedule = build_schedule(
             plan,
             [
-                PipelineStage(
+                link(
                     stage,
                     index,
                     plan.stages,
@@ -230,16 +234,12 @@ class Pipeline:
             tables[0].add_(other)
 
     def _joined(self, sums: list[Losses]) -> Losses:
-        # Which losses there are depends on the layers; every rank must name all of them.
-        if self._names is None:
-            own = [name for losses in sums for name in losses.auxiliary]
-            found: list[list[str]] = [[] for _ in self._axis.ranks]
-            dist.all_gather_object(found, own, group=self._axis.group)
-            self._names = sorted({name for names in found for name in names})
+        # Every rank must name all losses of the model, also those of other stages.
+        names = loss_names(self.stages[0].config)
         total = None
         for losses in sums:
             like = losses.cross_entropy
-            auxiliary = {name: losses.auxiliary.get(name, torch.zeros_like(like)) for name in self._names}
+            auxiliary = {name: losses.auxiliary.get(name, torch.zeros_like(like)) for name in names}
             total = added(total, losses._replace(auxiliary=auxiliary))
         assert total is not None, "a rank has a stage at least"
         return total

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils._python_dispatch import _disable_current_modes
 
 from model.mixer import Split
 
@@ -89,7 +90,9 @@ def shard_of(x: Tensor) -> tuple[Tensor, Sequence[int]]:
     """What this rank holds of its part after data parallelism, and the corner of that in the part."""
     if not isinstance(x, DTensor):
         return x, (0,) * x.ndim
-    _, corner = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
+    # Arithmetic on shapes, which needs numbers also where all tensors are shapes alone.
+    with _disable_current_modes():
+        _, corner = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
     return x.to_local(), corner
 
 

@@ -43,8 +43,9 @@ def joined_layers(config: Architecture) -> dict[int, str]:
 def stage_layers(config: Architecture, plan: Plan, context: int, layout: str | None = None) -> list[range]:
     """The layers of each stage of the plan: as `layout` says, else cut by cost at `context` tokens.
 
-    No cut has a most costly stage that is cheaper. Where ranks have several stages, levelling the ranks too
-    is better for some schedules and worse for others, so that what the simulation finds faster is taken.
+    The fastest in simulation of three: the cut whose most costly stage costs the least; where ranks have
+    several stages, the same with ranks levelled, which is better for some schedules and worse for others; and
+    as many layers for each stage.
     Raises ConfigError with everything that is wrong.
     """
     if layout is not None:
@@ -58,11 +59,11 @@ def stage_layers(config: Architecture, plan: Plan, context: int, layout: str | N
         raise ConfigError([Violation("parallel.pp", message)])
     costs = [cost.total for cost in layer_costs(config, context)]
     cut = partition(costs, plan.stages, joined)
-    if plan.chunks == 1:
-        return cut
-    homes = {stage: rank for rank in range(plan.degree) for stage in plan.stages_of(rank)}
-    level = level_ranks(costs, cut, [homes[stage] for stage in range(plan.stages)], joined)
-    return min((cut, level), key=lambda each: simulate(plan, stage_costs(config, each, context)).span)
+    found = [cut, equal_layers(config, plan.stages)]
+    if plan.chunks > 1:
+        homes = {stage: rank for rank in range(plan.degree) for stage in plan.stages_of(rank)}
+        found.insert(1, level_ranks(costs, cut, [homes[stage] for stage in range(plan.stages)], joined))
+    return min(found, key=lambda each: simulate(plan, stage_costs(config, each, context)).span)
 
 
 def equal_layers(config: Architecture, stages: int) -> list[range]:

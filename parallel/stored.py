@@ -3,6 +3,8 @@
 Checkpoints know whole tensors only, so that any layout reads what any other has written.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,6 +34,17 @@ class Stored(Tensor):
         stored.blocks = {box.whole: (block, box) for block, box in found}
         return stored
 
+    @staticmethod
+    def of_run(numbers: Tensor, start: int, shape: torch.Size) -> "Stored":
+        """The stored form of neighbouring numbers of a whole that is one row, from its number `start`."""
+        stored = Tensor._make_subclass(Stored, torch.empty((), dtype=numbers.dtype).expand(shape))
+        found = run_boxes(shape, start, start + numbers.numel())
+        parts = numbers.split([math.prod(box.sizes) for box in found])
+        stored.blocks = {
+            box.whole: (part.view(box.sizes), box) for part, box in zip(parts, found, strict=True)
+        }
+        return stored
+
     def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
         """One item for each block."""
         properties = TensorProperties(dtype=self.dtype)
@@ -55,3 +68,27 @@ class Stored(Tensor):
         """The block at a corner, as a view."""
         assert index.offset is not None, f"{index=}"
         return self.blocks[tuple(index.offset)][0]
+
+
+def run_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
+    """The blocks that numbers `start` to `stop` of a tensor are, in order: part of a row, rows, part."""
+    if start >= stop:
+        return []
+    if not shape:
+        return [Box((), (), ())]
+    size = math.prod(shape[1:])
+    first, last = -(-start // size), stop // size
+    if first > last:
+        return _within(start // size, shape, start, stop)
+    found = _within(first - 1, shape, start, first * size)
+    if first < last:
+        corner = (first, *[0] * (len(shape) - 1))
+        found.append(Box((0,) * len(shape), corner, (last - first, *shape[1:])))
+    return found + _within(last, shape, last * size, stop)
+
+
+def _within(row: int, shape: Sequence[int], start: int, stop: int) -> list[Box]:
+    # The blocks of numbers that lie in one row.
+    at = row * math.prod(shape[1:])
+    boxes = run_boxes(shape[1:], start - at, stop - at)
+    return [Box((0, *box.part), (row, *box.whole), (1, *box.sizes)) for box in boxes]

@@ -19,7 +19,7 @@ from model.language_model import Part
 from model.linear import Linear
 from model.mixer import Mixed, Split
 from parallel.axes import Axis
-from parallel.collectives import gather, gathered, reduce_scatter, sum_over
+from parallel.collectives import gather, gathered, reduce_scatter, sum_neighbours, sum_over
 from parallel.placement import Placement, held_boxes, placed, undivided
 from parallel.vocabulary import CutVocabulary
 
@@ -29,6 +29,7 @@ class TensorPeers:
     """The ranks that hold the other heads of a mixer."""
 
     axis: Axis
+    sharers: int
 
     @property
     def rank(self) -> int:
@@ -43,6 +44,10 @@ class TensorPeers:
     def sum(self, x: Tensor) -> Tensor:
         """x summed over the shares; so is its gradient."""
         return sum_over(x, self.axis)
+
+    def sum_group(self, x: Tensor) -> Tensor:
+        """x summed over the neighbours that share a key head; so is its gradient."""
+        return sum_neighbours(x, self.axis, self.sharers)
 
     def join(self, x: Tensor, dim: int) -> Tensor:
         """The x of all shares along a dim, in order, without a gradient."""
@@ -84,7 +89,7 @@ def _spread_block(prefix: str, block: Block, config: Architecture, axis: Axis) -
         with torch.device("meta"):
             block.mixer = parts.build(width, block.layer, config.model.depth, config.model.init_std)
         block.mixer.to(next(whole.parameters()).dtype)
-        block.mixer.peers = TensorPeers(axis)
+        block.mixer.peers = TensorPeers(axis, entry.sharers(axis.size))
         for name, parameter in block.mixer.named_parameters():
             shape = whole.get_parameter(name).shape
             found = placed(shape, splits[name], part_splits[name], parameter.shape, axis.rank, axis.size)

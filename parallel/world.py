@@ -1,13 +1,14 @@
 """The processes of a run: who this one is, what device it has, and sums over all of them."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 
 from parallel.axes import Axes, open_axes
 from parallel.config import ParallelConfig
@@ -71,7 +72,8 @@ def open_world(
         # take the setting from the one that starts them: it comes before the first parallel operation.
         torch.set_flush_denormal(True)
     if size == 1:
-        yield World.alone(device)
+        with _group_of_one(device) if config.data == "zero" else nullcontext():
+            yield World.alone(device)
         return
     assert meeting is not None, f"{size=}"
     seconds, degrees = config.timeout_seconds, config.degrees(size)
@@ -84,5 +86,16 @@ def open_world(
     try:
         with watched(store, own, rank, degrees, seconds):
             yield World(rank, size, device, open_axes(degrees, rank))
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _group_of_one(device: torch.device) -> Iterator[None]:
+    # DeepSpeed wants a process group also where there is one process.
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    try:
+        yield
     finally:
         dist.destroy_process_group()

@@ -53,3 +53,11 @@ def _read_meeting() -> Meeting:
     # torchrun keeps the store itself.
     is_hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return Meeting(os.environ["MASTER_ADDR"], int(port), is_hosted, socket.gethostname())
+
+
+def prepare_deepspeed(local_rank: int) -> None:
+    """Sets what DeepSpeed reads from the environment and srun does not set. Before its import."""
+    import torch
+
+    os.environ["LOCAL_RANK"] = str(local_rank)
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

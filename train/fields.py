@@ -12,6 +12,7 @@ from model.moe.config import MoeConfig
 from model.shape import ModelConfig, ResidualConfig
 from parallel.config import ParallelConfig, layout_violations, pipeline_violations
 from parallel.regions import region_violations
+from parallel.zero_config import zero_violations
 from train.checkpoint.config import CheckpointConfig
 from train.track.config import TrackConfig
 
@@ -139,6 +140,13 @@ class PlanConfig(Config):
     context: int | None = Field(ge=1)
 
 
+class RehearseConfig(Config):
+    """What `python -m train.rehearse` plays and prints."""
+
+    rank: int | None = Field(ge=0)
+    format: Literal["table", "json"]
+
+
 class RunFields(Config):
     """All of a run but its model."""
 
@@ -155,6 +163,7 @@ class RunFields(Config):
     track: TrackConfig
     cluster: ClusterConfig
     plan: PlanConfig
+    rehearse: RehearseConfig
 
 
 class RunDraft(RunFields):
@@ -176,6 +185,7 @@ def run_violations(config: "RunDraft | RunConfig", world_size: int) -> list[Viol
     """Everything that types and ranges cannot see: what does not fit together."""
     tokens, experts = config.data.sequence_length, config.moe.num_experts
     found = layout_violations(config.parallel, world_size, experts, tokens)
+    found += zero_violations(config.parallel, config.precision.parameters)
     mixers = {layer.mixer for layer in expand_layers(config.layout, config.model.depth, config.mixer)}
     mixers |= {config.model.prediction.mixer} if config.model.prediction.depth else set()
     found += region_violations(config.parallel.recompute, mixers)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from conf.compose import compose_known, validate
 from conf.errors import ConfigError, Violation
+from parallel.zero_config import missing_violations
 from train.fields import RunDraft, run_violations
 
 if TYPE_CHECKING:
@@ -67,4 +68,6 @@ def draft_violations(tree: dict, world_size: int | None) -> Sequence[Violation]:
         draft = validate(RunDraft, tree)
     except ConfigError as error:
         return error.violations
-    return run_violations(draft, world_size or draft.cluster.nodes * draft.cluster.gpus_per_node)
+    if world_size is None:
+        return run_violations(draft, draft.cluster.nodes * draft.cluster.gpus_per_node)
+    return run_violations(draft, world_size) + missing_violations(draft.parallel)

@@ -10,6 +10,7 @@ from parallel.degrees import Degrees
 from parallel.regions import FULL, ffn_region
 from parallel.schedules import action_order
 from parallel.stages import stage_layers
+from parallel.zero_config import BUCKET, ZeroConfig
 from train.config import RunConfig
 
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
@@ -18,6 +19,7 @@ _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 class Memory(NamedTuple):
     """Bytes of one rank, by cause.
 
+    gathered are weights that other ranks keep, and of a pipeline the gradients that are not summed yet.
     activations wait for backward; recomputed are those of the part that backward computes again, or brings
     back, at a time. host is not memory of the device.
     """
@@ -35,6 +37,16 @@ class Memory(NamedTuple):
     def total(self) -> int:
         """All of the device together; allocator, libraries and communication buffers come on top."""
         return sum(self) - self.host
+
+
+class Held(NamedTuple):
+    """Bytes of one rank that depend on how weights are cut and not on tokens."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    host: int
 
 
 class Kept(NamedTuple):
@@ -132,26 +144,49 @@ def memory_of(config: RunConfig, degrees: Degrees, share: Share) -> Memory:
     )
     # Alone, the weights are used where they are; a narrower copy of each stays until backward.
     gathered = computed * (2 * largest + tables // degrees.tp) if shards > 1 else 0
-    if shards > 1 and degrees.pp > 1 and config.parallel.pp_schedule != "1f1b":
-        # A split backward wants the weights of a stage all the time.
+    if shards > 1 and degrees.pp > 1:
+        # A stage sums its gradients over ranks once a step, in float32 or wider: between its micro-batches it
+        # keeps them, and its weights, as no shard.
         experts = sum(layer.routed for layer in layers)
-        gathered = computed * ((total - experts) // degrees.tp + experts // degrees.ep)
+        gathered = (computed + max(4, computed)) * ((total - experts) // degrees.tp + experts // degrees.ep)
     elif shards == 1 and computed < stored:
         gathered = computed * total
+    held = Held(stored * owned, stored * owned, 2 * stored * owned, gathered, 0)
+    if config.parallel.data == "zero":
+        held = held_by_zero(config.parallel.zero, total, shards, tables + 2 * largest, computed)
     away = config.parallel.offload == "activations"
     kept, again = _activations(config, degrees, share)
     rows = min(512, _tokens(config, degrees)) * architecture.model.vocab_size * share.is_last
     head = architecture.model.vocab_size * architecture.model.width * share.is_last
     return Memory(
-        weights=stored * owned,
-        gradients=stored * owned,
-        optimizer=2 * stored * owned,
-        gathered=gathered,
+        weights=held.weights,
+        gradients=held.gradients,
+        optimizer=held.optimizer,
+        gathered=held.gathered,
         activations=0 if away else kept,
         recomputed=again,
         logits=3 * max(4, computed) * rows + max(4, computed) * head,
-        host=kept if away else 0,
+        host=held.host + (kept if away else 0),
     )
+
+
+def held_by_zero(config: ZeroConfig, numbers: int, ranks: int, used: int, computed: int) -> Held:
+    """Bytes of a rank under DeepSpeed, for so many numbers of which `used` are used at a time.
+
+    All float32; of what a rank updates there is a second copy beside the weights of forward. Narrower copies
+    of all weights stay until backward in every stage, since the model makes them itself.
+    """
+    part, bucket = 4 * -(-numbers // ranks), 4 * min(numbers, BUCKET)
+    weights = 4 * numbers if config.stage < 3 else part
+    gradients = bucket + (4 * numbers if config.stage < 2 else part)
+    gathered = (4 * used if config.stage == 3 else 0) + (computed * numbers if computed < 4 else 0)
+    held = Held(weights, gradients, 3 * part, gathered, 0)
+    if config.offload != "none":
+        held = held._replace(optimizer=0, host=4 * part)
+        held = held if config.stage < 2 else held._replace(gradients=bucket)
+    if config.offload == "parameters":
+        held = held._replace(weights=0, host=5 * part)
+    return held
 
 
 def _tokens(config: RunConfig, degrees: Degrees) -> int:

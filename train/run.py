@@ -17,7 +17,7 @@ from train.checkpoint.atomic import write_atomically
 from train.checkpoint.lock import RunLock
 from train.checkpoint.store import CheckpointStore
 from train.config import RunConfig, differences
-from train.environment import Environment
+from train.environment import Environment, prepare_deepspeed
 from train.evaluation import evaluate
 from train.finish import finish
 from train.interrupt import PREEMPT, REQUEUE, Interrupt
@@ -48,6 +48,8 @@ def run(config: RunConfig, environment: Environment) -> None:
             claim(directory, config)
         # Before anything slow: from here on a request to stop is heard.
         interrupt = Interrupt(directory, watches_file=is_first)
+        if config.parallel.data == "zero":
+            prepare_deepspeed(environment.local_rank)
         with open_world(config.parallel, *ranks, environment.meeting) as world:
             run_in_world(config, world, interrupt)
 
@@ -183,6 +185,10 @@ def build_state(config: RunConfig, world: World) -> TrainState:
     built = build_parallel(config.architecture, dtypes, config.parallel, world, config.train.seed, work)
     # Dropout differs between ranks, weights do not.
     torch.manual_seed(config.train.seed * 100_003 + world.rank)
+    if config.parallel.data == "zero":
+        from train.zero import build_zero_state
+
+        return build_zero_state(built, config, work, world)
     return TrainState(built, build_optimizer(built, config.optim))
 
 

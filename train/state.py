@@ -1,5 +1,6 @@
 """All that a run is between two steps, as a checkpoint keeps it."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch.optim import AdamW
 
 from parallel.apply import Parallel
 from parallel.world import World
+from train.optimizer import clip_gradients, gradient_norm
 
 
 @dataclass
@@ -39,11 +41,12 @@ class TrainState:
                 name: stored(name, value) if name in placements else value
                 for name, value in self.built.state().items()
             },
-            "optimizer": {"state": self._moments()},
+            "optimizer": {"state": self.moments()},
             "random": {f"rank_{world.rank}_of_{world.size}": random},
         }
 
-    def _moments(self) -> dict[str, dict[str, torch.Tensor]]:
+    def moments(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The optimizer's state by name of parameter, as checkpoints take it; made where it is missing."""
         trained = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
         found = {}
         for name, parameter in self.built.named_parameters():
@@ -58,6 +61,28 @@ class TrainState:
                 moments = {key: self.built.stored(name, state[key]) for key in ("exp_avg", "exp_avg_sq")}
                 found[name] = {"step": state["step"], **moments}
         return found
+
+    def update(self, loss: float, lr: float, limit: float, world: World) -> tuple[float, bool]:
+        """Clips gradients at `limit` and steps, unless loss or norm is not finite.
+
+        Gives the norm before, and whether the step was taken. Gradients are gone. Mutates the weights.
+        """
+        self.built.sum_shared_gradients(world.axes)
+        norm = gradient_norm(self.built, world)
+        # The step waits for the device here: whether to update must be known.
+        norm_value = float(norm)
+        is_taken = math.isfinite(loss) and math.isfinite(norm_value)
+        if is_taken:
+            self.set_lr(lr)
+            clip_gradients(self.built, norm, limit)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm_value, is_taken
+
+    def set_lr(self, lr: float) -> None:
+        """Gives every group of the optimizer its learning rate. Mutates the groups."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
 
     def counters(self) -> dict[str, int]:
         """What is not a tensor, for the manifest."""

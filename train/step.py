@@ -1,6 +1,5 @@
 """One optimizer step: forward and backward over micro-batches, global sums, clip, update."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,6 @@ from parallel.context import cut_rows
 from parallel.micro_batches import Denominators
 from parallel.world import World
 from train.config import RunConfig
-from train.optimizer import clip_gradients, gradient_norm
 from train.schedule import lr_factor
 from train.state import TrainState
 
@@ -57,35 +55,27 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World)
     cross_entropy = total.cross_entropy / targets.clamp(min=1)
 
     lr = config.optim.lr * lr_factor(config.schedule, state.step, config.train.steps)
-    state.built.sum_shared_gradients(axes)
-    norm = gradient_norm(state.built, world)
-    # The step waits for the device here: whether to update must be known.
-    loss_value, norm_value, count = float(cross_entropy), float(norm), int(targets)
-    is_skipped = not (math.isfinite(loss_value) and math.isfinite(norm_value))
-    if not is_skipped:
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        clip_gradients(state.built, norm, config.optim.clip_norm)
-        state.optimizer.step()
+    loss, count = float(cross_entropy), int(targets)
+    norm, is_taken = state.update(loss, lr, config.optim.clip_norm, world)
+    if is_taken:
         state.built.update_expert_biases(total.load)
-    state.optimizer.zero_grad()
     state.step += 1
     state.cursor += config.train.global_batch
     state.tokens += count
-    state.skipped = state.skipped + 1 if is_skipped else 0
+    state.skipped = 0 if is_taken else state.skipped + 1
     auxiliary = {name: float(part) / tokens for name, part in total.auxiliary.items()}
     if config.model.z_loss:
         auxiliary["logit_z"] = float(total.logit_z) / max(1, count)
     return StepResult(
-        loss=loss_value,
+        loss=loss,
         prediction=float(total.prediction) / max(1, count),
         auxiliary=auxiliary,
-        grad_norm=norm_value,
+        grad_norm=norm,
         lr=lr,
         targets=count,
         load=total.load.cpu(),
         entropy=(total.entropy / tokens).cpu(),
-        is_skipped=is_skipped,
+        is_skipped=not is_taken,
     )
 
 

@@ -26,6 +26,7 @@ def one_job(composed: Any) -> None:
     from omegaconf import OmegaConf
 
     from parallel.config import tensor_violations
+    from parallel.zero_config import missing_violations
     from train.__main__ import run_checked
     from train.config import RunConfig
     from train.environment import read_environment
@@ -39,7 +40,7 @@ def one_job(composed: Any) -> None:
             known["run"]["dir"] = f"{known['run']['dir']}/{HydraConfig.get().job.num}"
         config = validate(RunConfig, known)
         environment = read_environment()
-        found = run_violations(config, environment.world_size)
+        found = run_violations(config, environment.world_size) + missing_violations(config.parallel)
         found += tensor_violations(config.architecture, config.parallel.tp)
         if found:
             raise ConfigError(found)

@@ -8,10 +8,27 @@ from torch import Tensor
 
 from kernels.arguments import checked, require, require_order, require_within
 from kernels.choose import takes_triton
-from kernels.compressed_attention.entries import Choice, entry_attention_slabs, select_by_entries_slabs
+from kernels.compressed_attention.entries import (
+    Choice,
+    entry_attention_slabs,
+    entry_importance_slabs,
+    select_by_entries_slabs,
+)
 from kernels.compressed_attention.joint import joint_attention_slabs
 from kernels.document_windows import Windows
 from kernels.places import require_places
+
+__all__ = [
+    "CASES",
+    "JOINT_CASES",
+    "Case",
+    "Choice",
+    "JointCase",
+    "entry_attention",
+    "entry_importance",
+    "joint_attention",
+    "select_by_entries",
+]
 
 
 class Case(NamedTuple):
@@ -100,6 +117,33 @@ def select_by_entries(
 
         return select_by_entries_triton(q, k, **options, choice=choice)
     return select_by_entries_slabs(q, k, **options, choice=choice)
+
+
+@checked
+def entry_importance(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B N G K"],
+    *,
+    entries: Windows,
+    blocks: Windows,
+    position: Int[Tensor, "B S"],
+    scale: float,
+    places: Int[Tensor, "B T"] | None = None,
+) -> Float[Tensor, "B T G M"]:
+    """What `select_by_entries` chooses by: for each query the attention to every block, in float32 at least.
+
+    Summed over the heads of a key head, so that sums over parts of its heads are those over all. No gradient.
+
+    Raises ValueError for an argument of the wrong shape.
+    """
+    _check(q, k, entries, blocks, position, places)
+    options: dict[str, Any] = {"entries": entries, "blocks": blocks, "position": position, "scale": scale}
+    options["places"] = places
+    if takes_triton("compressed_attention", q):
+        from kernels.compressed_attention.triton import entry_importance_triton
+
+        return entry_importance_triton(q, k, **options)
+    return entry_importance_slabs(q, k, **options)
 
 
 def _check(

@@ -4,6 +4,7 @@ Letters: B rows, T queries, S tokens, H query heads, G key heads, R query heads 
 value dim, N slots of entries, M slots of blocks, n selected blocks, Q queries of a slab.
 """
 
+from collections.abc import Iterator
 from typing import TypedDict
 
 import torch
@@ -98,6 +99,22 @@ def entry_attention_slabs(
 
 
 @torch.no_grad()
+def entry_importance_slabs(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B N G K"],
+    *,
+    entries: Windows,
+    blocks: Windows,
+    position: Int[Tensor, "B S"],
+    scale: float,
+    places: Int[Tensor, "B T"] | None = None,
+) -> Float[Tensor, "B T G M"]:
+    """What blocks are chosen by, a slab of queries at a time."""
+    scores = _scored(q, k, entries, blocks, position, scale, places)
+    return torch.cat([part for _, part in scores], dim=1)
+
+
+@torch.no_grad()
 def select_by_entries_slabs(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B N G K"],
@@ -110,14 +127,27 @@ def select_by_entries_slabs(
     places: Int[Tensor, "B T"] | None = None,
 ) -> Int[Tensor, "B T G n"]:
     """The choice alone, a slab of queries at a time."""
+    scores = _scored(q, k, entries, blocks, position, scale, places)
+    return torch.cat([blocks.choose(part, *query, **choice) for query, part in scores], dim=1)
+
+
+def _scored(
+    q: Tensor,
+    k: Tensor,
+    entries: Windows,
+    blocks: Windows,
+    position: Tensor,
+    scale: float,
+    places: Tensor | None,
+) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+    """Slabs of queries, by position and token, and how much each attends to every block."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    k, shares, chosen = k.to(dtype), block_shares(entries, blocks, position), []
+    k, shares = k.to(dtype), block_shares(entries, blocks, position)
     token, position = query_tokens(places, q.shape[1], q), at_places(position, places)
     for a, b in _slabs(q, k.shape[1]):
         query = position[:, a:b], token[:, a:b]
         weights = _probabilities(q[:, a:b].to(dtype), k, entries.is_seen(*query), scale)
-        chosen.append(blocks.choose(block_importance(weights.sum(3), *shares), *query, **choice))
-    return torch.cat(chosen, dim=1)
+        yield query, block_importance(weights.sum(3), *shares)
 
 
 def _probabilities(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:

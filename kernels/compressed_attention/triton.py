@@ -153,8 +153,7 @@ def _slabs(q: Tensor, k: Tensor, slab: int) -> Iterator[tuple[int, int]]:
     return ((a, min(a + size, tokens)) for a in range(0, tokens, size))
 
 
-@torch.no_grad()
-def _chosen(
+def _scored(
     q: Tensor,
     k: Tensor,
     lse: Tensor,
@@ -164,17 +163,24 @@ def _chosen(
     blocks: Windows,
     position: Tensor,
     places: Tensor | None,
-    choice: Choice,
     tile: Tile,
     slab: int,
-) -> Tensor:
-    # The blocks with the most attention; [B T G n].
-    shares, chosen = block_shares(entries, blocks, position), []
+) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+    # Slabs of queries, by position and token, and how much each attends to every block [B Q G M].
+    shares = block_shares(entries, blocks, position)
     token, position = query_tokens(places, q.shape[1], q), at_places(position, places)
     for a, b in _slabs(q, k, slab):
-        scores = block_importance(attention_mass(q, k, lse, spec, (a, b), tile), *shares)
-        chosen.append(blocks.choose(scores, position[:, a:b], token[:, a:b], **choice))
-    return torch.cat(chosen, dim=1)
+        mass = attention_mass(q, k, lse, spec, (a, b), tile)
+        yield (position[:, a:b], token[:, a:b]), block_importance(mass, *shares)
+
+
+@torch.no_grad()
+def _chosen(q: Tensor, k: Tensor, lse: Tensor, spec: Spec, choice: Choice, **options: Any) -> Tensor:
+    # The blocks with the most attention; [B T G n].
+    if choice["count"] == 0:
+        return torch.empty(*q.shape[:2], k.shape[2], 0, dtype=torch.long, device=q.device)
+    scored = _scored(q, k, lse, spec, **options)
+    return torch.cat([options["blocks"].choose(scores, *query, **choice) for query, scores in scored], dim=1)
 
 
 def entry_attention_triton(
@@ -200,7 +206,7 @@ def entry_attention_triton(
     out, lse = interval_attention(q, k, v, None, None, None, spec)
     windows = {"entries": entries, "blocks": blocks, "position": position, "places": places}
     tile = tile or mass_tile(q.dtype)
-    return out, _chosen(q, k, lse, spec, **windows, choice=choice, tile=tile, slab=slab)
+    return out, _chosen(q, k, lse, spec, choice, **windows, tile=tile, slab=slab)
 
 
 @torch.no_grad()
@@ -219,15 +225,44 @@ def select_by_entries_triton(
     slab: int = SLAB,
 ) -> Tensor:
     """`kernels.compressed_attention.select_by_entries` in Triton."""
-    k = k.to(q.dtype)
+    seen = seen_entries(entries, at_places(position, places), places)
+    operands = _with_sums(q, k, seen, scale, tiles)
+    windows = {"entries": entries, "blocks": blocks, "position": position, "places": places}
+    return _chosen(*operands, choice, **windows, tile=tile or mass_tile(q.dtype), slab=slab)
+
+
+@torch.no_grad()
+def entry_importance_triton(
+    q: Tensor,
+    k: Tensor,
+    *,
+    entries: Windows,
+    blocks: Windows,
+    position: Tensor,
+    scale: float,
+    places: Tensor | None = None,
+    tiles: Tiles | None = None,
+    tile: Tile | None = None,
+    slab: int = SLAB,
+) -> Tensor:
+    """`kernels.compressed_attention.entry_importance` in Triton."""
+    seen = seen_entries(entries, at_places(position, places), places)
+    operands = _with_sums(q, k, seen, scale, tiles)
+    windows = {"entries": entries, "blocks": blocks, "position": position, "places": places}
+    scored = _scored(*operands, **windows, tile=tile or mass_tile(q.dtype), slab=slab)
+    return torch.cat([scores for _, scores in scored], dim=1)
+
+
+def _with_sums(
+    q: Tensor, k: Tensor, seen: Interval, scale: float, tiles: Tiles | None
+) -> tuple[Tensor, Tensor, Tensor, Spec]:
+    # Queries, entries, the log-sum-exp of each query, and how they were made.
     if tiles is None:
         tiles = tiles_for(q.shape[3], q.shape[3], q.dtype, is_shared=False, is_near=False)
-    spec = Spec(scale, None, seen_entries(entries, at_places(position, places), places), None, tiles)
-    q, keys, spec = key_sets(q, k, None, None, None, spec)
+    spec = Spec(scale, None, seen, None, tiles)
+    q, keys, spec = key_sets(q, k.to(q.dtype), None, None, None, spec)
     _, lse = forward_launch(q, keys, None, spec, has_values=False)
-    windows = {"entries": entries, "blocks": blocks, "position": position, "places": places}
-    tile = tile or mass_tile(q.dtype)
-    return _chosen(q, keys.k, lse, spec, **windows, choice=choice, tile=tile, slab=slab)
+    return q, keys.k, lse, spec
 
 
 def joint_attention_triton(

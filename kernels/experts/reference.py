@@ -83,7 +83,8 @@ def experts_grouped(
     back = torch.empty_like(order)
     back[order] = torch.arange(flat.shape[0], device=order.device)
     experts = gate_up.shape[0]
-    ends = torch.bincount(flat, minlength=experts)[:experts].cumsum(0).to(torch.int32)
+    counts = flat.new_zeros(experts + num_idle).scatter_add_(0, flat, torch.ones_like(flat))
+    ends = counts[:experts].cumsum(0).to(torch.int32)
     if form == PLAIN and biases is None and not num_idle:
         out = GroupedExperts.apply(x, gate_up, down, weights, order, back, ends)
         assert isinstance(out, Tensor), f"{type(out)=}"
@@ -219,6 +220,8 @@ def matmul_by_group(
     x: Float[Tensor, "R K"], weight: Float[Tensor, "E K M"], ends: Int[Tensor, "E"]
 ) -> Float[Tensor, "R M"]:
     """Rows up to ends[0] times weight[0], the next up to ends[1] times weight[1], and so on."""
+    if x.is_meta:  # torch's grouped product has shapes for bfloat16 only
+        return x.new_empty(x.shape[0], weight.shape[2])
     if x.dtype == torch.float64:  # torch's grouped product takes no doubles
         sizes = _sizes(ends)
         parts = zip(x[: sum(sizes)].split(sizes), weight, strict=True)
@@ -231,6 +234,8 @@ def outer_by_group(
     x: Float[Tensor, "R K"], y: Float[Tensor, "R M"], ends: Int[Tensor, "E"]
 ) -> Float[Tensor, "E K M"]:
     """x^T y over the rows of each group."""
+    if x.is_meta:
+        return x.new_empty(ends.shape[0], x.shape[1], y.shape[1])
     if x.dtype == torch.float64:
         sizes = _sizes(ends)
         x, y = x[: sum(sizes)], y[: sum(sizes)]

@@ -59,6 +59,11 @@ class CsaConfig(SharedKeyConfig):
         return {**super().roles(width), **compressors, **indexer}
 
     @property
+    def losses(self) -> tuple[str, ...]:
+        """What the indexer learns from, if it does."""
+        return ("index",) if self.index_loss else ()
+
+    @property
     def context(self) -> Context:
         """Entries and index keys are gathered; a compressor reads its window and the one before."""
         return Context("gather", max(self.window, 2 * self.compression) - 1)

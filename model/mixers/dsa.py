@@ -93,6 +93,11 @@ class DsaConfig(LatentConfig):
         return latents + element_bytes * (inside + index) + 12 * self.top_k
 
     @property
+    def losses(self) -> tuple[str, ...]:
+        """What the indexer learns from, where it has one of its own."""
+        return () if self.index == "shared" else ("index",)
+
+    @property
     def selection(self) -> Literal["makes", "reads"] | None:
         """The indexer's, once it no longer warms up."""
         if self.index_stage == "dense":

@@ -10,12 +10,13 @@ import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import silu, softplus
 
 from kernels.norm import gated_rms_norm
 from model.linear import Initial, Linear
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
 from model.mixers.gdn import ConvWeight
+from model.peers import ALONE, Peers
 from model.recurrence import LinearAttention
 
 
@@ -23,7 +24,8 @@ class Mamba2Config(MixerConfig):
     """Fields of Mamba-2."""
 
     kind: Literal["mamba2"] = "mamba2"
-    spread = ("num_heads", "num_key_heads")
+    spread = ("num_heads",)
+    shared = ("num_key_heads",)
     num_heads: int = Field(ge=1)
     num_key_heads: int = Field(ge=1)
     key_dim: int = Field(ge=1)
@@ -79,17 +81,17 @@ class Mamba2Config(MixerConfig):
         return element_bytes * (2 * self._mixed() + 4 * values) + 8 * self.num_heads + states
 
     def roles(self, width: int) -> Mapping[str, Split]:
-        """Key heads are the unit; the heads of a group and their share of the norm go with their key head."""
-        split = Split(0, "key_heads")
-        mixed = Split(0, "key_heads", self._parts()[1:4])
+        """Heads are the unit; a key head is shared by its group of heads, whose norm is one."""
+        split = Split(0, "heads")
+        mixed = Split(0, "heads", self._parts()[1:4])
         roles = {
-            "in_proj.weight": Split(0, "key_heads", self._parts()),
+            "in_proj.weight": Split(0, "heads", self._parts()),
             "conv.weight": mixed,
             "step.log_rate": split,
             "step.bias": split,
             "skip": split,
             "out_norm.weight": split,
-            "out_proj.weight": Split(1, "key_heads"),
+            "out_proj.weight": Split(1, "heads"),
         }
         return roles | ({"conv.bias": mixed} if self.has_conv_bias else {})
 
@@ -131,11 +133,27 @@ class GatedGroupNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels))
         self.initial = {"weight": Initial("constant", 1.0)}
 
-    def forward(self, x: Float[Tensor, "B T X"], gate: Float[Tensor, "B T X"]) -> Float[Tensor, "B T X"]:
-        """Computed in float32 at least; the result has the dtype of the gate."""
+    def forward(
+        self, x: Float[Tensor, "B T X"], gate: Float[Tensor, "B T X"], peers: Peers = ALONE
+    ) -> Float[Tensor, "B T X"]:
+        """Computed in float32 at least; the result has the dtype of the gate.
+
+        Where peers share a group the scale is that of all its channels.
+        """
+        if peers.sharers > 1:
+            return self._shared(x, gate, peers)
         x, gate = (part.unflatten(-1, (self.groups, -1)) for part in (x, gate))
         weight = self.weight.view(self.groups, -1)
         return gated_rms_norm(x, gate, weight, self.eps, kind="silu", gates_first=True).flatten(-2)
+
+    def _shared(
+        self, x: Float[Tensor, "B T X"], gate: Float[Tensor, "B T X"], peers: Peers
+    ) -> Float[Tensor, "B T X"]:
+        # All channels here are of one group.
+        dtype = torch.promote_types(gate.dtype, torch.float32)
+        wide = x.to(dtype) * silu(gate.to(dtype))
+        mean = peers.sum_group(wide.square().sum(-1, keepdim=True)) / (wide.shape[-1] * peers.sharers)
+        return (wide * (mean + self.eps).rsqrt() * self.weight.to(dtype)).to(gate.dtype)
 
 
 class Mamba2(Mixer):
@@ -165,4 +183,4 @@ class Mamba2(Mixer):
         inputs = (q, k, written, log_decay)
         out = sequence.cut.recur(LinearAttention(), inputs, sequence.position, sequence.document)
         out = out + v * self.skip.to(x.dtype)[:, None]
-        return self.out_proj(self.out_norm(out.flatten(-2), gate))
+        return self.out_proj(self.out_norm(out.flatten(-2), gate, self.peers))

@@ -21,7 +21,8 @@ class MsaConfig(MixerConfig):
     """Fields of block-sparse attention with an indexer."""
 
     kind: Literal["msa"] = "msa"
-    spread = ("num_heads", "num_key_heads")
+    spread = ("num_heads",)
+    shared = ("num_key_heads",)
     num_heads: int = Field(ge=1)
     num_key_heads: int = Field(ge=1)
     head_dim: int = Field(ge=2)
@@ -90,6 +91,11 @@ class MsaConfig(MixerConfig):
         } | {f"{name}.weight": Split(None) for name in norms}
 
     @property
+    def losses(self) -> tuple[str, ...]:
+        """What the indexer learns from, if it does."""
+        return ("index",) if self.index_loss else ()
+
+    @property
     def context(self) -> Context:
         """Keys, values and index keys are gathered; block scores follow from them."""
         return Context("gather", 0)
@@ -154,7 +160,9 @@ class Msa(Mixer):
         # Scaled as in attention: unscaled, the first softmax would be nearly one-hot.
         scores = _scores_at(index_q, index_k, peaks) * config.index_dim**-0.5
         is_seen = torch.nn.functional.pad(selected >= 0, (1, 0), value=True)
-        return Mixed(out, {"index": config.index_loss * selection_loss(scores, mass, is_seen)})
+        # Sharers of a key head have the same index head and choice: each counts its share of one loss.
+        loss = selection_loss(scores, self.peers.sum_group(mass.detach()), is_seen) / self.peers.sharers
+        return Mixed(out, {"index": config.index_loss * loss})
 
 
 def _scores_at(

@@ -1,7 +1,7 @@
 """Native sparse attention: compressed, selected and windowed keys, each under a gate per head."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from kernels.attention import attention
 from kernels.block_attention import block_attention
 from kernels.compress import mean_compress, mlp_compress
-from kernels.compressed_attention import entry_attention
+from kernels.compressed_attention import Choice, entry_attention
 from kernels.document_windows import Windows, document_windows
 from kernels.rotary import rotate
+from model.choice import select_with_peers
 from model.cut import Compression
 from model.linear import Initial, Linear
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
@@ -24,7 +25,8 @@ class NsaConfig(MixerConfig):
     """Fields of native sparse attention."""
 
     kind: Literal["nsa"] = "nsa"
-    spread = ("num_heads", "num_key_heads")
+    spread = ("num_heads",)
+    shared = ("num_key_heads",)
     num_heads: int = Field(ge=1)
     num_key_heads: int = Field(ge=1)
     key_dim: int = Field(ge=2)
@@ -184,17 +186,21 @@ class Nsa(Mixer):
         config, scale, view = self.config, self.config.key_dim**-0.5, sequence.view()
         options = {"position": view.position, "places": view.places, "scale": scale}
         made = sequence.compression(config.entry_length, config.entry_stride)
-        compressed, selected = entry_attention(
-            q,
-            _entries(keys[0], made, self.phi_k),
-            _entries(values[0], made, self.phi_v),
-            entries=made.whole,
-            blocks=document_windows(view.position, config.block, config.block),
+        blocks = document_windows(view.position, config.block, config.block)
+        windows: dict[str, Any] = {"entries": made.whole, "blocks": blocks}
+        choice = Choice(
             count=config.num_blocks - 1,
             initial=config.num_initial_blocks,
             local=config.num_local_blocks - 1,
-            **options,
         )
+        entry_k = _entries(keys[0], made, self.phi_k)
+        entry_v = _entries(values[0], made, self.phi_v)
+        # Heads that are not all here choose together, in a step of its own.
+        is_shared = self.peers.sharers > 1
+        alone = Choice(count=0, initial=0, local=0) if is_shared else choice
+        compressed, selected = entry_attention(q, entry_k, entry_v, **windows, **alone, **options)
+        if is_shared:
+            selected = select_with_peers(q, entry_k, view, self.peers, **windows, scale=scale, choice=choice)
         k, v = view.keys(keys[1]), view.keys(values[1])
         chosen, _ = block_attention(q, k, v, selected, block=config.block, **options)
         view = sequence.view(config.window - 1)

@@ -11,9 +11,10 @@ from torch.nn.functional import smooth_l1_loss
 from kernels.attention import attention
 from kernels.block_attention import block_attention
 from kernels.compress import mean_compress
-from kernels.compressed_attention import select_by_entries
+from kernels.compressed_attention import Choice
 from kernels.document_windows import document_windows
 from kernels.rotary import rotate
+from model.choice import select_with_peers
 from model.cut import View
 from model.linear import Linear
 from model.mixer import Context, Flops, Mixed, Mixer, MixerConfig, Sequence, Split
@@ -24,7 +25,8 @@ class SsaConfig(MixerConfig):
     """Fields of sparse attention trained along with full attention."""
 
     kind: Literal["ssa"] = "ssa"
-    spread = ("num_heads", "num_key_heads")
+    spread = ("num_heads",)
+    shared = ("num_key_heads",)
     num_heads: int = Field(ge=1)
     num_key_heads: int = Field(ge=1)
     head_dim: int = Field(ge=2)
@@ -86,6 +88,11 @@ class SsaConfig(MixerConfig):
         return {"in_proj.weight": Split(0, "heads", self._parts()), "out_proj.weight": Split(1, "heads")}
 
     @property
+    def losses(self) -> tuple[str, ...]:
+        """How far both streams are apart."""
+        return ("alignment",)
+
+    @property
     def context(self) -> Context:
         """Keys and values are gathered; both streams share them."""
         return Context("gather", 0)
@@ -127,15 +134,19 @@ class Ssa(Mixer):
         config = self.config
         options = {"position": view.position, "places": view.places, "scale": config.head_dim**-0.5}
         blocks = document_windows(view.position, config.block, config.block)
-        selected = select_by_entries(
+        selected = select_with_peers(
             q,
             mean_compress(k, blocks),
+            view,
+            self.peers,
             entries=blocks,
             blocks=blocks,
-            count=config.num_blocks - 1,
-            initial=config.num_initial_blocks,
-            local=config.num_local_blocks - 1,
-            **options,
+            scale=options["scale"],
+            choice=Choice(
+                count=config.num_blocks - 1,
+                initial=config.num_initial_blocks,
+                local=config.num_local_blocks - 1,
+            ),
         )
         return block_attention(q, k, v, selected, block=config.block, **options)[0]
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 # The weighted sum of the chosen experts of each token, ids counted within the experts at hand.
 Compute: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+# What else there is to compute while tokens are on their way.
+Meanwhile: TypeAlias = Callable[[], Tensor | None]
 
 
 @runtime_checkable
@@ -15,14 +17,26 @@ class Dispatch(Protocol):
     """Brings tokens to experts, lets them compute, and brings the results back."""
 
     def __call__(
-        self, x: Float[Tensor, "N D"], chosen: Int[Tensor, "N k"], weights: Float[Tensor, "N k"], run: Compute
-    ) -> Float[Tensor, "N D"]:
-        """Weighted sum of the chosen experts of each token. Ids past the last expert add nothing."""
+        self,
+        x: Float[Tensor, "N D"],
+        chosen: Int[Tensor, "N k"],
+        weights: Float[Tensor, "N k"],
+        run: Compute,
+        meanwhile: Meanwhile,
+    ) -> tuple[Float[Tensor, "N D"], Tensor | None]:
+        """Weighted sum of the chosen experts of each token, and what `meanwhile` gives.
+
+        Ids past the last expert add nothing.
+        """
         ...
 
 
 def here(
-    x: Float[Tensor, "N D"], chosen: Int[Tensor, "N k"], weights: Float[Tensor, "N k"], run: Compute
-) -> Float[Tensor, "N D"]:
+    x: Float[Tensor, "N D"],
+    chosen: Int[Tensor, "N k"],
+    weights: Float[Tensor, "N k"],
+    run: Compute,
+    meanwhile: Meanwhile,
+) -> tuple[Float[Tensor, "N D"], Tensor | None]:
     """All experts are at hand."""
-    return run(x, chosen, weights)
+    return run(x, chosen, weights), meanwhile()

@@ -1,5 +1,7 @@
 """A mixture of experts: router, routed experts, and a shared expert that every token uses."""
 
+from functools import partial
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -8,7 +10,7 @@ from kernels.experts import ExpertBiases, ExpertForm, routed_experts
 from model.ffn import FeedForward
 from model.linear import Initial, Linear
 from model.moe.config import MoeConfig
-from model.moe.dispatch import Dispatch, here
+from model.moe.dispatch import Dispatch, Meanwhile, here
 from model.moe.router import Router, Routing
 
 
@@ -34,10 +36,14 @@ class Experts(nn.Module):
             self.initial |= {name: Initial("constant", 0.0) for name in ("gate_up_bias", "down_bias")}
 
     def forward(
-        self, x: Float[Tensor, "N D"], chosen: Int[Tensor, "N k"], weights: Float[Tensor, "N k"]
-    ) -> Float[Tensor, "N D"]:
-        """Weighted sum of the chosen experts of each token."""
-        return self.dispatch(x, chosen, weights, self._run)
+        self,
+        x: Float[Tensor, "N D"],
+        chosen: Int[Tensor, "N k"],
+        weights: Float[Tensor, "N k"],
+        meanwhile: Meanwhile,
+    ) -> tuple[Float[Tensor, "N D"], Tensor | None]:
+        """Weighted sum of the chosen experts of each token, and what was computed meanwhile."""
+        return self.dispatch(x, chosen, weights, self._run, meanwhile)
 
     def _run(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         gate_up, down = self.gate_up.to(x.dtype), self.down.to(x.dtype)
@@ -77,14 +83,17 @@ class Moe(nn.Module):
     ) -> tuple[Float[Tensor, "B T D"], Routing]:
         """The mixed output, and how the tokens were routed."""
         choice = self.router(x, tokens)
-        out = self.experts(x.flatten(0, 1), choice.experts, choice.weights).view_as(x)
+        flat, shared_of_x = x.flatten(0, 1), partial(self._shared_of, x)
+        out, shared = self.experts(flat, choice.experts, choice.weights, shared_of_x)
+        out = out.view_as(x)
         if self.config.num_zero_experts:
             is_zero = choice.experts >= self.config.num_experts
             share = choice.weights.masked_fill(~is_zero, 0.0).sum(-1).to(x.dtype)
             out = out + share.view_as(x[..., 0])[..., None] * x
-        if self.shared is not None:
-            shared = self.shared(x)
-            if self.shared_gate is not None:
-                shared = shared * self.shared_gate(x).sigmoid()
-            out = out + shared
-        return out, choice.routing
+        return out if shared is None else out + shared, choice.routing
+
+    def _shared_of(self, x: Tensor) -> Tensor | None:
+        if self.shared is None:
+            return None
+        shared = self.shared(x)
+        return shared if self.shared_gate is None else shared * self.shared_gate(x).sigmoid()

@@ -1,5 +1,7 @@
 """What every mixer must hold, for every entry of conf/mixer/: a new file is tested without an edit here."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -50,6 +52,10 @@ def run(mixer: Mixer, x: Tensor, sequence: Sequence) -> Mixed:
 def objective(mixed: Mixed, weight: Tensor) -> Tensor:
     """A number that every output and every loss of the mixer goes into."""
     return (mixed.out * weight).sum() + sum((mixed.losses or {}).values())
+
+
+def shapes_of(mixer: Mixer) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in mixer.named_parameters()}
 
 
 def test_every_kind_has_an_entry() -> None:
@@ -124,6 +130,11 @@ def test_another_document_changes_nothing_bit_for_bit(config: MixerConfig, dtype
     assert torch.equal(second[1] * ~middle, torch.zeros_like(x)), "a gradient crossed into another document"
 
 
+def test_says_which_losses_it_has(config: MixerConfig) -> None:
+    mixed = run(build(config, torch.float32), torch.randn(1, 70, WIDTH), replace(packed(1, 70), draw=0.5))
+    assert tuple(mixed.losses or ()) == config.losses
+
+
 def test_builds_on_meta_and_counts_itself(config: MixerConfig) -> None:
     with torch.device("meta"):
         mixer = config.build(WIDTH, 0, DEPTH, 0.02)
@@ -134,6 +145,10 @@ def test_builds_on_meta_and_counts_itself(config: MixerConfig) -> None:
     assert flops.projections == 2 * matrices
     assert 0 < config.cache_bytes(64) <= config.cache_bytes(1024)
     assert config.activation_bytes(WIDTH) > 0
+    # Layers of a kind are alike wherever they stand.
+    with torch.device("meta"):
+        last = config.build(WIDTH, DEPTH - 1, DEPTH, 0.02)
+    assert shapes_of(last) == shapes_of(mixer)
 
 
 def test_every_parameter_says_how_it_splits(config: MixerConfig) -> None:

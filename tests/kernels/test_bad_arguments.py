@@ -13,7 +13,7 @@ from kernels.attention import attention, attention_with_lse
 from kernels.block_attention import block_attention
 from kernels.block_selection import select_by_mean, select_by_peak
 from kernels.compress import gated_compress, mean_compress, mlp_compress
-from kernels.compressed_attention import entry_attention, joint_attention, select_by_entries
+from kernels.compressed_attention import entry_attention, entry_importance, joint_attention, select_by_entries
 from kernels.convolution import short_convolution
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.delta_rule import gated_delta_rule
@@ -100,6 +100,11 @@ def calls() -> dict[str, Call]:
             entry_attention, {**entries, "v": normal(B, slots, G, V), "position": position}, seen
         ),
         "select_by_entries": Call(select_by_entries, {**entries, "position": position}, seen),
+        "entry_importance": Call(
+            entry_importance,
+            {**entries, "position": position},
+            {"entries": windows, "blocks": windows, "scale": 0.3},
+        ),
         "joint_attention": Call(
             joint_attention, joint, {"windows": windows, "scale": 0.3, "window": 2}, {"selected": slots}
         ),

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.compressed_attention import CASES, Case, entry_attention, select_by_entries
+from kernels.compressed_attention import CASES, Case, entry_attention, entry_importance, select_by_entries
 from kernels.compressed_attention.entries import entry_attention_direct
 from kernels.document_windows import document_windows
 from tests.closeness import assert_close, outputs_and_grads
@@ -49,6 +49,19 @@ def test_entry_attention_equals_one_query_at_a_time(case, starts, dtype, limit, 
             select_by_entries(*inputs[:2], **options, **choice),
         ):
             assert torch.equal(slots.sort(-1).values, expected)
+
+
+def test_importance_adds_up_over_heads_to_what_blocks_are_chosen_by() -> None:
+    case = CASES[2]
+    options = windows_of(case, positions_of(case.rows, case.tokens, 0.0))
+    q, k, v = inputs_of(case, options["entries"].start.shape[1])
+    heads = q.unflatten(2, (case.key_heads, -1)).unbind(3)
+    total = sum(entry_importance(head, k, **options) for head in heads)
+    torch.testing.assert_close(total, entry_importance(q, k, **options), rtol=1e-13, atol=1e-14)
+    choice = {"count": case.chosen, "initial": 0, "local": 0}
+    chosen = options["blocks"].choose(total, options["position"], **choice)
+    expected = entry_attention_direct(q, k, v, **options, choice=choice)[1]
+    assert torch.equal(chosen.sort(-1).values, expected.sort(-1).values)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from kernels.attention import triton_backward_keys, triton_forward
 from kernels.choose import chosen
-from kernels.compressed_attention import Case, JointCase, entry_attention, joint_attention, select_by_entries
+from kernels.compressed_attention import (
+    Case,
+    JointCase,
+    entry_attention,
+    entry_importance,
+    joint_attention,
+    select_by_entries,
+)
 from kernels.compressed_attention import triton as triton_form
 from kernels.compressed_attention.entries import entry_attention_direct
 from kernels.compressed_attention.trials import (
@@ -210,15 +217,19 @@ def test_the_public_functions_run_these_kernels() -> None:
     position = positions_of(13, 30)
     inputs, options = entry_inputs(position), entry_options(position)
     options |= options.pop("choice")
+    scored = {name: options[name] for name in ("entries", "blocks", "position", "scale")}
     joined, joint_options = joint_inputs(position)
     with chosen({"compressed_attention": "triton"}):
         out, found = entry_attention(**inputs, **options)
         alone = select_by_entries(inputs["q"], inputs["k"], **options)
+        importance = entry_importance(inputs["q"], inputs["k"], **scored)
         joint, mass = joint_attention(**joined, selected=None, **joint_options)
     plain, expected = entry_attention(**inputs, **options)
     assert (out - plain).norm() <= 1e-5 * plain.norm()
     assert torch.equal(found.sort(-1).values, expected.sort(-1).values)
     assert torch.equal(alone, found)
+    plain = entry_importance(inputs["q"], inputs["k"], **scored)
+    assert (importance - plain).norm() <= 1e-5 * plain.norm()
     plain, empty = joint_attention(**joined, selected=None, **joint_options)
     assert (joint - plain).norm() <= 1e-5 * plain.norm()
     assert mass.shape == empty.shape

@@ -35,6 +35,8 @@ from tests.architectures import SMALL
 
 ROWS, TOKENS = 4, 32
 SEED = 5
+# As in training: some mixers then have losses of their own.
+DRAW = 0.3
 # Counts that two and four ranks can share, and enough of every kind of layer.
 EVEN = (
     "mixer.mla.num_heads=4",
@@ -104,7 +106,8 @@ def alone(config: Architecture) -> Result:
         for name, parameter in model.named_parameters():
             parameter.copy_(value_of(name, initial_values(model)[name], parameter.shape))
     batch = batch_of(config.model.vocab_size)
-    losses = model.loss(batch.tokens, batch.targets, Sequence(batch.position, batch.document, batch.tokens))
+    sequence = Sequence(batch.position, batch.document, batch.tokens, draw=DRAW)
+    losses = model.loss(batch.tokens, batch.targets, sequence)
     objective_of(losses, int((batch.targets != -100).sum())).backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return Result(named(losses), grads)
@@ -118,6 +121,7 @@ def build(
     settings = {"data": "fsdp", "dp_replicate": degrees.dp_replicate, "dp_shard": degrees.dp_shard}
     settings |= {"cp": degrees.cp, "tp": degrees.tp, "ep": degrees.ep, "pp": degrees.pp}
     settings |= {"pp_schedule": "1f1b", "pp_chunks": None, "pp_layout": None, "timeout_seconds": 60}
+    settings |= {"zero": {"stage": 2, "offload": "none", "whole_below": 0}}
     settings |= {"reshard_after_forward": True, "recompute": "none", "offload": "none", **(keys or {})}
     parallel = ParallelConfig(**settings)
     micro = micro_of(degrees)
@@ -156,7 +160,7 @@ def on_rank(
     denominators = Denominators((batch.targets != -100).sum(), batch.tokens.numel())
     own = slice(world.axes.rows.rank, None, world.axes.rows.size)
     rows = [part[own].split(micro_of(degrees)) for part in batch]
-    batches = [cut_rows(Batch(*parts), world.axes.cp) for parts in zip(*rows, strict=True)]
+    batches = [cut_rows(Batch(*parts), world.axes.cp, draw=DRAW) for parts in zip(*rows, strict=True)]
     losses = built.runner.step(batches, denominators)
     if fault != "gradients of copies":
         built.sum_shared_gradients(world.axes)

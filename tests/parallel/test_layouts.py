@@ -15,7 +15,7 @@ from tests.parallel.layouts import (
 )
 from tests.worlds import run_world
 
-LIMIT = 1e-11
+LIMIT = 1e-12
 LAYOUTS = {
     "cp2": Degrees(cp=2),
     "cp2-tp2-ep2": Degrees(cp=2, tp=2, ep=2),

@@ -31,6 +31,7 @@ def work(rank: int, size: int, port: int, cut: dict[str, int], folder: str, step
     keys = {"data": "fsdp", "dp_replicate": 1, "dp_shard": -1, "cp": 1, "tp": 1, "ep": 1, "pp": 1} | cut
     keys |= {"pp_schedule": "1f1b", "pp_chunks": None, "pp_layout": None, "recompute": "none"}
     keys |= {"offload": "none", "reshard_after_forward": True, "timeout_seconds": DEADLINE}
+    keys |= {"zero": {"stage": 2, "offload": "none", "whole_below": 0}}
     config = ParallelConfig(**keys)
     meeting = Meeting("127.0.0.1", port, is_hosted=False, host="here")
     with exit_on_error(), open_world(config, rank, size, rank, meeting) as world:

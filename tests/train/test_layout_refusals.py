@@ -137,6 +137,16 @@ REFUSALS = {
         "mixer.gdn: 2 ranks cannot share num_value_heads 6, num_key_heads 3; legal are 1, 3, 6",
         values("parallel.tp", 1, 3, 6),
     ),
+    "groups of heads": Refusal(
+        (
+            *("layout.pattern=nsa attn", "mixer.nsa.num_heads=12", "mixer.nsa.num_key_heads=3"),
+            "parallel.tp=4",
+        ),
+        12,
+        "parallel.tp",
+        "mixer.nsa: 4 ranks cannot share num_heads 12, num_key_heads 3; legal are 1, 3, 6, 12",
+        values("parallel.tp", 1, 3, 6, 12),
+    ),
     "vocabulary": Refusal(
         ("model.vocab_size=470", "parallel.tp=4"),
         4,

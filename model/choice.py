@@ -1,0 +1,56 @@
+"""The choice of blocks by the attention to their entries, where ranks share the query heads of a key head.
+
+Letters: B rows, T queries, H query heads here, G key heads, K key dim, N slots of entries, n chosen blocks.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kernels.compressed_attention import Choice, entry_importance, select_by_entries
+from kernels.document_windows import Windows
+from kernels.places import at_places, query_tokens
+from model.cut import View
+from model.peers import Peers
+
+# Numbers of attention to blocks that a slab of queries may hold: bounds memory, not the result.
+SLAB = 1 << 24
+
+
+@torch.no_grad()
+def select_with_peers(
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B N G K"],
+    view: View,
+    peers: Peers,
+    *,
+    entries: Windows,
+    blocks: Windows,
+    scale: float,
+    choice: Choice,
+) -> Int[Tensor, "B T G n"]:
+    """`select_by_entries` over all query heads of a key head, here and at the peers that share it.
+
+    Equations 9 and 10 of Native Sparse Attention, arXiv 2502.11089: a group of heads makes one choice.
+    """
+    options: dict[str, Any] = {
+        "entries": entries,
+        "blocks": blocks,
+        "position": view.position,
+        "scale": scale,
+    }
+    if peers.sharers == 1:
+        return select_by_entries(q, k, **options, **choice, places=view.places)
+    rows, tokens = q.shape[:2]
+    token = query_tokens(view.places, tokens, q).expand(rows, -1)
+    position = at_places(view.position, view.places)
+    size = max(1, SLAB // (rows * k.shape[2] * max(1, blocks.start.shape[1])))
+    chosen = []
+    for start in range(0, tokens, size):
+        own = slice(start, start + size)
+        scores = entry_importance(q[:, own], k, **options, places=token[:, own])
+        scores = peers.sum_group(scores)
+        chosen.append(blocks.choose(scores, position[:, own], token[:, own], **choice))
+    return torch.cat(chosen, dim=1)

@@ -1,0 +1,164 @@
+"""`python -m train.rehearse [group=option] [key=value]`: any rank of a run, played by this process alone.
+
+The model of the rank is built in its real size and layout from tensors that are shapes alone, and goes
+through one step; peers do nothing. Bytes and collectives are those of what was built and called, not of
+formulas.
+"""
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from conf.errors import ConfigError, Violation, exit_on_error
+from train.config import RunConfig
+from train.load import load_config
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def rehearse(config: RunConfig) -> dict[str, Any]:
+    """All figures as one plain object; bytes and counts, nothing rounded.
+
+    Raises ConfigError for a rank that the run does not have, and for parallel.data=zero.
+    """
+    from train.rehearsal import play, sampled_ranks, step_of
+
+    size = config.cluster.nodes * config.cluster.gpus_per_node
+    if config.rehearse.rank is not None and config.rehearse.rank >= size:
+        message = f"found {config.rehearse.rank}; the run has ranks 0 to {size - 1}"
+        raise ConfigError([Violation("rehearse.rank", message)])
+    if config.parallel.data == "zero":
+        message = "zero builds on real memory and cannot be rehearsed; set it to fsdp, or train.plan the run"
+        raise ConfigError([Violation("parallel.data", message)])
+    degrees = config.parallel.degrees(size)
+    ranks = sampled_ranks(degrees) if config.rehearse.rank is None else [config.rehearse.rank]
+    # Ranks of other stages do something else.
+    stride, own = size // config.parallel.pp, config.rehearse.rank
+    stepping = range(0, size, stride) if own is None else [own]
+    steps = [step_of(config, rank, size) for rank in stepping]
+    played = [play(config, rank, size) for rank in ranks]
+    totals = {rank["rank"]: sum(rank["bytes"]["total"][what] for what in WHAT) for rank in played}
+    return {
+        "world_size": size,
+        "degrees": degrees.describe(),
+        "ranks": played,
+        "fullest": max(totals, key=lambda rank: totals[rank]),
+        "emptiest": min(totals, key=lambda rank: totals[rank]),
+        "steps": steps,
+        "checkpoint": checkpoint(played),
+    }
+
+
+WHAT = ("parameters", "gradients", "optimizer")
+
+
+def checkpoint(played: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the save plans of the ranks say together."""
+    found = [line for rank in played for line in rank["checkpoint"]["problems"]]
+    return {
+        "parameters": played[0]["checkpoint"]["parameters"],
+        "bytes": played[0]["checkpoint"]["whole_bytes"],
+        "problems": list(dict.fromkeys(found)),
+    }
+
+
+def show(figures: dict[str, Any], config: RunConfig) -> None:
+    """Prints the figures as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from parallel.stages import stage_layers, write_layout
+    from train.plan import readable_bytes
+
+    console = Console()
+    table = Table(title=f"What {len(figures['ranks'])} of {figures['world_size']} ranks hold")
+    for name in ("ranks", "kind", *WHAT):
+        table.add_column(name, justify="right" if name in WHAT else "left")
+    for ranks in alike(figures["ranks"]):
+        for kind, row in ranks[0]["bytes"].items():
+            names = ", ".join(str(rank["rank"]) for rank in ranks) if kind == "dense" else ""
+            cells = (readable_bytes(row[what]) for what in WHAT)
+            table.add_row(names, kind, *cells, end_section=kind == "total")
+    console.print(table)
+    if config.parallel.pp > 1:
+        plan = config.parallel.plan(figures["steps"][0]["micro_batches"])
+        assert plan is not None, f"{config.parallel.pp=}"
+        cut = stage_layers(config.architecture, plan, config.data.sequence_length, config.parallel.pp_layout)
+        line = write_layout(config.architecture, cut)
+        console.print(f"{plan.schedule}, {plan.degree} ranks with {plan.chunks} stages each: {line}")
+    for step in figures["steps"]:
+        show_step(console, step)
+    summary = Table(title="Rehearsal", show_header=False)
+    for name, value in summary_rows(figures, config):
+        summary.add_row(name, value)
+    console.print(summary)
+
+
+def show_step(console: "Console", step: dict[str, Any]) -> None:
+    """Prints the collectives of a step as a table."""
+    from rich.table import Table
+
+    from train.plan import readable_bytes
+
+    count = step["micro_batches"]
+    title = f"Collectives of a step of rank {step['rank']}, {count} micro-batch{'es' if count > 1 else ''}"
+    table = Table(title=title)
+    for name in ("phase", "axis", "ranks", "collective", "calls", "bytes", "sent"):
+        table.add_column(name, justify="left" if name in ("phase", "axis", "collective") else "right")
+    for row in step["collectives"]:
+        table.add_row(
+            row["phase"],
+            row["axis"],
+            f"{row['ranks']:,}",
+            row["kind"],
+            f"{row['calls']:,}",
+            readable_bytes(row["bytes"]),
+            readable_bytes(row["sent"]),
+        )
+    console.print(table)
+    if step["is_routed_evenly"]:
+        console.print("Tokens choose experts evenly here; with real choices the bytes along ep vary.")
+
+
+def alike(ranks: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The ranks in groups that hold as many bytes of everything."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for rank in ranks:
+        groups.setdefault(json.dumps(rank["bytes"]), []).append(rank)
+    return list(groups.values())
+
+
+def summary_rows(figures: dict[str, Any], config: RunConfig) -> list[tuple[str, str]]:
+    """Names and readable values below the tables."""
+    from train.plan import readable_bytes
+
+    saved = figures["checkpoint"]
+    rows = [
+        ("ranks", figures["degrees"]),
+        ("fullest, emptiest rank", f"{figures['fullest']}, {figures['emptiest']}"),
+        ("checkpoint", f"{saved['parameters']:,} parameters, {readable_bytes(saved['bytes'])} with moments"),
+    ]
+    rows += [("checkpoint, WRONG", line) for line in saved["problems"][:10]]
+    if not saved["problems"]:
+        rows.append(("save plans", "blocks of all ranks cover every parameter, none overlap"))
+    if config.cluster.memory_gib is not None:
+        most = max(sum(rank["bytes"]["total"][what] for what in WHAT) for rank in figures["ranks"])
+        share = most / (config.cluster.memory_gib * 2**30)
+        rows.append((f"state, share of {config.cluster.memory_gib:g} GiB", f"{share:.0%}"))
+    return rows
+
+
+def main(arguments: list[str]) -> None:
+    """Prints the rehearsal of the config. Raises ConfigError."""
+    config = load_config(arguments, None)
+    figures = rehearse(config)
+    if config.rehearse.format == "json":
+        print(json.dumps(figures))
+    else:
+        show(figures, config)
+
+
+if __name__ == "__main__":
+    with exit_on_error():
+        main(sys.argv[1:])
