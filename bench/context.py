@@ -96,7 +96,8 @@ def measure_one(axis: Axis, job: Job) -> Cost:
     mixer = job.config.build(WIDTH, 0, 2, 0.02)
     initialise(mixer, 0)
     whole = Sequence.whole(torch.zeros(1, job.tokens, dtype=torch.long))
-    sequence = Sequence(cut_row(whole.position, axis), None, cut_row(whole.tokens, axis), cut=Chunks(axis))
+    cut = Chunks(axis, whole.position, None)
+    sequence = Sequence(cut_row(whole.position, axis), None, cut_row(whole.tokens, axis), cut=cut)
     x = torch.randn(1, job.tokens // axis.size, WIDTH, requires_grad=True)
     with Watch() as watch:
         step(mixer, x, sequence)

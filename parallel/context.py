@@ -17,7 +17,7 @@ from parallel.states import pass_back, start_states
 
 
 class HeadTail(ContextView, Cut):
-    """Rows in two chunks per rank of the context axis. All methods but chunks and restore are collective."""
+    """Rows in two chunks per rank of the context axis. before, recur and what views give are collective."""
 
     def before(self, x: Float[Tensor, "B T *E"], count: int) -> Float[Tensor, "X U *E"]:
         """The U = count tokens before each chunk, zeros before the first of a row."""
@@ -66,5 +66,7 @@ def cut_rows(batch: Batch, axis: Axis, *, draw: float | None = None, predicted: 
     every = (later_in_rows(batch.tokens, batch.targets, batch.document, n) for n in range(1, predicted + 1))
     later = tuple(Later(cut_row(one.tokens, axis), cut_row(one.targets, axis)) for one in every)
     position, document, tokens = (cut_row(x, axis) for x in (batch.position, batch.document, batch.tokens))
-    sequence = Sequence(position, document, tokens, draw, later, cut=HeadTail(axis))
+    sequence = Sequence(
+        position, document, tokens, draw, later, cut=HeadTail(axis, batch.position, batch.document)
+    )
     return MicroBatch(cut_row(batch.targets, axis), sequence)

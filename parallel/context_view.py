@@ -6,7 +6,6 @@ one.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -18,48 +17,27 @@ from parallel.axes import Axis
 from parallel.chunks import join_chunks, split_chunks, tails_before, whole_row
 
 
-class _Rows(NamedTuple):
-    """Numbers of all tokens of rows, gathered once for the tensors that they are of.
-
-    versions tell whether these were written to since.
-    """
-
-    sources: tuple[Tensor, Tensor | None]
-    versions: tuple[int, ...]
-    position: Int[Tensor, "B S"]
-    document: Int[Tensor, "B S"] | None
-    views: dict[int | None, View]
-    compressions: dict[tuple[int, int, int], Compression]
-
-    def are_of(self, position: Tensor, document: Tensor | None) -> bool:
-        """Whether these are the rows of the given tensors."""
-        is_same = self.sources[0] is position and self.sources[1] is document
-        return is_same and self.versions == _versions(position, document)
-
-
-def _versions(*tensors: Tensor | None) -> tuple[int, ...]:
-    return tuple(-1 if x is None or x.is_inference() else x._version for x in tensors)
-
-
 class ContextView:
-    """`view` and `compression` of a head-tail cut along `axis`.
+    """`view` and `compression` of rows of which this rank holds a head-tail cut along `axis`.
 
-    Positions and documents of the last sequence are kept with all that follows from them: the ranks meet for
-    these small numbers once for a sequence, and every layer finds them.
+    position and document are those of the whole rows, which the loader gives every rank: nothing is exchanged
+    for them. What follows from them is kept, and every layer finds it.
     """
 
-    def __init__(self, axis: Axis) -> None:
+    def __init__(self, axis: Axis, position: Int[Tensor, "B S"], document: Int[Tensor, "B S"] | None) -> None:
         self.axis = axis
-        self._rows: _Rows | None = None
+        self._position = position
+        self._document = document
+        self._views: dict[int | None, View] = {}
+        self._compressions: dict[tuple[int, int, int], Compression] = {}
 
     def view(
         self, position: Int[Tensor, "B T"], document: Int[Tensor, "B T"] | None, reach: int | None
     ) -> View:
         """Whole rows for a reach of None; else each chunk a row behind `reach` tokens before it."""
-        rows = self._known(position, document)
-        if reach not in rows.views:
-            rows.views[reach] = self._whole(rows) if reach is None else self._near(rows, reach)
-        return rows.views[reach]
+        if reach not in self._views:
+            self._views[reach] = self._whole() if reach is None else self._near(reach)
+        return self._views[reach]
 
     def compression(
         self,
@@ -70,52 +48,43 @@ class ContextView:
         before: int,
     ) -> Compression:
         """Entries are made behind a halo of length - 1 + before tokens and brought together slot by slot."""
-        rows = self._known(position, document)
         key = length, stride, before
-        if key not in rows.compressions:
-            rows.compressions[key] = self._compression(rows, *key)
-        return rows.compressions[key]
+        if key not in self._compressions:
+            self._compressions[key] = self._compression(*key)
+        return self._compressions[key]
 
-    def _known(self, position: Tensor, document: Tensor | None) -> _Rows:
-        if self._rows is None or not self._rows.are_of(position, document):
-            tensors = position, document
-            whole = [None if x is None else whole_row(x, self.axis) for x in tensors]
-            assert whole[0] is not None
-            self._rows = _Rows(tensors, _versions(*tensors), whole[0], whole[1], {}, {})
-        return self._rows
-
-    def _starts(self, rows: _Rows) -> Int[Tensor, "2"]:
+    def _starts(self) -> Int[Tensor, "2"]:
         # First tokens of this rank's two chunks.
-        size, axis = rows.position.shape[1] // (2 * self.axis.size), self.axis
+        size, axis = self._position.shape[1] // (2 * self.axis.size), self.axis
         chunks = axis.rank, 2 * axis.size - 1 - axis.rank
-        return torch.tensor(chunks, device=rows.position.device) * size
+        return torch.tensor(chunks, device=self._position.device) * size
 
-    def _whole(self, rows: _Rows) -> View:
-        size = rows.position.shape[1] // (2 * self.axis.size)
-        places = (self._starts(rows)[:, None] + torch.arange(size, device=rows.position.device)).flatten()
-        places = places.expand(rows.position.shape[0], -1).contiguous()
+    def _whole(self) -> View:
+        size = self._position.shape[1] // (2 * self.axis.size)
+        places = (self._starts()[:, None] + torch.arange(size, device=self._position.device)).flatten()
+        places = places.expand(self._position.shape[0], -1).contiguous()
 
         def keys(x: Shaped[Tensor, "B T *E"]) -> Shaped[Tensor, "B S *E"]:
             return whole_row(x, self.axis)
 
-        return View(rows.position, rows.document, places, _same, keys, _same)
+        return View(self._position, self._document, places, _same, keys, _same)
 
-    def _near(self, rows: _Rows, reach: int) -> View:
-        size = rows.position.shape[1] // (2 * self.axis.size)
-        token, is_token = self._tokens(rows, reach)
-        position = rows.position[:, token].masked_fill(~is_token, 0).flatten(0, 1)
-        if rows.document is None:
-            document = torch.where(is_token, 0, -1).expand(rows.position.shape[0], -1, -1).flatten(0, 1)
+    def _near(self, reach: int) -> View:
+        size = self._position.shape[1] // (2 * self.axis.size)
+        token, is_token = self._tokens(reach)
+        position = self._position[:, token].masked_fill(~is_token, 0).flatten(0, 1)
+        if self._document is None:
+            document = torch.where(is_token, 0, -1).expand(self._position.shape[0], -1, -1).flatten(0, 1)
         else:
-            lower = rows.document[:, :1, None] - 1
-            document = torch.where(is_token, rows.document[:, token], lower).flatten(0, 1)
+            lower = self._document[:, :1, None] - 1
+            document = torch.where(is_token, self._document[:, token], lower).flatten(0, 1)
         places = torch.arange(reach, reach + size, device=position.device).expand(position.shape[0], -1)
         return View(position, document, places.contiguous(), split_chunks, self._behind(reach), join_chunks)
 
-    def _tokens(self, rows: _Rows, reach: int) -> tuple[Int[Tensor, "2 C"], Bool[Tensor, "2 C"]]:
+    def _tokens(self, reach: int) -> tuple[Int[Tensor, "2 C"], Bool[Tensor, "2 C"]]:
         """The token of the row at each place of both chunks with `reach` before; False before the row."""
-        size = rows.position.shape[1] // (2 * self.axis.size)
-        token = self._starts(rows)[:, None] + torch.arange(-reach, size, device=rows.position.device)
+        size = self._position.shape[1] // (2 * self.axis.size)
+        token = self._starts()[:, None] + torch.arange(-reach, size, device=self._position.device)
         return token.clamp(min=0), token >= 0
 
     def _behind(self, reach: int) -> Callable[[Tensor], Tensor]:
@@ -127,12 +96,12 @@ class ContextView:
 
         return keys
 
-    def _compression(self, rows: _Rows, length: int, stride: int, before: int) -> Compression:
+    def _compression(self, length: int, stride: int, before: int) -> Compression:
         reach = length - 1 + before
-        size = rows.position.shape[1] // (2 * self.axis.size)
-        token, is_token = self._tokens(rows, reach)
-        position = rows.position[:, token].masked_fill(~is_token, 0).flatten(0, 1)
-        whole, local = (document_windows(x, length, stride) for x in (rows.position, position))
+        size = self._position.shape[1] // (2 * self.axis.size)
+        token, is_token = self._tokens(reach)
+        position = self._position[:, token].masked_fill(~is_token, 0).flatten(0, 1)
+        whole, local = (document_windows(x, length, stride) for x in (self._position, position))
         # A window is the chunk's that holds its last token; there it stands `reach` tokens further right.
         owner = torch.div(whole.last.clamp(min=0), size, rounding_mode="floor")
         slots = local.start.shape[1]

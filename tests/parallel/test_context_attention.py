@@ -132,7 +132,7 @@ def results(setting: Setting, documents: str, axis: Axis | None) -> dict[str, Te
     x, weight = (torch.randn(2, TOKENS, WIDTH, generator=draw).double() for _ in range(2))
     position, document = packed(documents)
     selection = nearest(position)
-    cut = WHOLE if axis is None else HeadTail(axis)
+    cut = WHOLE if axis is None else HeadTail(axis, position, None if documents == "one" else document)
     if axis is not None:
         x, weight, position, document, selection = (
             cut_row(part, axis) for part in (x, weight, position, document, selection)
@@ -206,21 +206,19 @@ def test_a_broken_view_shows(broken: str) -> None:
         assert far["x"] > 0.01, (setting, far)
 
 
-def test_a_cut_knows_another_sequence() -> None:
-    cut = HeadTail(Axis("cp", 0, (0,), None))
+def test_layers_find_the_view_of_the_first() -> None:
     position, document = packed("mixed")
-    first = cut.view(position, document, 3)
-    assert cut.view(position, document, 3) is first
-    other = position.clone(), document.clone()
-    assert cut.view(*other, 3) is not first
-    # Written to in place, as a loader may.
-    other[0].copy_(packed("one")[0])
-    assert torch.equal(cut.view(*other, None).position, packed("one")[0])
-    assert cut.compression(*other, 4, 4, 0).whole.is_filled.all()
+    cut = HeadTail(Axis("cp", 0, (0,), None), position, document)
+    assert cut.view(position, document, 3) is cut.view(position, document, 3)
+    assert cut.view(position, document, 3) is not cut.view(position, document, 4)
+    made = cut.compression(position, document, 4, 4, 0)
+    assert made is cut.compression(position, document, 4, 4, 0)
+    assert made is not cut.compression(position, document, 4, 4, 1)
 
 
 def test_nothing_is_seen_before_a_row() -> None:
-    view = HeadTail(Axis("cp", 0, (0,), None)).view(*packed("one"), 3)
+    rows = packed("one")
+    view = HeadTail(Axis("cp", 0, (0,), None), *rows).view(*rows, 3)
     assert view.document is not None
     assert view.places is not None
     assert view.document[:, :4].tolist() == [[-1, -1, -1, 0], [0, 0, 0, 0]] * 2

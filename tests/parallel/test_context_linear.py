@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.choose import chosen
-from model.cut import Cut, View
+from model.cut import View
 from model.mixer import Mixer, MixerConfig, Sequence
 from model.mixers.lightning import LightningConfig
 from model.recurrence import Recurrence
@@ -123,12 +123,13 @@ def alone(config: MixerConfig, case: Case) -> list[Tensor]:
     return tokens + [torch.stack(grads).sum(0) for grads in zip(*(part[2:] for part in found), strict=True)]
 
 
-def cut(sequence: Sequence, axis: Axis, how: Cut) -> Sequence:
+def cut(sequence: Sequence, axis: Axis, how: type[Chunks]) -> Sequence:
     document = None if sequence.document is None else cut_row(sequence.document, axis)
-    return Sequence(cut_row(sequence.position, axis), document, cut_row(sequence.tokens, axis), cut=how)
+    position, tokens = (cut_row(x, axis) for x in (sequence.position, sequence.tokens))
+    return Sequence(position, document, tokens, cut=how(axis, sequence.position, sequence.document))
 
 
-def on_axis(axis: Axis, how: Cut, config: MixerConfig, case: Case, shift: int = 0) -> list[Tensor]:
+def on_axis(axis: Axis, how: type[Chunks], config: MixerConfig, case: Case, shift: int = 0) -> list[Tensor]:
     x, weight = (cut_row(part, axis) for part in drawn(case))
     sequence = cut(packed(case), axis, how)
     sequence = replace(sequence, position=sequence.position + shift)
@@ -138,7 +139,7 @@ def on_axis(axis: Axis, how: Cut, config: MixerConfig, case: Case, shift: int = 
 
 def on_rank(rank: int, size: int, jobs: Items[tuple[MixerConfig, Case]]) -> list[list[Tensor]]:
     axis = open_axes(Degrees(cp=size), rank).cp
-    return [on_axis(axis, Chunks(axis), *job) for job in jobs]
+    return [on_axis(axis, Chunks, *job) for job in jobs]
 
 
 def summed(found: Items[list[Tensor]]) -> list[Tensor]:
@@ -168,7 +169,7 @@ def test_one_process_packed_is_each_document_alone(name: str) -> None:
 def test_two_chunks_of_one_process_are_each_document_alone(name: str) -> None:
     axis = Axis("cp", 0, (0,), None)
     for case in CASES:
-        found = on_axis(axis, Chunks(axis), config_of(name), case)
+        found = on_axis(axis, Chunks, config_of(name), case)
         assert worst(found, alone_all()[name, case]) < 1e-12, case
 
 
@@ -248,7 +249,7 @@ FAULTS = (
 
 def with_faults(rank: int, size: int, configs: dict[str, MixerConfig]) -> list[list[Tensor]]:
     axis = open_axes(Degrees(cp=size), rank).cp
-    return [on_axis(axis, fault.how(axis), configs[fault.name], fault.case, fault.shift) for fault in FAULTS]
+    return [on_axis(axis, fault.how, configs[fault.name], fault.case, fault.shift) for fault in FAULTS]
 
 
 def test_every_fault_shows() -> None:
@@ -276,7 +277,7 @@ def moved_bytes(rank: int, size: int, configs: list[MixerConfig], lengths: list[
             for tokens in lengths:
                 case, sent[0] = Case(tokens, ((0,), (0, 7))), 0
                 x, weight = (cut_row(part, axis) for part in drawn(case))
-                outcome(mixer, x, weight, cut(packed(case), axis, Chunks(axis)))
+                outcome(mixer, x, weight, cut(packed(case), axis, Chunks))
                 totals_of_one.append(sent[0])
             totals.append(totals_of_one)
     return totals
@@ -306,7 +307,7 @@ def test_lower_precision_is_that_of_rows_not_cut(name: str) -> None:
         x, weight = (part.to(dtype) for part in drawn(case))
         whole, parted = (
             outcome(build(config_of(name)).float(), x, weight, sequence)
-            for sequence in (packed(case), cut(packed(case), axis, Chunks(axis)))
+            for sequence in (packed(case), cut(packed(case), axis, Chunks))
         )
         assert parted[0].dtype == dtype
         assert worst(parted, expected) < limits.get(dtype, 2 * worst(whole, expected)), dtype
@@ -316,7 +317,7 @@ def test_lower_precision_is_that_of_rows_not_cut(name: str) -> None:
 def test_recomputed_layers_are_the_same(name: str) -> None:
     axis = Axis("cp", 0, (0,), None)
     mixer, (x, weight) = build(config_of(name)), drawn(PACKED)
-    sequence = cut(packed(PACKED), axis, Chunks(axis))
+    sequence = cut(packed(PACKED), axis, Chunks)
     x.requires_grad_()
     out = checkpoint(mixer, x, sequence, use_reentrant=False)
     grads = torch.autograd.grad((out * weight).sum(), [x, *mixer.parameters()])
@@ -332,6 +333,6 @@ def test_two_chunks_in_triton(name: str) -> None:
     axis, case = Axis("cp", 0, (0,), None), CASES[-1]
     x, weight = (part.float() for part in drawn(case))
     with corrected(), chosen(dict.fromkeys(("delta_rule", "linear_attention", "convolution"), "triton")):
-        mixer, sequence = build(config_of(name)).float(), cut(packed(case), axis, Chunks(axis))
+        mixer, sequence = build(config_of(name)).float(), cut(packed(case), axis, Chunks)
         found = outcome(mixer, x, weight, sequence)
     assert worst(found, alone_all()[name, case]) < 1e-4
