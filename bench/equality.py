@@ -5,14 +5,11 @@
 """
 
 import json
-import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from bench.origin import origin
 from bench.readme import show
 from conf.errors import exit_on_error
 
@@ -42,11 +39,8 @@ def table() -> str:
 
 def write(found: Measured, steps: int, limits: dict[str, float]) -> None:
     """Writes the result file."""
-    git = ["git", "rev-parse", "--short", "HEAD"]
     described: dict[str, Any] = {
-        "device": f"{platform.machine()} CPU, gloo",
-        "torch": torch.__version__,
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+        **origin("gloo"),
         "steps": steps,
         "limits": limits,
         "worst": found,

@@ -7,7 +7,6 @@ results go to bench/results/kernels-DEVICE.json. Without a GPU it prints work an
 
 import json
 import platform
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 import triton
 
 from bench.kernel_peers import peers_of
+from bench.origin import origin
 from conf.errors import exit_on_error
 from kernels.check import times
 from kernels.limits import Limits, measured_limits, seconds, share
@@ -109,13 +109,10 @@ def described(row: dict[str, Any]) -> str:
 def write(rows: list[dict[str, Any]], limits: Limits) -> None:
     """The JSON with device and versions, and the plot beside it."""
     name = torch.cuda.get_device_name().lower().replace(" ", "-")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout
     head = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        **origin("one device", torch.cuda.get_device_name()),
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "commit": commit.strip(),
         "tflops": limits.flops / 1e12,
         "terabytes": limits.bytes / 1e12,
     }

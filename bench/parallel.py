@@ -15,8 +15,6 @@ are freed after forward.
 
 import json
 import multiprocessing
-import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from bench.origin import origin
 from conf.errors import exit_on_error
 from data.loader import Batch
 from model.config import Architecture
@@ -90,7 +89,8 @@ def main(arguments: list[str]) -> None:
         costs = on_ranks(config, degrees, int(given.get("rounds", "5")))
         rows[name] = described(costs, least_bytes(config, degrees), rows.get("one process"))
     show(rows)
-    RESULT.write_text(json.dumps(about(more) | {"layouts": rows}, indent=1) + "\n")
+    head = origin("gloo, one thread for each of two processes") | {"model": [*MODEL, *more]}
+    RESULT.write_text(json.dumps(head | {"layouts": rows}, indent=1) + "\n")
 
 
 def on_ranks(config: RunConfig, degrees: Degrees, rounds: int) -> list[Cost]:
@@ -147,6 +147,7 @@ def timed(call: Callable[[], None]) -> float:
 def replay(found: Counter[Collective], world: World) -> None:
     """As many calls of the same kinds and sizes, with nothing in between."""
     groups = {axis.ranks: axis.group for axis in vars(world.axes).values() if hasattr(axis, "group")}
+    links: list[dist.Work | None] = []
     for call, count in found.items():
         group = groups.get(call.ranks) or dist.group.WORLD
         ranks = len(call.ranks)
@@ -162,8 +163,15 @@ def replay(found: Counter[Collective], world: World) -> None:
                     dist.reduce_scatter_tensor(part, whole, group=group)
                 case "all_to_all":
                     dist.all_to_all_single(torch.empty_like(whole), whole, group=group)
+                case "send" | "recv" as kind:
+                    # Both ends may name them in another order: what has one size has one tag.
+                    start = dist.isend if kind == "send" else dist.irecv
+                    links.append(start(whole.clone(), 1 - world.rank, tag=call.bytes))
                 case kind:
                     raise AssertionError(f"no replay for {kind}")
+    for link in links:
+        assert link is not None
+        link.wait()
 
 
 def least_bytes(config: RunConfig, degrees: Degrees) -> int:
@@ -234,17 +242,6 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
             f"{name:12} {row['step_seconds']:7.3f} {over:>9} {row['collective_seconds']:11.3f} "
             f"{row['sent'] / 1e6:8.2f} {row['least'] / 1e6:7.2f} {ratio:>6} {calls}"
         )
-
-
-def about(more: list[str]) -> dict[str, Any]:
-    """Where and of what the figures are."""
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    return {
-        "device": f"{platform.machine()} CPU, gloo, one thread for each of two processes",
-        "torch": torch.__version__,
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
-        "model": [*MODEL, *more],
-    }
 
 
 if __name__ == "__main__":

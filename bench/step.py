@@ -8,9 +8,7 @@ are, while the others wait.
 
 import json
 import multiprocessing
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +20,7 @@ from typing import Any
 import torch
 from torch.optim import AdamW
 
+from bench.origin import origin
 from bench.peers import as_transformers
 from conf.errors import exit_on_error
 from kernels.cross_entropy import IGNORED
@@ -170,11 +169,8 @@ def report(
 
 def described(peak: float) -> dict[str, Any]:
     """What the figures were measured on."""
-    git = ["git", "rev-parse", "--short", "HEAD"]
     return {
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
+        **origin(f"{torch.get_num_threads()} threads"),
         "peak_flops": peak,
     }
 
