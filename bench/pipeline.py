@@ -3,14 +3,16 @@
 `python -m bench.pipeline [degree=8] [micro_batches=32] [only=NAME,..]` prints a table for each schedule at 4K
 and 128K tokens: the slowest stage and the slowest rank over the mean, the share of time in which ranks wait,
 and how much longer a step takes with equal layers. It writes bench/results/pipeline.json and a plot of one
-model's timelines. Costs are counted operations, so that no machine is needed; nothing is measured here.
+model's timelines. `python -m bench.pipeline write` puts what the first says into README.md. Costs are counted
+operations, so that no machine is needed; nothing is measured here.
 """
 
 import json
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from bench import readme
 from conf.compose import compose
 from conf.errors import exit_on_error
 from model.config import Architecture
@@ -27,6 +29,7 @@ MODELS = (
     "deepseek_v3_2",
     "deepseek_v4_flash",
     "glm_5",
+    "nsa_27b_a3b",
 )
 CONTEXTS = (4096, 131072)
 SHOWN = ("qwen3_next_80b_a3b", 131072)
@@ -51,7 +54,10 @@ class Row(NamedTuple):
 
 
 def main(arguments: list[str]) -> None:
-    """Prints and writes the table, draws the plot."""
+    """Prints and writes the table, draws the plot; or writes README.md."""
+    if arguments == ["write"]:
+        readme.show(table(), "pipeline", arguments)
+        return
     given = dict(argument.split("=", 1) for argument in arguments)
     degree, micro_batches = int(given.get("degree", "8")), int(given.get("micro_batches", "32"))
     names = given["only"].split(",") if "only" in given else MODELS
@@ -125,6 +131,33 @@ def show(rows: list[Row]) -> None:
             f"{row.slower:.3f}",
         )
     Console(width=120).print(table)
+
+
+def table() -> str:
+    """Of the result file, the two schedules of README.md, one line for each model, and all in a sentence."""
+    rows = json.loads((RESULTS / "pipeline.json").read_text())
+    columns = [(schedule, context) for schedule in ("1f1b", "zero_bubble_v") for context in CONTEXTS]
+    heads = [f"{schedule}, {context // 1024}K" for schedule, context in columns]
+    lines = [f"| model | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 1)]
+    found = {(row["model"], row["plan"]["schedule"], row["context"]): row for row in rows}
+    for model in dict.fromkeys(row["model"] for row in rows):
+        lines.append(f"| {model} | {' | '.join(cell(found.get((model, *column))) for column in columns)} |")
+    slower = [row["slower"] for row in rows]
+    longer = sum(factor < 1 for factor in slower)
+    lines += [
+        "",
+        f"Over all schedules equal layers take {min(slower):.3f} to {max(slower):.3f} times as long; "
+        f"in {longer} of {len(slower)} cases our cut is the longer one.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def cell(row: dict[str, Any] | None) -> str:
+    """The share of waiting of our cut and of equal layers, and the factor between the steps."""
+    if row is None:
+        return "too few layers"
+    ours, equal = row["bubble"]
+    return f"{ours:.0%} / {equal:.0%}, {row['slower']:.2f} x"
 
 
 def draw(timelines: dict[str, Timeline], path: Path) -> None:

@@ -1,8 +1,19 @@
-"""What README.md says about the published systems is what their configs give."""
+"""What README.md says about systems, recipes and pipelines is what their configs and results give."""
 
+import pytest
+
+from bench import pipeline, recipes, systems
 from bench.readme import read
-from bench.systems import table
 
 
 def test_the_table_of_systems_is_current() -> None:
-    assert read("systems") == table(), "write it anew: python -m bench.systems write"
+    assert read("systems") == systems.table(), "write it anew: python -m bench.systems write"
+
+
+def test_the_table_of_pipelines_is_current() -> None:
+    assert read("pipeline") == pipeline.table(), "write it anew: python -m bench.pipeline write"
+
+
+@pytest.mark.prove
+def test_the_table_of_recipes_is_current() -> None:
+    assert read("recipes") == recipes.table(), "write it anew: python -m bench.recipes write"

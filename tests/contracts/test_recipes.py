@@ -7,7 +7,8 @@ cluster, fits into its memory, and a rank can build its part and go through a st
 import pytest
 import torch
 
-from conf.compose import CONF_DIR, group_options
+from bench.recipes import whole_runs
+from conf.compose import group_options
 from model.mixer import Sequence
 from parallel.apply import Work, build_parallel
 from parallel.world import World
@@ -20,11 +21,7 @@ SIZE = ("model.width=32", "model.depth=4", "model.vocab_size=4096", "moe.num_exp
 
 
 # A recipe either is a whole run with its own model and cluster, or a stage that goes on any model.
-WHOLE = [
-    name
-    for name in group_options("recipe")
-    if "override /model:" in (CONF_DIR / "recipe" / f"{name}.yaml").read_text()
-]
+WHOLE = whole_runs()
 STAGES = [name for name in group_options("recipe") if name not in WHOLE]
 # These are rehearsed by the short suite.
 QUICK = ["kimi_linear_48b_h200_1n"]
