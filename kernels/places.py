@@ -51,6 +51,14 @@ def at_places(x: Int[Tensor, "B S"], places: Int[Tensor, "B T"] | None) -> Int[T
     return x if places is None else x.gather(1, places.long())
 
 
+def queries_at_once(q: Tensor, numbers: int, limit: int) -> int:
+    """How many queries to take at once where each needs so many numbers and memory holds `limit` of them.
+
+    All of them on the meta device, which has no memory to save.
+    """
+    return q.shape[1] if q.is_meta else max(1, limit // max(1, numbers))
+
+
 def spans(places: Int[Tensor, "B T"] | None, queries: int, size: int) -> list[Span]:
     """Neighbouring queries, at most `size` at a time; with places the host waits for them once.
 

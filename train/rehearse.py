@@ -6,7 +6,10 @@ formulas.
 """
 
 import json
+import os
 import sys
+from collections.abc import Sequence
+from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 from conf.errors import ConfigError, Violation, exit_on_error
@@ -22,7 +25,7 @@ def rehearse(config: RunConfig) -> dict[str, Any]:
 
     Raises ConfigError for a rank that the run does not have, and for parallel.data=zero.
     """
-    from train.rehearsal import play, sampled_ranks, step_of
+    from train.rehearsal import play, sampled_ranks
 
     size = config.cluster.nodes * config.cluster.gpus_per_node
     if config.rehearse.rank is not None and config.rehearse.rank >= size:
@@ -36,7 +39,7 @@ def rehearse(config: RunConfig) -> dict[str, Any]:
     # Ranks of other stages do something else.
     stride, own = size // config.parallel.pp, config.rehearse.rank
     stepping = range(0, size, stride) if own is None else [own]
-    steps = [step_of(config, rank, size) for rank in stepping]
+    steps = steps_of_ranks(config, stepping, size)
     played = [play(config, rank, size) for rank in ranks]
     totals = {rank["rank"]: sum(rank["bytes"]["total"][what] for what in WHAT) for rank in played}
     return {
@@ -48,6 +51,20 @@ def rehearse(config: RunConfig) -> dict[str, Any]:
         "steps": steps,
         "checkpoint": checkpoint(played),
     }
+
+
+def steps_of_ranks(config: RunConfig, ranks: Sequence[int], size: int) -> list[dict[str, Any]]:
+    """The step of each rank; of several, as many at a time as there are cores, each in its own process."""
+    from train.rehearsal import step_of
+
+    processes = min(len(ranks), len(os.sched_getaffinity(0)))
+    if processes == 1:
+        return [step_of(config, rank, size) for rank in ranks]
+    # Both ends of a pipeline take longest, so they begin.
+    order = [ranks[0], ranks[-1], *ranks[1:-1]]
+    with get_context("spawn").Pool(processes) as pool:
+        found = pool.starmap(step_of, [(config, rank, size) for rank in order], chunksize=1)
+    return sorted(found, key=lambda step: step["rank"])
 
 
 WHAT = ("parameters", "gradients", "optimizer")

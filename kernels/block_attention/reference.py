@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kernels.document_windows import document_windows
-from kernels.places import Span, at_places, query_tokens, spans
+from kernels.places import Span, at_places, queries_at_once, query_tokens, spans
 
 # Elements that a slab of queries may gather: bounds memory, not the result.
 SLAB = 1 << 23
@@ -187,7 +187,7 @@ class GatheredBlockAttention(torch.autograd.Function):
 
 def _slab(q: Tensor, v: Tensor, selected: Tensor, block: int) -> int:
     per_query = q.shape[0] * selected.shape[2] * (selected.shape[3] + 1) * block * (q.shape[3] + v.shape[3])
-    return max(1, SLAB // per_query)
+    return queries_at_once(q, per_query, SLAB)
 
 
 def _take(inputs: tuple[Tensor, ...] | list[Tensor], span: Span, block: int) -> _Slab:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.document_windows import Windows, document_windows
-from kernels.places import Span, at_places, query_tokens, spans
+from kernels.places import Span, at_places, queries_at_once, query_tokens, spans
 
 # Elements of the scores that a slab of queries may hold: bounds memory, not the result.
 SLAB = 1 << 22
@@ -142,4 +142,4 @@ def _peaks(windows: Windows, place: Tensor, slots: Tensor) -> Tensor:
 
 def _slabs(q: Tensor, keys: int, places: Tensor | None) -> list[Span]:
     rows, tokens, heads, _ = q.shape
-    return spans(places, tokens, max(1, SLAB // (rows * heads * max(1, keys))))
+    return spans(places, tokens, queries_at_once(q, rows * heads * keys, SLAB))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.document_windows import Windows
-from kernels.places import at_places, query_tokens
+from kernels.places import at_places, queries_at_once, query_tokens
 
 # Elements of the scores that a slab of queries may hold: bounds memory, not the result.
 SLAB = 1 << 22
@@ -191,5 +191,5 @@ def block_importance(pooled: Tensor, slot: Tensor, count: Tensor) -> Tensor:
 
 def _slabs(q: Tensor, slots: int) -> list[tuple[int, int]]:
     rows, tokens, heads, _ = q.shape
-    size = max(1, SLAB // (rows * heads * max(1, slots)))
+    size = queries_at_once(q, rows * heads * slots, SLAB)
     return [(a, min(a + size, tokens)) for a in range(0, tokens, size)]

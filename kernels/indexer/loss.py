@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kernels.indexer.reference import SCORES, entry_tokens, index_scores, last_tokens, visible_entries
+from kernels.places import queries_at_once
 
 
 class Target(NamedTuple):
@@ -93,7 +94,7 @@ def index_loss_full(
             shares = shares.gather(2, members).unflatten(2, (-1, size)).sum(3)
         return Target(shares, visible_entries(start, stop, lasts, document, places), None)
 
-    step = max(1, SCORES // (rows * max(q.shape[2] * k.shape[1], heads * length)))
+    step = queries_at_once(q, rows * max(q.shape[2] * k.shape[1], heads * length), SCORES)
     return cast(Tensor, IndexLoss.apply(q, k, weights, target, step))
 
 
@@ -111,7 +112,8 @@ def index_loss_selected(
         own = entries[:, start:stop]
         return Target(shares[:, start:stop].detach().to(dtype), own >= 0, own.clamp(min=0))
 
-    step = max(1, SCORES // (q.shape[0] * max(1, entries.shape[2]) * (q.shape[2] + q.shape[3])))
+    numbers = q.shape[0] * entries.shape[2] * (q.shape[2] + q.shape[3])
+    step = queries_at_once(q, numbers, SCORES)
     return cast(Tensor, IndexLoss.apply(q, k, weights, target, step))
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kernels.places import at_places, query_tokens
+from kernels.places import at_places, queries_at_once, query_tokens
 
 # Scores of all heads that are in memory at once.
 SCORES = 2**22
@@ -87,7 +87,7 @@ def choose_in_blocks(
     chosen = torch.empty(rows, tokens, count, dtype=torch.long, device=q.device)
     if count == 0:
         return chosen
-    step = max(1, SCORES // (rows * heads * entries))
+    step = queries_at_once(q, rows * heads * entries, SCORES)
     for start in range(0, tokens, step):
         stop = min(start + step, tokens)
         scores = torch.bmm(q[:, start:stop].flatten(1, 2), turned).relu_().view(-1, heads, entries)

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kernels.places import queries_at_once
+
 # Numbers of gathered keys and values that are in memory at once.
 GATHERED = 2**22
 
@@ -57,8 +59,8 @@ def selected_attention_gathered(
 
     Computes in float32 at least; outputs take v's dtype.
     """
-    per_query = q.shape[0] * max(1, selection.shape[2]) * k.shape[2] * (k.shape[3] + v.shape[3])
-    spec = _Spec(selection, scale, max(1, GATHERED // per_query), k.shape[1])
+    numbers = q.shape[0] * selection.shape[2] * k.shape[2] * (k.shape[3] + v.shape[3])
+    spec = _Spec(selection, scale, queries_at_once(q, numbers, GATHERED), k.shape[1])
     out, shares = cast(tuple[Tensor, Tensor], SelectedAttention.apply(q, k, v, sinks, spec))
     return out, shares
 
