@@ -4,7 +4,8 @@ Everything is compared with one process that goes through tokens and experts one
 """
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -16,7 +17,7 @@ from conf.errors import ConfigError
 from kernels.experts import ExpertBiases, ExpertForm, routed_experts
 from kernels.experts.reference import experts_direct
 from parallel.axes import open_axes
-from parallel.deepep import open_deepep
+from parallel.deepep import DeepEP, Fused, open_deepep
 from parallel.degrees import Degrees
 from tests.parallel import deep_ep_double
 from tests.parallel.layouts import alone, apart, architecture_of, assembled, on_rank
@@ -272,3 +273,63 @@ def test_neighbours_on_other_nodes_are_refused() -> None:
 def test_a_deep_ep_that_megatron_core_cannot_import_is_refused() -> None:
     for (found,) in run_world(2, opened_without):
         assert found.startswith("parallel.ep_dispatch: deepep: Megatron-Core 0.16.1 cannot import deep_ep;")
+
+
+class NotedStream(torch.cuda.Stream):
+    """A stream of no device that notes what it waits for."""
+
+    device = CPU
+
+    def __new__(cls, name: str, events: list[str]) -> "NotedStream":
+        return object.__new__(cls)
+
+    def __init__(self, name: str, events: list[str]) -> None:
+        self.name, self.events = name, events
+
+    def wait_stream(self, stream: "NotedStream") -> None:
+        self.events.append(f"{self.name} waits for {stream.name}")
+
+
+def ordered(rank: int, size: int) -> list[str]:
+    """What happens on which stream, with streams and Megatron-Core's calls replaced by notes."""
+    events: list[str] = []
+    main, beside = NotedStream("main", events), NotedStream("beside", events)
+    current = [main]
+
+    @contextmanager
+    def on(stream: NotedStream) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
+    def note(what: str) -> None:
+        events.append(f"{what} on {current[-1].name}")
+
+    def send(x: Tensor, ids: Tensor, weights: Tensor, *_: Any, **__: Any) -> tuple[Any, ...]:
+        note("dispatch")
+        return x, ids, weights, torch.tensor([ids.numel()]), None
+
+    def back(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        note("combine")
+        return x, None
+
+    def run(rows: Tensor, ids: Tensor, scale: Tensor) -> Tensor:
+        note("experts")
+        return rows
+
+    dispatch = DeepEP(open_axes(Degrees(), 0).ep, EXPERTS, False, Fused(send, back), beside)
+    own = rows_of("any", 1)[0]
+    with (
+        patch.object(torch.cuda, "stream", on),
+        patch.object(torch.cuda, "current_stream", lambda device: current[-1]),
+        patch.object(Tensor, "record_stream", lambda x, stream: events.append(f"kept for {stream.name}")),
+    ):
+        dispatch(own.x, own.chosen, own.weights, run, lambda: note("shared"))
+    return events
+
+
+def test_tokens_leave_beside_the_stream_of_the_shared_expert() -> None:
+    (events,) = run_world(1, ordered, initialise=False)
+    # The stream beside waits before the shared expert is enqueued, the main one only after it.
+    start = ["beside waits for main", "shared on main", "dispatch on beside", "main waits for beside"]
+    assert events == [*start, *["kept for main"] * 3, "experts on main", "combine on main"]
