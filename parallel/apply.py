@@ -20,7 +20,8 @@ from parallel.axes import Axes
 from parallel.collectives import sum_over
 from parallel.config import ParallelConfig
 from parallel.data import shard_data
-from parallel.expert import spread_experts
+from parallel.deepep import open_deepep
+from parallel.expert import AllToAll, Dispatcher, spread_experts
 from parallel.micro_batches import Runner, WholeModel
 from parallel.offload import Offload
 from parallel.pipeline import Pipeline, Stage, build_stages
@@ -148,9 +149,10 @@ def arrange(
             parts = [*build_stages(config, dtypes[1], plan, axes.pp.rank, layers)]
     initials, names = initial_values(whole), frozenset(whole.state_dict())
     placements: dict[str, Placement] = {}
+    dispatcher = _dispatcher(parallel, world)
     for part in parts:
         part.to(dtypes[0])
-        placements |= _spread(part, config, parallel, world)
+        placements |= _spread(part, config, parallel, world, dispatcher)
     runner: Runner = WholeModel(whole)
     if plan is not None:
         stages = [part for part in parts if isinstance(part, Stage)]
@@ -159,13 +161,21 @@ def arrange(
     return Parallel(tuple(parts), placements, runner, names), initials
 
 
-def _spread(part: Part, config: Architecture, parallel: ParallelConfig, world: World) -> dict[str, Placement]:
+def _dispatcher(parallel: ParallelConfig, world: World) -> Dispatcher:
+    if parallel.ep_dispatch == "deepep" and world.axes.ep.size > 1:
+        return open_deepep(world.axes.ep, world.device)
+    return AllToAll
+
+
+def _spread(
+    part: Part, config: Architecture, parallel: ParallelConfig, world: World, dispatcher: Dispatcher
+) -> dict[str, Placement]:
     """Leaves this rank its share of a part, which stands on the meta device; gives the placements."""
     axes = world.axes
     placements = {name: undivided(parameter.shape) for name, parameter in part.named_parameters()}
     if axes.tp.size > 1:
         placements = spread_tensors(part, config, axes.tp)
-    placements |= spread_experts(part, axes)
+    placements |= spread_experts(part, axes, dispatcher)
     keep_less(part, parallel)
     if world.size > 1 and parallel.data == "fsdp":
         shard_data(part, axes, world.device.type, reshard_after_forward=parallel.reshard_after_forward)

@@ -31,6 +31,7 @@ class ParallelConfig(Config):
     cp: int = Field(ge=1)
     tp: int = Field(ge=1)
     ep: int = Field(ge=1)
+    ep_dispatch: Literal["all_to_all", "deepep"]
     reshard_after_forward: bool
     recompute: str
     offload: Literal["none", "activations"]

@@ -1,6 +1,8 @@
 """Expert parallelism: each rank holds some experts of a layer, and tokens travel to them and back."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 
 from model.language_model import Part
 from model.mixer import Split
-from model.moe.dispatch import Compute, Meanwhile
+from model.moe.dispatch import Compute, Dispatch, Meanwhile
 from model.moe.layer import Experts
 from parallel.axes import Axes, Axis
 from parallel.collectives import arrive, depart, exchange, exchanged
@@ -73,7 +75,11 @@ class AllToAll:
         return flat.argsort(stable=True), counts[:experts]
 
 
-def spread_experts(model: Part, axes: Axes) -> dict[str, Placement]:
+# The dispatch of a layer from the axis, the experts that a rank holds, and whether weights scale the input.
+Dispatcher: TypeAlias = Callable[[Axis, int, bool], Dispatch]
+
+
+def spread_experts(model: Part, axes: Axes, dispatcher: Dispatcher = AllToAll) -> dict[str, Placement]:
     """Leaves this rank its experts of every layer. Mutates the model; gives their placements by name."""
     placements = {}
     axis = axes.ep
@@ -89,7 +95,7 @@ def spread_experts(model: Part, axes: Axes) -> dict[str, Placement]:
                 setattr(module, name, nn.Parameter(parameter.new_empty(part)))
             placements[f"{prefix}.{name}"] = expert_placement(shape, axis.rank, axis.size)
         if axis.size > 1:
-            module.dispatch = AllToAll(axis, module.gate_up.shape[0], module.form.scales_input)
+            module.dispatch = dispatcher(axis, module.gate_up.shape[0], module.form.scales_input)
     return placements
 
 

@@ -11,6 +11,7 @@ from model.layout import LayoutConfig, expand_layers
 from model.moe.config import MoeConfig
 from model.shape import ModelConfig, ResidualConfig
 from parallel.config import ParallelConfig, layout_violations, pipeline_violations
+from parallel.deepep_config import deepep_violations
 from parallel.regions import region_violations
 from parallel.zero_config import zero_violations
 from train.checkpoint.config import CheckpointConfig
@@ -186,6 +187,8 @@ def run_violations(config: "RunDraft | RunConfig", world_size: int) -> list[Viol
     tokens, experts = config.data.sequence_length, config.moe.num_experts
     found = layout_violations(config.parallel, world_size, experts, tokens)
     found += zero_violations(config.parallel, config.precision.parameters)
+    compute = config.precision.compute
+    found += deepep_violations(config.parallel, world_size, config.model.width, config.moe, compute)
     mixers = {layer.mixer for layer in expand_layers(config.layout, config.model.depth, config.mixer)}
     mixers |= {config.model.prediction.mixer} if config.model.prediction.depth else set()
     found += region_violations(config.parallel.recompute, mixers)

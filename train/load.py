@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from conf.compose import compose_known, validate
 from conf.errors import ConfigError, Violation
+from parallel.deepep_config import missing_for_deepep
 from parallel.zero_config import missing_violations
 from train.fields import RunDraft, run_violations
 
@@ -70,4 +71,5 @@ def draft_violations(tree: dict, world_size: int | None) -> Sequence[Violation]:
         return error.violations
     if world_size is None:
         return run_violations(draft, draft.cluster.nodes * draft.cluster.gpus_per_node)
-    return run_violations(draft, world_size) + missing_violations(draft.parallel)
+    found = run_violations(draft, world_size) + missing_violations(draft.parallel)
+    return found + missing_for_deepep(draft.parallel)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def rehearse(config: RunConfig) -> dict[str, Any]:
     """All figures as one plain object; bytes and counts, nothing rounded.
 
-    Raises ConfigError for a rank that the run does not have, and for parallel.data=zero.
+    Raises ConfigError for a rank that the run does not have, for parallel.data=zero, and for DeepEP.
     """
     from train.rehearsal import play, sampled_ranks
 
@@ -34,6 +34,9 @@ def rehearse(config: RunConfig) -> dict[str, Any]:
     if config.parallel.data == "zero":
         message = "zero builds on real memory and cannot be rehearsed; set it to fsdp, or train.plan the run"
         raise ConfigError([Violation("parallel.data", message)])
+    if config.parallel.ep_dispatch == "deepep":
+        message = "deepep moves tokens by kernels that cannot be rehearsed; set it to all_to_all"
+        raise ConfigError([Violation("parallel.ep_dispatch", message)])
     degrees = config.parallel.degrees(size)
     ranks = sampled_ranks(degrees) if config.rehearse.rank is None else [config.rehearse.rank]
     # Ranks of other stages do something else.

@@ -26,6 +26,7 @@ def one_job(composed: Any) -> None:
     from omegaconf import OmegaConf
 
     from parallel.config import tensor_violations
+    from parallel.deepep_config import missing_for_deepep
     from parallel.zero_config import missing_violations
     from train.__main__ import run_checked
     from train.config import RunConfig
@@ -41,6 +42,7 @@ def one_job(composed: Any) -> None:
         config = validate(RunConfig, known)
         environment = read_environment()
         found = run_violations(config, environment.world_size) + missing_violations(config.parallel)
+        found += missing_for_deepep(config.parallel)
         found += tensor_violations(config.architecture, config.parallel.tp)
         if found:
             raise ConfigError(found)

@@ -122,7 +122,8 @@ def build(
     settings |= {"cp": degrees.cp, "tp": degrees.tp, "ep": degrees.ep, "pp": degrees.pp}
     settings |= {"pp_schedule": "1f1b", "pp_chunks": None, "pp_layout": None, "timeout_seconds": 60}
     settings |= {"zero": {"stage": 2, "offload": "none", "whole_below": 0}}
-    settings |= {"reshard_after_forward": True, "recompute": "none", "offload": "none", **(keys or {})}
+    settings |= {"reshard_after_forward": True, "recompute": "none", "offload": "none"}
+    settings |= {"ep_dispatch": "all_to_all", **(keys or {})}
     parallel = ParallelConfig(**settings)
     micro = micro_of(degrees)
     work = Work(ROWS // degrees.rows // micro, micro, TOKENS)

@@ -30,7 +30,12 @@ def work(rank: int, size: int, port: int, cut: dict[str, int], folder: str, step
         os.dup2(file, stream)
     keys = {"data": "fsdp", "dp_replicate": 1, "dp_shard": -1, "cp": 1, "tp": 1, "ep": 1, "pp": 1} | cut
     keys |= {"pp_schedule": "1f1b", "pp_chunks": None, "pp_layout": None, "recompute": "none"}
-    keys |= {"offload": "none", "reshard_after_forward": True, "timeout_seconds": DEADLINE}
+    keys |= {
+        "ep_dispatch": "all_to_all",
+        "offload": "none",
+        "reshard_after_forward": True,
+        "timeout_seconds": DEADLINE,
+    }
     keys |= {"zero": {"stage": 2, "offload": "none", "whole_below": 0}}
     config = ParallelConfig(**keys)
     meeting = Meeting("127.0.0.1", port, is_hosted=False, host="here")
