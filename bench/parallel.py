@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,9 +97,10 @@ def main(arguments: list[str]) -> None:
 def on_ranks(config: RunConfig, degrees: Degrees, rounds: int) -> list[Cost]:
     """The costs of every rank of a layout."""
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder, context.Pool(degrees.size) as pool:
-        calls = [(rank, degrees, f"{folder}/store", config, rounds) for rank in range(degrees.size)]
-        return pool.starmap(measure, calls, chunksize=1)
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(degrees.size, context) as pool:
+        place = f"{folder}/store"
+        jobs = [pool.submit(measure, rank, degrees, place, config, rounds) for rank in range(degrees.size)]
+        return [job.result() for job in jobs]
 
 
 def measure(rank: int, degrees: Degrees, place: str, config: RunConfig, rounds: int) -> Cost:
@@ -112,7 +114,10 @@ def measure(rank: int, degrees: Degrees, place: str, config: RunConfig, rounds: 
         train_step(state, batch, config, world)
     found = Counter(traffic.taken())
     steps = [timed(lambda: step(state, batch, config, world)) for _ in range(rounds)]
-    alone = [timed(lambda: replay(found, world)) for _ in range(rounds)] if degrees.size > 1 else [0.0]
+    joint, links = agreed(found)
+    alone = (
+        [timed(lambda: replay(joint + links, world)) for _ in range(rounds)] if degrees.size > 1 else [0.0]
+    )
     dist.destroy_process_group()
     calls = Counter[str]()
     for call, count in found.items():
@@ -144,10 +149,21 @@ def timed(call: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
+def agreed(found: Counter[Collective]) -> tuple[Counter[Collective], Counter[Collective]]:
+    """The first rank's calls of all ranks, and this rank's own between two.
+
+    Experts are sent tokens in other numbers by each rank, but a call must have one size.
+    """
+    links = Counter({call: count for call, count in found.items() if call.kind in ("send", "recv")})
+    joint = [found - links]
+    dist.broadcast_object_list(joint, 0)
+    return joint[0], links
+
+
 def replay(found: Counter[Collective], world: World) -> None:
     """As many calls of the same kinds and sizes, with nothing in between."""
     groups = {axis.ranks: axis.group for axis in vars(world.axes).values() if hasattr(axis, "group")}
-    links: list[dist.Work | None] = []
+    waits: list[dist.Work | None] = []
     for call, count in found.items():
         group = groups.get(call.ranks) or dist.group.WORLD
         ranks = len(call.ranks)
@@ -165,13 +181,13 @@ def replay(found: Counter[Collective], world: World) -> None:
                     dist.all_to_all_single(torch.empty_like(whole), whole, group=group)
                 case "send" | "recv" as kind:
                     # Both ends may name them in another order: what has one size has one tag.
-                    start = dist.isend if kind == "send" else dist.irecv
-                    links.append(start(whole.clone(), 1 - world.rank, tag=call.bytes))
+                    begin = dist.isend if kind == "send" else dist.irecv
+                    waits.append(begin(whole.clone(), 1 - world.rank, tag=call.bytes))
                 case kind:
                     raise AssertionError(f"no replay for {kind}")
-    for link in links:
-        assert link is not None
-        link.wait()
+    for wait in waits:
+        assert wait is not None
+        wait.wait()
 
 
 def least_bytes(config: RunConfig, degrees: Degrees) -> int:

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
@@ -65,9 +66,9 @@ def steps_of_ranks(config: RunConfig, ranks: Sequence[int], size: int) -> list[d
         return [step_of(config, rank, size) for rank in ranks]
     # Both ends of a pipeline take longest, so they begin.
     order = [ranks[0], ranks[-1], *ranks[1:-1]]
-    with get_context("spawn").Pool(processes) as pool:
-        found = pool.starmap(step_of, [(config, rank, size) for rank in order], chunksize=1)
-    return sorted(found, key=lambda step: step["rank"])
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        jobs = [pool.submit(step_of, config, rank, size) for rank in order]
+        return sorted((job.result() for job in jobs), key=lambda step: step["rank"])
 
 
 WHAT = ("parameters", "gradients", "optimizer")
