@@ -1,10 +1,10 @@
 """What each axis of a layout adds to a training step on this machine: time, and bytes beside the least.
 
 `python -m bench.parallel [only=tp2,..] [rounds=5] [key=value]` trains a small hybrid of Gated DeltaNet,
-softmax attention and routed experts for some steps on one process, then on two with each axis alone, over
-gloo, one thread each. It prints the seconds of the fastest step, how much that is over half of one process,
-the part that the same collectives take by themselves, and the bytes that a rank sends. It writes
-bench/results/parallel-cpu.json.
+softmax attention and routed experts for some steps on one process, on two at once that know nothing of each
+other and have half of the rows each, then on two with each axis alone, over gloo, one thread each. It prints
+the seconds of the fastest step, how much that is over the two apart, the part that the same collectives take
+by themselves, and the bytes that a rank sends. It writes bench/results/parallel-cpu.json.
 
 least is what a scheme of that kind must move, each thing once: sharded weights gathered once and their
 gradients summed once; tokens of every cut layer gathered and scattered, forward and backward; keys and values
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,6 +61,7 @@ MODEL = (
     "data.tokenizer.vocab_size=4000",
     "train.global_batch=4",
 )
+APART = "two apart"
 ELEMENT_BYTES = 4
 RESULT = Path("bench/results/parallel-cpu.json")
 
@@ -80,6 +81,7 @@ def main(arguments: list[str]) -> None:
     given = dict(argument.split("=", 1) for argument in arguments if argument.startswith(own))
     more = [argument for argument in arguments if not argument.startswith(own)]
     names = ["one process", *given["only"].split(",")] if "only" in given else list(LAYOUTS)
+    rounds = int(given.get("rounds", "5"))
     rows = {}
     for name in names:
         degrees = LAYOUTS[name]
@@ -87,19 +89,24 @@ def main(arguments: list[str]) -> None:
         # One micro-batch, and two where a pipeline wants them.
         keys.append(f"train.micro_batch={4 // degrees.rows // degrees.pp}")
         config = load_config([*MODEL, *keys, *more], degrees.size)
-        costs = on_ranks(config, degrees, int(given.get("rounds", "5")))
-        rows[name] = described(costs, least_bytes(config, degrees), rows.get("one process"))
+        costs = on_ranks(config, [degrees] * degrees.size, rounds)
+        rows[name] = described(costs, least_bytes(config, degrees), rows.get(APART))
+        if name == "one process":
+            half = load_config([*MODEL, *more, "train.global_batch=2", "train.micro_batch=2"], 1)
+            rows[APART] = described(on_ranks(half, [degrees] * 2, rounds), 0, None)
     show(rows)
     head = origin("gloo, one thread for each of two processes") | {"model": [*MODEL, *more]}
     RESULT.write_text(json.dumps(head | {"layouts": rows}, indent=1) + "\n")
 
 
-def on_ranks(config: RunConfig, degrees: Degrees, rounds: int) -> list[Cost]:
-    """The costs of every rank of a layout."""
+def on_ranks(config: RunConfig, degrees: Sequence[Degrees], rounds: int) -> list[Cost]:
+    """The costs of as many processes at once as there are degrees: ranks of one layout, or all alone."""
     context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(degrees.size, context) as pool:
-        place = f"{folder}/store"
-        jobs = [pool.submit(measure, rank, degrees, place, config, rounds) for rank in range(degrees.size)]
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(len(degrees), context) as pool:
+        jobs = []
+        for number, each in enumerate(degrees):
+            rank, place = (number, "store") if each.size > 1 else (0, str(number))
+            jobs.append(pool.submit(measure, rank, each, f"{folder}/{place}", config, rounds))
         return [job.result() for job in jobs]
 
 
@@ -232,13 +239,12 @@ def exchanged(architecture: Architecture, mixer: str, tokens: int) -> float:
     return 2 * (kept / 2 if grows else 2 * kept)
 
 
-def described(costs: list[Cost], least: int, alone: dict[str, Any] | None) -> dict[str, Any]:
+def described(costs: list[Cost], least: int, apart: dict[str, Any] | None) -> dict[str, Any]:
     """A line of the table, of the slowest rank."""
     step_seconds = max(cost.step for cost in costs)
-    half = alone["step_seconds"] / 2 if alone else None
     return {
         "step_seconds": step_seconds,
-        "over_half": step_seconds / half - 1 if half else None,
+        "over_apart": step_seconds / apart["step_seconds"] - 1 if apart else None,
         "collective_seconds": max(cost.collectives for cost in costs),
         "sent": round(sum(cost.sent for cost in costs) / len(costs)),
         "least": least,
@@ -248,14 +254,14 @@ def described(costs: list[Cost], least: int, alone: dict[str, Any] | None) -> di
 
 def show(rows: dict[str, dict[str, Any]]) -> None:
     """Prints the table."""
-    head = ("layout", "step s", "over half", "collectives", "sent MB", "least", "ratio", "calls")
-    print("{:12} {:>7} {:>9} {:>11} {:>8} {:>7} {:>6} {}".format(*head))
+    head = ("layout", "step s", "over apart", "collectives", "sent MB", "least", "ratio", "calls")
+    print("{:12} {:>7} {:>10} {:>11} {:>8} {:>7} {:>6} {}".format(*head))
     for name, row in rows.items():
-        over = f"{row['over_half']:+.0%}" if row["over_half"] is not None else ""
+        over = f"{row['over_apart']:+.0%}" if row["over_apart"] is not None else ""
         ratio = f"{row['sent'] / row['least']:.2f}" if row["least"] else ""
         calls = ", ".join(f"{count} {kind}" for kind, count in sorted(row["calls"].items()))
         print(
-            f"{name:12} {row['step_seconds']:7.3f} {over:>9} {row['collective_seconds']:11.3f} "
+            f"{name:12} {row['step_seconds']:7.3f} {over:>10} {row['collective_seconds']:11.3f} "
             f"{row['sent'] / 1e6:8.2f} {row['least'] / 1e6:7.2f} {ratio:>6} {calls}"
         )
 
