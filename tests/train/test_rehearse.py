@@ -148,7 +148,7 @@ def test_a_rehearsed_step_is_a_real_one(run: str) -> None:
         assert before == {what: held[what] for what in ("parameters", "gradients", "optimizer")}
 
 
-@pytest.mark.parametrize("layout", mostly_long([*LAYOUTS, *PIPELINES], quick=("replicate2-cp2-ep2",)))
+@pytest.mark.parametrize("layout", mostly_long([*LAYOUTS, *PIPELINES], quick=("interleaved",)))
 def test_few_layers_and_micro_batches_stand_for_all(layout: str) -> None:
     config = config_of(*MANY, *(LAYOUTS | PIPELINES)[layout])
     for rank in (0, SIZE - 1):
