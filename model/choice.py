@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels.compressed_attention import Choice, entry_importance, select_by_entries
 from kernels.document_windows import Windows
-from kernels.places import at_places, query_tokens
+from kernels.places import at_places, queries_at_once, query_tokens
 from model.cut import View
 from model.peers import Peers
 
@@ -46,7 +46,7 @@ def select_with_peers(
     rows, tokens = q.shape[:2]
     token = query_tokens(view.places, tokens, q).expand(rows, -1)
     position = at_places(view.position, view.places)
-    size = max(1, SLAB // (rows * k.shape[2] * max(1, blocks.start.shape[1])))
+    size = queries_at_once(q, rows * k.shape[2] * blocks.start.shape[1], SLAB)
     chosen = []
     for start in range(0, tokens, size):
         own = slice(start, start + size)
