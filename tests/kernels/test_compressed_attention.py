@@ -57,6 +57,7 @@ def test_importance_adds_up_over_heads_to_what_blocks_are_chosen_by() -> None:
     q, k, v = inputs_of(case, options["entries"].start.shape[1])
     heads = q.unflatten(2, (case.key_heads, -1)).unbind(3)
     total = sum(entry_importance(head, k, **options) for head in heads)
+    # The same float64 numbers of order one and less, added in another order.
     torch.testing.assert_close(total, entry_importance(q, k, **options), rtol=1e-13, atol=1e-14)
     choice = {"count": case.chosen, "initial": 0, "local": 0}
     chosen = options["blocks"].choose(total, options["position"], **choice)

@@ -93,5 +93,6 @@ def test_sums_over_neighbours_have_their_adjoint() -> None:
             objective = sum((rank + 1) * out.square().sum() for rank in group)
             grads = torch.autograd.grad(objective, [own[rank] for rank in group])
             for rank, grad in zip(group, grads, strict=True):
+                # Sums of at most four float64 numbers, all above zero, in another order.
                 torch.testing.assert_close(ranks[rank][place], (out.detach(), grad), rtol=1e-14, atol=0.0)
                 assert torch.equal(ranks[rank][place][0], ranks[first][place][0])
