@@ -21,8 +21,8 @@ class ContextView:
     """`view` and `compression` of rows of which this rank holds a head-tail cut along `axis`.
 
     position and document are those of the whole rows, which the loader gives every rank: nothing is exchanged
-    for them. What follows from them is kept, and every layer finds it. The numbers of this rank's tokens, which
-    methods are given as of any cut, are parts of these and not looked at.
+    for them. What follows from them is kept, and every layer finds it. What methods are given of this rank's
+    tokens, as of any cut, is a part of these and not looked at.
     """
 
     def __init__(self, axis: Axis, position: Int[Tensor, "B S"], document: Int[Tensor, "B S"] | None) -> None:
