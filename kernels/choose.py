@@ -32,6 +32,8 @@ FAMILIES = (
     "selected_attention",
     "sinkhorn",
 )
+# Work on each token alone: inside compiled code they are plain torch, which the compiler fuses with the rest.
+FUSED = ("activation", "norm", "rotary", "sinkhorn")
 # What the kernels compute in; a run in float64 is a proof and takes the plain form.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -66,9 +68,14 @@ def chosen(forms: Mapping[str, Form]) -> Iterator[None]:
 def takes_triton(family: str, x: Tensor) -> bool:
     """Whether a call of the family on x runs its Triton kernel.
 
-    Raises ValueError where the config asks for Triton and x is not on a GPU, or not of DTYPES.
+    Raises ValueError where the config asks for Triton and x is not on a GPU or not of DTYPES; in code that is
+    being compiled where it asks for Triton or the family is not of FUSED.
     """
     form = _chosen.get(family, "auto")
+    if torch.compiler.is_compiling():
+        if family not in FUSED or form == "triton":
+            raise ValueError(f"kernels.{family}: {form} is not for code that is compiled")
+        return False
     if form == "auto":
         return x.is_cuda and x.dtype in DTYPES and has_triton()
     if form == "reference":

@@ -123,6 +123,11 @@ class Mixer(nn.Module, ABC):
     # Set from outside where other ranks hold other heads of the same tokens.
     peers: Peers = ALONE
 
+    # Methods that a compiler may take as one graph each; modules inside may name theirs too. They work on
+    # tensors and each token alone, exchange nothing, and call no mixer kernel and no other module that needs
+    # full precision: what others put around such calls would be in the graph.
+    fusible: ClassVar[tuple[str, ...]] = ()
+
     # Whether forward takes the selection of an earlier layer as its third argument.
     shares_selection = False
 

@@ -55,6 +55,8 @@ class PreNorm(Residual):
 class Sandwich(PreNorm):
     """x + norm'(f(norm(x))): Gemma 2."""
 
+    fusible = ("write",)
+
     def __init__(self, width: int, config: ResidualConfig) -> None:
         super().__init__(width, config)
         self.out_norm = build_norm(width, config)
@@ -66,6 +68,8 @@ class Sandwich(PreNorm):
 
 class ScaledPostNorm(Residual):
     """alpha norm(x) + beta f(norm(x)): MiniMax-Text-01. The normed tensor is the residual."""
+
+    fusible = ("write",)
 
     def read(self, stream: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The normed stream, which is also kept."""
@@ -86,6 +90,7 @@ class Hyper(Residual):
 
     # Twenty normalisations of a matrix drift in bfloat16.
     needs_full_precision = True
+    fusible = ("read", "write")
 
     def __init__(self, width: int, config: ResidualConfig) -> None:
         super().__init__(width, config)

@@ -18,6 +18,7 @@ from model.language_model import LanguageModel, Part
 from model.linear import Initial
 from parallel.axes import Axes
 from parallel.collectives import sum_over
+from parallel.compile import Backend, Fuser
 from parallel.config import ParallelConfig
 from parallel.data import shard_data
 from parallel.deepep import open_deepep
@@ -112,12 +113,14 @@ def build_parallel(
     world: World,
     seed: int,
     work: Work,
+    backend: Backend = "inductor",
 ) -> Parallel:
     """The model of this rank on its device, with its first values, which do not depend on the layout.
 
-    dtypes are those of the parameters and of the computation.
+    dtypes are those of the parameters and of the computation. backend is what compiles, where `parallel` asks
+    for it.
     """
-    built, initials = arrange(config, dtypes, parallel, world, work)
+    built, initials = arrange(config, dtypes, parallel, world, work, backend=backend)
     for part in built.parts:
         part.to_empty(device=world.device)
     _initialise(built, initials, seed)
@@ -132,11 +135,12 @@ def arrange(
     work: Work,
     kept: Collection[int] | None = None,
     link: type[PipelineStage] = PipelineStage,
+    backend: Backend = "inductor",
 ) -> tuple[Parallel, dict[str, Initial]]:
     """The model of this rank on the meta device, without memory, and how its whole parameters start.
 
     kept are the layers that it has; a rehearsal leaves out those that are like others. All by default. link
-    ties stages of a pipeline.
+    ties stages of a pipeline. backend as in `build_parallel`.
     """
     axes, plan = world.axes, parallel.plan(work.micro_batches)
     kept = range(config.model.depth) if kept is None else kept
@@ -150,8 +154,11 @@ def arrange(
     initials, names = initial_values(whole), frozenset(whole.state_dict())
     placements: dict[str, Placement] = {}
     dispatcher = _dispatcher(parallel, world)
+    fuse = Fuser(backend) if parallel.compile else None
     for part in parts:
         part.to(dtypes[0])
+        if fuse is not None:
+            fuse(part)
         placements |= _spread(part, config, parallel, world, dispatcher)
     runner: Runner = WholeModel(whole)
     if plan is not None:

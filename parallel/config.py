@@ -1,6 +1,7 @@
 """How many ways each axis of the mesh is cut, and the check that the layout is possible."""
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -35,6 +36,7 @@ class ParallelConfig(Config):
     reshard_after_forward: bool
     recompute: str
     offload: Literal["none", "activations"]
+    compile: bool
     timeout_seconds: int = Field(ge=1)
 
     def degrees(self, world_size: int) -> Degrees:
@@ -203,6 +205,22 @@ def tensor_violations(config: "Architecture", degree: int) -> list[Violation]:
             message = f"{degree} ranks cannot share {key} {size}; {common} can, or make it {larger}"
             found.append(Violation("parallel.tp", message))
     return found
+
+
+def compile_violations(config: ParallelConfig, forms: Mapping[str, str]) -> list[Violation]:
+    """What keeps parts of blocks from being compiled; forms are those of the families of kernels."""
+    if not config.compile:
+        return []
+    from kernels.choose import FUSED
+
+    found = [name for name in FUSED if forms[name] == "triton"]
+    message = "parallel.compile=true takes plain torch inside its graphs; found triton; set it to auto"
+    violations = [Violation(f"kernels.{name}", message) for name in found]
+    if config.pp > 1 and config.pp_schedule not in ("1f1b", "interleaved"):
+        # They run through a graph of backward twice, which compiled ones may refuse that reuse their memory.
+        message = f"true is not tried beside parallel.pp_schedule={config.pp_schedule}; set that to 1f1b"
+        violations.append(Violation("parallel.compile", message))
+    return violations
 
 
 def _divisors(number: int) -> list[int]:

@@ -46,6 +46,8 @@ def zero_violations(config: "ParallelConfig", parameters: str) -> list[Violation
         found.append(Violation("parallel.recompute", message))
     if config.offload == "activations":
         found.append(Violation("parallel.offload", "activations is not tried beside zero; set it to none"))
+    if config.compile:
+        found.append(Violation("parallel.compile", "true is not tried beside zero; set it to false"))
     if parameters != "float32":
         message = f"DeepSpeed keeps float32 alone; found {parameters}; set precision=fp32 or precision=bf16"
         found.append(Violation("precision.parameters", message))

@@ -10,7 +10,7 @@ from data.config import DataConfig
 from model.layout import LayoutConfig, expand_layers
 from model.moe.config import MoeConfig
 from model.shape import ModelConfig, ResidualConfig
-from parallel.config import ParallelConfig, layout_violations, pipeline_violations
+from parallel.config import ParallelConfig, compile_violations, layout_violations, pipeline_violations
 from parallel.deepep_config import deepep_violations
 from parallel.regions import region_violations
 from parallel.zero_config import zero_violations
@@ -192,6 +192,7 @@ def run_violations(config: "RunDraft | RunConfig", world_size: int) -> list[Viol
     mixers = {layer.mixer for layer in expand_layers(config.layout, config.model.depth, config.mixer)}
     mixers |= {config.model.prediction.mixer} if config.model.prediction.depth else set()
     found += region_violations(config.parallel.recompute, mixers)
+    found += compile_violations(config.parallel, config.kernels.forms())
     # However the rest is cut, a layout that is possible leaves this many ranks with rows of their own.
     others = config.parallel.pp * config.parallel.cp * config.parallel.tp
     ranks, left = divmod(world_size, others)

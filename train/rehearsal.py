@@ -112,7 +112,9 @@ def built_for(
     layers are those that it has, micro_batches how many it runs: those of the config by default.
     """
     dtypes = (getattr(torch, config.precision.parameters), getattr(torch, config.precision.compute))
-    architecture, parallel, work = config.architecture, config.parallel, work_of(config, size)
+    architecture, work = config.architecture, work_of(config, size)
+    # What is compiled holds no collectives, and shapes alone are not worth a compiler.
+    parallel = config.parallel.model_copy(update={"compile": False})
     plan = parallel.plan(work.micro_batches)
     if micro_batches is not None and plan is not None:
         # The cut may depend on how many there are.

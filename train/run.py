@@ -12,6 +12,7 @@ import xxhash
 from conf.errors import ConfigError, NumericsError, Violation, as_storage_error
 from data.loader import Batch, Loader
 from parallel.apply import Work, build_parallel
+from parallel.compile import describe as describe_compiled
 from parallel.world import World, open_world
 from train.checkpoint.atomic import write_atomically
 from train.checkpoint.lock import RunLock
@@ -60,6 +61,8 @@ def run_in_world(config: RunConfig, world: World, interrupt: Interrupt) -> None:
     loader = open_data(config, world.rank)
     state = build_state(config, world)
     prepare_kernels(config, state.built.modules(), world)
+    if config.parallel.compile and world.rank == 0:
+        print(describe_compiled(state.built.modules()), flush=True)
     store = CheckpointStore(
         directory / CHECKPOINTS, keep=config.checkpoint.keep, rank=world.rank, size=world.size
     )

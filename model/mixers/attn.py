@@ -136,6 +136,8 @@ class AttnConfig(MixerConfig):
 class Attn(Mixer):
     """Softmax attention; one projection makes queries, gates, keys and values."""
 
+    fusible = ("_prepare", "_close")
+
     def __init__(self, config: AttnConfig, width: int, init_std: float, out_std: float) -> None:
         super().__init__()
         self.config, self.parts = config, config._parts()
@@ -153,7 +155,12 @@ class Attn(Mixer):
         """Queries see the keys of their own document, up to themselves and inside the window or chunk."""
         config = self.config
         q, gate, k, v = self.in_proj(x).split(self.parts, dim=-1)
-        q, k, v = self._prepare(q, k, v, sequence)
+        if config.qk_norm == "all_heads":
+            q, k = self.q_norm(q, self.peers), self.k_norm(k, self.peers)
+        table = None
+        if config.rotary_dim:
+            table = sequence.rotary_table(config.rotary_dim, config.rotary_theta, config.rotary_scaling)
+        q, k, v = self._prepare(q, k, v, table, sequence.position)
         local = config.window or config.chunk
         view = sequence.view(None if local is None else local - 1)
         out = attention(
@@ -170,19 +177,22 @@ class Attn(Mixer):
             position=view.position,
             places=view.places,
         )
-        out = view.restore(out)
-        if config.output_gate == "head":
+        return self._close(view.restore(out), gate)
+
+    def _close(self, out: Tensor, gate: Tensor) -> Tensor:
+        """The gated output of all heads, projected."""
+        if self.config.output_gate == "head":
             out = out * gate.sigmoid()[..., None]
         out = out.flatten(-2)
-        if config.output_gate == "channel":
+        if self.config.output_gate == "channel":
             out = out * gate.sigmoid()
         return self.out_proj(out)
 
-    def _prepare(self, q: Tensor, k: Tensor, v: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:
+    def _prepare(
+        self, q: Tensor, k: Tensor, v: Tensor, table: tuple[Tensor, Tensor] | None, position: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Heads apart; normed, clipped, rotated and scaled as the fields say."""
         config = self.config
-        if config.qk_norm == "all_heads":
-            q, k = self.q_norm(q, self.peers), self.k_norm(k, self.peers)
         if config.clip is not None:
             q, k, v = (part.clamp(-config.clip, config.clip) for part in (q, k, v))
         q, k = (part.unflatten(-1, (-1, config.head_dim)) for part in (q, k))
@@ -191,14 +201,13 @@ class Attn(Mixer):
             v = v * config.value_scale
         if config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        if config.rotary_dim:
-            table = sequence.rotary_table(config.rotary_dim, config.rotary_theta, config.rotary_scaling)
+        if table is not None:
             q, k = rotate(q, *table, config.rotary_layout), rotate(k, *table, config.rotary_layout)
         if config.qk_norm == "weightless":
             ones = q.new_ones(config.head_dim)
             q, k = rms_norm(q, ones, config.norm_eps), rms_norm(k, ones, config.norm_eps)
         if config.temperature:
-            q = q * self._temperature(sequence.position)[:, :, None, None].to(q.dtype)
+            q = q * self._temperature(position)[:, :, None, None].to(q.dtype)
         return q, k, v
 
     def _temperature(self, position: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:

@@ -106,8 +106,8 @@ class Csa(SharedKeyMixer):
 
     def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Mixed:
         """The indexer chooses without a gradient and learns from `index`, which reaches nothing else."""
-        config, view = self.config, sequence.view()
-        latent, q, kv = self._read(x, sequence)
+        config, view, table = self.config, sequence.view(), self._table(sequence)
+        latent, q, kv = self._read(x, table)
         # An entry reads the window before its own as well.
         made = sequence.compression(config.compression, config.compression, before=config.compression)
         index_q, index_k, weight = self.indexer(x.detach(), latent.detach(), sequence, made)
@@ -121,7 +121,7 @@ class Csa(SharedKeyMixer):
             places=view.places,
         )
         out, mass = self._joined(q, kv, self.compressor(x, made), selected, made.whole, sequence)
-        out = self._write(out, sequence)
+        out = self._write(out, table)
         if not config.index_loss:
             return Mixed(out)
         # Ranks with other heads compute the same loss: each counts its share.

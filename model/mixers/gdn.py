@@ -105,6 +105,7 @@ class Decay(nn.Module):
 
     # In bfloat16 a rate near 1 would round the memory length by percents.
     needs_full_precision = True
+    fusible = ("forward",)
 
     def __init__(self, heads: int, dt_min: float, dt_max: float) -> None:
         super().__init__()
@@ -163,6 +164,8 @@ class ConvWeight(nn.Module):
 class Gdn(Mixer):
     """Gated DeltaNet; one projection makes queries, keys, values, output gates, betas and decay inputs."""
 
+    fusible = ("_prepare", "_close")
+
     def __init__(self, config: GdnConfig, width: int, init_std: float, out_std: float) -> None:
         super().__init__()
         self.config, self.parts = config, config._parts()
@@ -180,12 +183,22 @@ class Gdn(Mixer):
         """The state starts at zero in every document."""
         config = self.config
         mixed, gate, beta, rate = self.in_proj(x).split([config._mixed(), *self.parts[3:]], dim=-1)
-        q, k, v = self.conv(mixed, sequence).split(self.parts[:3], dim=-1)
-        q, k = (part.unflatten(-1, (-1, config.key_dim)) for part in (q, k))
-        v = v.unflatten(-1, (-1, config.value_dim))
-        q, k = unit_norm(q, factor=config.key_dim**-0.5), unit_norm(k)
+        q, k, v, beta = self._prepare(self.conv(mixed, sequence), beta)
         log_decay = self.decay(rate) if config.has_decay else torch.zeros_like(beta)
-        inputs = (q, k, v, log_decay, beta.sigmoid())
+        inputs = (q, k, v, log_decay, beta)
         out = sequence.cut.recur(DeltaRule(), inputs, sequence.position, sequence.document)
-        out = self.out_norm(out, gate.view(out.shape)) if config.has_output_gate else self.out_norm(out)
-        return self.out_proj(out.flatten(-2))
+        return self._close(out, gate)
+
+    def _prepare(
+        self, mixed: Float[Tensor, "B T X"], beta: Float[Tensor, "B T H"]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Heads apart, queries and keys of unit length, betas between 0 and 1."""
+        q, k, v = mixed.split(self.parts[:3], dim=-1)
+        q, k = (part.unflatten(-1, (-1, self.config.key_dim)) for part in (q, k))
+        v = v.unflatten(-1, (-1, self.config.value_dim))
+        return unit_norm(q, factor=self.config.key_dim**-0.5), unit_norm(k), v, beta.sigmoid()
+
+    def _close(self, out: Float[Tensor, "B T H V"], gate: Float[Tensor, "B T X"]) -> Float[Tensor, "B T D"]:
+        """The normed and gated output of all heads, projected."""
+        gates = (gate.view(out.shape),) if self.config.has_output_gate else ()
+        return self.out_proj(self.out_norm(out, *gates).flatten(-2))

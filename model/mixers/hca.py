@@ -177,6 +177,8 @@ class Compressor(nn.Module):
 class SharedKeyMixer(Mixer):
     """What all forms share: latents, queries, key, inverse rotation and the grouped output."""
 
+    fusible = ("_read", "_write")
+
     def __init__(self, config: SharedKeyConfig, width: int, init_std: float, out_std: float) -> None:
         super().__init__()
         self.shared, self.scale = config, config.head_dim**-0.5
@@ -191,9 +193,9 @@ class SharedKeyMixer(Mixer):
         self.out_proj = Linear(groups * rank, width, out_std)
         self.initial = {"sinks": Initial("constant", 0.0)}
 
-    def _read(self, x: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:
+    def _read(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The query latent, rotated queries [B T H K] and the rotated key [B T K]."""
-        config, table = self.shared, self._table(sequence)
+        config = self.shared
         latent, kv = self.in_proj(x).split([config.query_rank, config.head_dim], dim=-1)
         latent = self.q_norm(latent)
         q = self.q_proj(latent).unflatten(-1, (-1, config.head_dim))
@@ -229,9 +231,9 @@ class SharedKeyMixer(Mixer):
         options |= {"window": self.shared.window, "places": places, "tokens": sequence.view().places}
         return joint_attention(q, near, entries, self.sinks, selected, **options)
 
-    def _write(self, out: Tensor, sequence: Sequence) -> Tensor:
+    def _write(self, out: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         """The output: values came rotated, so they are turned back at the query's position first."""
-        cos, sin = self._table(sequence)
+        cos, sin = table
         out = rotate(out, cos, -sin, "interleaved", on_last=True)
         groups = self.shared.output_groups
         weight = self.group_proj.weight.to(out.dtype).unflatten(0, (groups, -1))
@@ -256,14 +258,14 @@ class Hca(SharedKeyMixer):
 
     def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"] | Mixed:
         """Windows count from each document's start; what they leave over is in reach of the raw keys."""
-        config = self.config
-        _, q, kv = self._read(x, sequence)
+        config, table = self.config, self._table(sequence)
+        _, q, kv = self._read(x, table)
         if config.compression is None:
             view, sinks = sequence.view(config.window - 1), self.sinks.to(q.dtype)
             key = view.keys(kv)[:, :, None]
             options = {"window": config.window, "document": view.document, "places": view.places}
             out = attention(view.queries(q), key, key, scale=self.scale, sinks=sinks, **options)
-            return self._write(view.restore(out), sequence)
+            return self._write(view.restore(out), table)
         made = sequence.compression(config.compression, config.compression)
         out, _ = self._joined(q, kv, self.compressor(x, made), None, made.whole, sequence)
-        return self._write(out, sequence)
+        return self._write(out, table)

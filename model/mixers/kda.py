@@ -107,6 +107,7 @@ class ChannelDecay(nn.Module):
 
     # In bfloat16 a rate near 1 would round the memory length by percents.
     needs_full_precision = True
+    fusible = ("forward",)
 
     def __init__(self, config: KdaConfig) -> None:
         super().__init__()
@@ -128,6 +129,8 @@ class ChannelDecay(nn.Module):
 class Kda(Mixer):
     """Kimi Delta Attention; one projection makes queries, keys, values and betas, narrow ones the gates."""
 
+    fusible = ("_prepare", "_close")
+
     def __init__(self, config: KdaConfig, width: int, init_std: float, out_std: float) -> None:
         super().__init__()
         self.config, self.parts = config, config._parts()
@@ -144,14 +147,23 @@ class Kda(Mixer):
 
     def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"]:
         """The state starts at zero in every document."""
-        config = self.config
         mixed, beta = self.in_proj(x).split([sum(self.parts[:3]), self.parts[3]], dim=-1)
-        q, k, v = self.conv(mixed, sequence).split(self.parts[:3], dim=-1)
-        q, k = (part.unflatten(-1, (-1, config.key_dim)) for part in (q, k))
-        v = v.unflatten(-1, (-1, config.value_dim))
-        q, k = unit_norm(q, factor=config.key_dim**-0.5), unit_norm(k)
+        q, k, v, beta = self._prepare(self.conv(mixed, sequence), beta)
         log_decay = self.decay(self.decay_up_proj(self.decay_down_proj(x)))
-        inputs = (q, k, v, log_decay, beta.sigmoid())
+        inputs = (q, k, v, log_decay, beta)
         out = sequence.cut.recur(DeltaRule(), inputs, sequence.position, sequence.document)
+        return self._close(out, x)
+
+    def _prepare(
+        self, mixed: Float[Tensor, "B T X"], beta: Float[Tensor, "B T H"]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Heads apart, queries and keys of unit length, betas between 0 and 1."""
+        q, k, v = mixed.split(self.parts[:3], dim=-1)
+        q, k = (part.unflatten(-1, (-1, self.config.key_dim)) for part in (q, k))
+        v = v.unflatten(-1, (-1, self.config.value_dim))
+        return unit_norm(q, factor=self.config.key_dim**-0.5), unit_norm(k), v, beta.sigmoid()
+
+    def _close(self, out: Float[Tensor, "B T H V"], x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """The normed output of all heads, gated by x and projected."""
         gate = self.gate_up_proj(self.gate_down_proj(x))
         return self.out_proj(self.out_norm(out, gate.view(out.shape)).flatten(-2))

@@ -119,6 +119,7 @@ class GateDecay(nn.Module):
 
     # In bfloat16 a factor near 1 would round the memory length by percents.
     needs_full_precision = True
+    fusible = ("forward",)
 
     def __init__(self, size: int, temper: float) -> None:
         super().__init__()

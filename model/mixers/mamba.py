@@ -101,6 +101,7 @@ class ChannelStep(nn.Module):
 
     # In bfloat16 a rate near 1 would round the memory length by percents.
     needs_full_precision = True
+    fusible = ("forward",)
 
     def __init__(self, channels: int, state_dim: int, dt_min: float, dt_max: float) -> None:
         super().__init__()

@@ -106,6 +106,7 @@ class Step(nn.Module):
 
     # In bfloat16 a rate near 1 would round the memory length by percents.
     needs_full_precision = True
+    fusible = ("forward",)
 
     def __init__(self, heads: int, floor: float, dt_min: float, dt_max: float) -> None:
         super().__init__()

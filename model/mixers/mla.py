@@ -120,6 +120,8 @@ class Latents(NamedTuple):
 class LatentMixer(Mixer):
     """The projections of a latent attention; a subclass mixes."""
 
+    fusible = ("_latents",)
+
     def __init__(self, config: LatentConfig, width: int, init_std: float, out_std: float) -> None:
         super().__init__()
         self.latent, self.width = config, width
@@ -135,6 +137,12 @@ class LatentMixer(Mixer):
 
     def latents(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Latents:
         """Queries, latents and shared keys, normed and rotated."""
+        config, table = self.latent, None
+        if config.rotary_dim:
+            table = sequence.rotary_table(config.rotary_dim, config.rotary_theta, config.rotary_scaling)
+        return self._latents(x, table)
+
+    def _latents(self, x: Float[Tensor, "B T D"], table: tuple[Tensor, Tensor] | None) -> Latents:
         config = self.latent
         q_latent, kv_latent, shared = self.down_proj(x).split(config._down(), dim=-1)
         q_latent = self.q_norm(q_latent) if config.query_latent_dim else x
@@ -144,8 +152,7 @@ class LatentMixer(Mixer):
             # As large as from a latent of the full width (LongCat-Flash).
             q = q * (self.width / q_latent.shape[-1]) ** 0.5
             kv_latent = kv_latent * (self.width / config.latent_dim) ** 0.5
-        if config.rotary_dim:
-            table = sequence.rotary_table(config.rotary_dim, config.rotary_theta, config.rotary_scaling)
+        if table is not None:
             own, turned = q.split([config.key_dim, config.shared_key_dim], dim=-1)
             q = torch.cat([own, rotate(turned, *table, config.rotary_layout)], dim=-1)
             shared = rotate(shared, *table, config.rotary_layout)

@@ -154,6 +154,8 @@ class Perceptron(nn.Module):
 class Nsa(Mixer):
     """Three branches over the same queries; the compressed one chooses blocks for the selected one."""
 
+    fusible = ("_close",)
+
     def __init__(self, config: NsaConfig, width: int, init_std: float, out_std: float) -> None:
         super().__init__()
         self.config, self.parts = config, config._parts()
@@ -176,9 +178,12 @@ class Nsa(Mixer):
             table = sequence.rotary_table(config.rotary_dim, config.rotary_theta)
             q, keys = rotate(q, *table), [rotate(k, *table) for k in keys]
         outs = self._branches(q, keys * (4 - len(keys)), values * (4 - len(values)), sequence)
-        gates = [gate.sigmoid()[..., None] for gate in rest[2 * branches :]]
-        out = gates[0] * outs[0] + gates[1] * outs[1] + gates[2] * outs[2]
-        return self.out_proj(out.flatten(-2))
+        return self._close(rest[2 * branches :], outs)
+
+    def _close(self, gates: list[Tensor], outs: tuple[Tensor, ...]) -> Tensor:
+        """The gated sum of the branches, projected."""
+        parts = [gate.sigmoid()[..., None] * out for gate, out in zip(gates, outs, strict=True)]
+        return self.out_proj((parts[0] + parts[1] + parts[2]).flatten(-2))
 
     def _branches(
         self, q: Tensor, keys: list[Tensor], values: list[Tensor], sequence: Sequence

@@ -33,6 +33,19 @@ class Routing(NamedTuple):
     entropy: Float[Tensor, ""]
 
 
+class Sums(NamedTuple):
+    """Sums over the tokens of a layer: per row load and shares of each expert, over all z_loss and entropy.
+
+    tokens is the length of a row.
+    """
+
+    load: Float[Tensor, "B E"]
+    shares: Float[Tensor, "B E"]
+    z_loss: Float[Tensor, ""]
+    entropy: Float[Tensor, ""]
+    tokens: int
+
+
 class Router(nn.Module):
     """Scores tokens against experts in float32 at least and picks the top k.
 
@@ -42,6 +55,7 @@ class Router(nn.Module):
 
     # The choice is a comparison of close numbers: bfloat16 logits would flip it.
     needs_full_precision = True
+    fusible = ("_rank", "_weigh")
 
     bias: Float[Tensor, "E"]
     table: Int[Tensor, "V k"]
@@ -78,20 +92,38 @@ class Router(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T D"], tokens: Int[Tensor, "B T"]) -> Choice:
         """The choice for all tokens, rows one after the other."""
+        logits, scores, experts = self._rank(x, tokens)
+        experts = experts if self.is_hashed else self.settle(experts)
+        weights, sums = self._weigh(logits, scores, experts)
+        return Choice(experts.flatten(0, 1), weights.flatten(0, 1), self._routing(sums))
+
+    def _rank(self, x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits and scores [B T E], and the experts [B T k] of each token."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        config = self.config
         bias = None if self.logit_bias is None else self.logit_bias.to(dtype)
         logits = linear(x.to(dtype), self.weight.to(dtype), bias)
-        scores = scores_of(logits, config)
-        experts = self.table[tokens] if self.is_hashed else self.settle(self._top(scores, logits))
+        scores = scores_of(logits, self.config)
+        return logits, scores, self.table[tokens] if self.is_hashed else self._top(scores, logits)
+
+    def _weigh(self, logits: Tensor, scores: Tensor, experts: Tensor) -> tuple[Tensor, "Sums"]:
+        """Weights [B T k] of the chosen experts, and what the balance is judged by."""
+        config = self.config
         if config.score == "softmax_of_chosen":
             weights = logits.gather(-1, experts).softmax(-1)
         else:
             weights = scores.gather(-1, experts)
             if config.has_normalized_weights:
                 weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        weights = weights * config.weight_scale
-        return Choice(experts.flatten(0, 1), weights.flatten(0, 1), self._routing(logits, scores, experts))
+        load = scores.new_zeros(scores.shape[0], config.num_choices)
+        load.scatter_add_(1, experts.flatten(1), torch.ones_like(experts.flatten(1), dtype=load.dtype))
+        shares = scores / scores.sum(-1, keepdim=True)
+        z_loss = scores.new_zeros(())
+        if config.z_loss:
+            z_loss = logits.logsumexp(-1).square().sum() * config.z_loss
+        certain = shares.detach().flatten()
+        entropy = -torch.dot(certain, certain.clamp(min=torch.finfo(certain.dtype).tiny).log_())
+        sums = Sums(load, shares.sum(1), z_loss, entropy, scores.shape[1])
+        return weights * config.weight_scale, sums
 
     def _top(self, scores: Tensor, logits: Tensor) -> Int[Tensor, "B T k"]:
         config = self.config
@@ -105,30 +137,20 @@ class Router(nn.Module):
             ranked = groups.masked_fill(~is_kept[..., None], float("-inf")).flatten(-2)
         return ranked.topk(config.top_k, dim=-1).indices
 
-    def _routing(
-        self, logits: Float[Tensor, "B T E"], scores: Float[Tensor, "B T E"], experts: Int[Tensor, "B T k"]
-    ) -> Routing:
-        config = self.config
-        count, k, length = config.num_choices, config.top_k, scores.shape[1]
-        load = scores.new_zeros(scores.shape[0], count)
-        load.scatter_add_(1, experts.flatten(1), torch.ones_like(experts.flatten(1), dtype=load.dtype))
-        shares = scores / scores.sum(-1, keepdim=True)
+    def _routing(self, sums: "Sums") -> Routing:
+        config, load, shares, length = self.config, sums.load, sums.shares, sums.tokens
+        count, k = config.num_choices, config.top_k
         # Experts, times how often each is chosen, times its mean share: DeepSeek-V3's loss, arXiv 2412.19437
         # equations 17 to 20. A row at a time it is the same however rows are spread over micro-batches and
         # ranks; over the global batch, if the load is summed over it; over the local batch it is not.
         if config.balance_scope == "sequence":
             seen, length = self.sum_row_load(load), length * self.row_parts
-            balance = (seen * (count / (k * length)) * shares.sum(1)).sum()
+            balance = (seen * (count / (k * length)) * shares).sum()
         else:
             seen = load.sum(0)
             seen = self.sum_load(seen) if config.balance_scope == "global" else seen
-            balance = (seen * (count / seen.sum()) * shares.sum((0, 1))).sum()
-        z_loss = scores.new_zeros(())
-        if config.z_loss:
-            z_loss = logits.logsumexp(-1).square().sum() * config.z_loss
-        certain = shares.detach().flatten()
-        entropy = -torch.dot(certain, certain.clamp(min=torch.finfo(certain.dtype).tiny).log_())
-        return Routing(balance * config.balance_loss, z_loss, load.sum(0), entropy)
+            balance = (seen * (count / seen.sum()) * shares.sum(0)).sum()
+        return Routing(balance * config.balance_loss, sums.z_loss, load.sum(0), sums.entropy)
 
     @torch.no_grad()
     def update_bias(self, load: Float[Tensor, "E"]) -> None:

@@ -168,7 +168,7 @@ def test_the_same_entries_are_chosen() -> None:
     mixer.load_state_dict(in_our_names(layer.state_dict()))
     x, position = torch.randn(2, 50, WIDTH), torch.arange(50)[None].expand(2, -1)
     sequence = Sequence.whole(x[..., 0].long())
-    latent = mixer._read(x, sequence)[0]
+    latent = mixer._read(x, mixer._table(sequence))[0]
     made = sequence.compression(config.compression, config.compression)
     index = mixer.indexer(x, latent, sequence, made)
     ours = index_select(*index, top_k=config.index_top_k, last=made.whole.last)
@@ -183,7 +183,7 @@ def test_index_loss_equals_the_direct_form() -> None:
     x = torch.randn(1, 40, WIDTH, dtype=torch.float64, requires_grad=True)
     sequence = Sequence.whole(x[..., 0].long())
     loss = mixer(x, sequence).losses["index"]
-    latent, q, kv = (part.detach() for part in mixer._read(x, sequence))
+    latent, q, kv = (part.detach() for part in mixer._read(x, mixer._table(sequence)))
     made = sequence.compression(config.compression, config.compression)
     entries = mixer.compressor(x, made).detach()[0]
     index_q, index_k, weight = mixer.indexer(x.detach(), latent, sequence, made)

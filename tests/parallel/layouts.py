@@ -24,6 +24,7 @@ from model.moe.router import Router
 from model.peers import ALONE
 from parallel.apply import Parallel, Work, build_parallel
 from parallel.axes import open_axes
+from parallel.compile import Backend
 from parallel.config import ParallelConfig
 from parallel.context import cut_rows
 from parallel.degrees import Degrees
@@ -114,20 +115,28 @@ def alone(config: Architecture) -> Result:
 
 
 def build(
-    config: Architecture, degrees: Degrees, rank: int, keys: Mapping[str, Any] | None = None
+    config: Architecture,
+    degrees: Degrees,
+    rank: int,
+    keys: Mapping[str, Any] | None = None,
+    backend: Backend = "inductor",
+    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float64, torch.float64),
 ) -> tuple[Parallel, World]:
-    """This rank's part with the values of `alone`. keys: other keys of `parallel`."""
+    """This rank's part with the values of `alone`, in dtypes of parameters and of computation.
+
+    keys: other keys of `parallel`. backend: what compiles.
+    """
     world = World(rank, degrees.size, torch.device("cpu"), open_axes(degrees, rank))
     settings = {"data": "fsdp", "dp_replicate": degrees.dp_replicate, "dp_shard": degrees.dp_shard}
     settings |= {"cp": degrees.cp, "tp": degrees.tp, "ep": degrees.ep, "pp": degrees.pp}
     settings |= {"pp_schedule": "1f1b", "pp_chunks": None, "pp_layout": None, "timeout_seconds": 60}
     settings |= {"zero": {"stage": 2, "offload": "none", "whole_below": 0}}
-    settings |= {"reshard_after_forward": True, "recompute": "none", "offload": "none"}
+    settings |= {"reshard_after_forward": True, "recompute": "none", "offload": "none", "compile": False}
     settings |= {"ep_dispatch": "all_to_all", **(keys or {})}
     parallel = ParallelConfig(**settings)
     micro = micro_of(degrees)
     work = Work(ROWS // degrees.rows // micro, micro, TOKENS)
-    built = build_parallel(config, (torch.float64, torch.float64), parallel, world, SEED, work)
+    built = build_parallel(config, dtypes, parallel, world, SEED, work, backend)
     with torch.device("meta"):
         initials = initial_values(LanguageModel(config))
     for module in built.modules():
@@ -150,12 +159,13 @@ def on_rank(
     degrees: Degrees,
     fault: str = "",
     keys: Mapping[str, Any] | None = None,
+    backend: Backend = "inductor",
 ) -> tuple[dict[str, Tensor], list[Any]]:
     """Losses summed over ranks, and the blocks of gradients that this rank holds.
 
-    fault breaks one thing that layouts stand on. keys: other keys of `parallel`.
+    fault breaks one thing that layouts stand on. keys: other keys of `parallel`. backend: what compiles.
     """
-    built, world = build(config, degrees, rank, keys)
+    built, world = build(config, degrees, rank, keys, backend)
     break_it(built, fault)
     batch = batch_of(config.model.vocab_size)
     denominators = Denominators((batch.targets != -100).sum(), batch.tokens.numel())

@@ -31,6 +31,7 @@ def work(rank: int, size: int, port: int, cut: dict[str, int], folder: str, step
     keys = {"data": "fsdp", "dp_replicate": 1, "dp_shard": -1, "cp": 1, "tp": 1, "ep": 1, "pp": 1} | cut
     keys |= {"pp_schedule": "1f1b", "pp_chunks": None, "pp_layout": None, "recompute": "none"}
     keys |= {
+        "compile": False,
         "ep_dispatch": "all_to_all",
         "offload": "none",
         "reshard_after_forward": True,
