@@ -3,7 +3,7 @@
 `python -m bench.step [only=NAME,NAME] [key=value]` prints all, the share of the machine's peak, and the
 ratios for each model, and writes bench/results/step-cpu.json. All have the same weights and read the same
 tokens; each step is forward, backward and AdamW. Each runs in a process of its own, set up as its users' runs
-are, while the others wait.
+are, while the others wait. With lengths=4096,32768 it times one device at such lengths: bench.lengths.
 """
 
 import json
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.optim import AdamW
 
+from bench import lengths
 from bench.origin import origin
 from bench.peers import as_transformers
 from conf.errors import exit_on_error
@@ -35,6 +36,7 @@ from train.measure import measured_peak
 from train.track.report import print_table
 
 ROUNDS = 9
+OWN = ("only", "lengths")
 OURS, COMPILED = "weft", "weft, parallel.compile=true"
 PEER, PEER_FLUSHED = "transformers", "transformers, denormals flushed"
 SIDES = (OURS, COMPILED, PEER, PEER_FLUSHED)
@@ -51,9 +53,12 @@ MODELS = {
 
 def main(arguments: list[str]) -> None:
     """Prints and writes the comparison. Raises ConfigError."""
-    chosen = [argument.removeprefix("only=") for argument in arguments if argument.startswith("only=")]
-    names = chosen[0].split(",") if chosen else list(MODELS)
-    overrides = [argument for argument in arguments if not argument.startswith("only=")]
+    given = {name: value for name, _, value in (a.partition("=") for a in arguments) if name in OWN}
+    overrides = [argument for argument in arguments if argument.partition("=")[0] not in OWN]
+    if "lengths" in given:
+        lengths.main([int(tokens) for tokens in given["lengths"].split(",")], overrides)
+        return
+    names = given["only"].split(",") if "only" in given else list(MODELS)
     peak = measured_peak(torch.device("cpu"), torch.float32)
     results = {}
     for name in names:
