@@ -53,7 +53,7 @@ prove: $(VENV)/test.ready $(VENV)/triton-$(TRITON_NEWEST).ready
 
 # Two precisions by thirteen layouts by all mixers; `make prove` runs five in float64.
 equality: $(VENV)/test.ready
-	$(BIN)/python -m pytest -m equality tests/parallel/test_equality.py
+	$(BIN)/python -m pytest -m equality tests/parallel/test_equality.py tests/parallel/test_zero_models.py
 	$(BIN)/python -m bench.equality write
 
 lint: $(VENV)/test.ready

@@ -77,12 +77,15 @@ class Deaf(TensorPeers):
 
 
 class Block(NamedTuple):
-    """A block of a parameter, of its first moment, and where they lie in the whole; on one rank."""
+    """A block of a parameter, of its first moment, and where they lie in the whole; on one rank.
+
+    A frozen parameter has no moment.
+    """
 
     name: str
     box: Any
     weight: Tensor
-    moment: Tensor
+    moment: Tensor | None
 
 
 class Run(NamedTuple):
@@ -183,12 +186,19 @@ def blocks_of(state: TrainState) -> Iterable[Block]:
         moments, values = state.moments(), state.built.state()
         for name in state.built.placements:
             weights = as_stored(state.built.stored(name, values[name])).blocks.values()
+            if name not in moments:
+                yield from (Block(name, box, weight.clone(), None) for weight, box in weights)
+                continue
             means = as_stored(moments[name]["exp_avg"]).blocks.values()
             for (weight, box), (moment, _) in zip(weights, means, strict=True):
                 yield Block(name, box, weight.clone(), moment.clone())
         return
     for name, parameter in state.built.named_parameters():
         placement = state.built.placements[name]
+        if not parameter.requires_grad:
+            blocks = held_boxes(parameter.detach(), placement)
+            yield from (Block(name, box, weight.clone(), None) for weight, box in blocks)
+            continue
         moments = held_boxes(state.optimizer.state[parameter]["exp_avg"], placement)
         for (weight, box), (moment, _) in zip(
             held_boxes(parameter.detach(), placement), moments, strict=True
@@ -246,11 +256,16 @@ def relative(found: float, expected: float) -> float:
 
 def tensors_apart(reference: Run, ranks: list[Run], kind: str) -> Mapping[str, float]:
     """The norm of the difference over the norm, for every parameter by name."""
-    expected = {block.name: getattr(block, kind) for block in reference.blocks}
+    wholes = {block.name: getattr(block, kind) for block in reference.blocks}
+    expected = {name: whole for name, whole in wholes.items() if whole is not None}
     found = {name: torch.full_like(whole, torch.nan) for name, whole in expected.items()}
     for rank in ranks:
         for block in rank.blocks:
-            whole, part = block.box.of_whole(found[block.name]), getattr(block, kind)
+            part = getattr(block, kind)
+            assert (part is None) == (block.name not in found), f"{block.name} is frozen on one side alone"
+            if part is None:
+                continue
+            whole = block.box.of_whole(found[block.name])
             assert bool(((whole == part) | whole.isnan()).all()), f"copies of {block.name} differ"
             whole.copy_(part)
     for name, whole in found.items():

@@ -1,0 +1,146 @@
+"""Whole runs that DeepSpeed trains, as users start them: asked to stop, gone on, handed to FSDP2 and back."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model.hf.pretrained import save_pretrained
+from tests.architectures import random_model
+from tests.train.conftest import Corpus
+from tests.train.runs import log_path, metrics_of, run_to_end
+from train.load import load_config
+
+SECONDS = 240
+STEPS = 12  # checkpoints at 4, 8 and 12
+pytestmark = [pytest.mark.prove, pytest.mark.timeout(4 * SECONDS)]
+KEYS = (
+    *(f"train.steps={STEPS}", "train.evaluate_every=3", "checkpoint.keep=9", "residual.dropout=0.0"),
+    # Small steps from weights near one: rounding of sums in another order stays rounding.
+    *("optim.lr=0.001", "optim.clip_norm=0.5", "optim.lr_scales={blocks.0.mixer.*:0.0}"),
+)
+ZERO = ("parallel.data=zero", "parallel.zero.whole_below=100")
+LIMIT = 1e-5
+
+
+def torchrun(overrides: list[str]) -> subprocess.Popen[bytes]:
+    """Two processes as users start them, in a session of their own."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with log_path(overrides).open("ab") as log:
+        return subprocess.Popen(
+            [*command, "-m", "train", *overrides],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def finished(overrides: list[str]) -> int:
+    """Exit code of torchrun."""
+    process = torchrun(overrides)
+    try:
+        return process.wait(SECONDS)
+    finally:
+        end(process)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Leaves nothing of a launch behind."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def evaluations_of(directory: Path) -> list[dict[str, Any]]:
+    """The lines of evaluations.jsonl."""
+    return [json.loads(line) for line in (directory / "evaluations.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def keys(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """What all runs share: weights that they begin from."""
+    given = tmp_path_factory.mktemp("start") / "given"
+    torch.manual_seed(0)
+    config = load_config(corpus.overrides(given, *KEYS), 1)
+    save_pretrained(random_model(config.architecture, torch.float32), given, model_type="weft")
+    return (*KEYS, f"train.start={given}")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus: Corpus, keys: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("zero") / "run"
+    overrides = corpus.overrides(directory, *keys, *ZERO, "parallel.zero.stage=3")
+    assert finished(overrides) == 0, log_path(overrides).read_text()
+    return directory
+
+
+def test_a_run_by_torchrun_is_asked_to_stop_and_goes_on(
+    corpus: Corpus, keys: tuple[str, ...], uninterrupted: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    overrides = corpus.overrides(directory, *keys, *ZERO, "parallel.zero.stage=3")
+    process, deadline = torchrun(overrides), time.monotonic() + SECONDS
+    try:
+        while not (directory / "metrics.jsonl").exists():
+            assert process.poll() is None, log_path(overrides).read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        (directory / "PREEMPT").touch()
+        assert process.wait(SECONDS) == 0, log_path(overrides).read_text()
+    finally:
+        end(process)
+    assert (directory / "REQUEUE").exists()
+    assert 0 < len(metrics_of(directory)) < STEPS
+    assert finished(overrides) == 0, log_path(overrides).read_text()
+    said = log_path(overrides).read_text()
+    assert said.count("began from ") == said.count("resumed at step ") == 1
+    assert metrics_of(directory) == metrics_of(uninterrupted)
+    assert evaluations_of(directory) == evaluations_of(uninterrupted)
+
+
+def test_runs_of_zero_and_fsdp_are_the_same_and_take_each_other_on(
+    corpus: Corpus, keys: tuple[str, ...], uninterrupted: Path, tmp_path: Path
+) -> None:
+    fsdp = corpus.overrides(tmp_path / "fsdp", *keys)
+    assert run_to_end(fsdp, 2, timeout=SECONDS) == 0, log_path(fsdp).read_text()
+    assert_alike(uninterrupted, tmp_path / "fsdp")
+    for source, name, parallel in (
+        (uninterrupted, "zero to fsdp", ()),
+        (tmp_path / "fsdp", "fsdp to zero", (*ZERO, "parallel.zero.stage=2")),
+    ):
+        # In the directory of the run itself, where a start from the save at step 4 is the same run.
+        directory = tmp_path / name
+        shutil.copytree(source, directory)
+        for step in (8, STEPS):
+            shutil.rmtree(directory / "checkpoints" / f"step_{step:08d}")
+        overrides = corpus.overrides(directory, *keys, *parallel)
+        assert run_to_end(overrides, 2, timeout=SECONDS) == 0, log_path(overrides).read_text()
+        assert "resumed at step 4 " in log_path(overrides).read_text()
+        assert metrics_of(directory)[:4] == metrics_of(source)[:4]
+        assert metrics_of(directory)[4:] != metrics_of(source)[4:], "nothing was trained"
+        assert_alike(directory, source)
+
+
+def assert_alike(found: Path, expected: Path) -> None:
+    """Asserts that two runs saw the same samples, and the same losses up to rounding."""
+    lines, others = metrics_of(found), metrics_of(expected)
+    assert [line["samples"] for line in lines] == [line["samples"] for line in others]
+    assert len(lines) == STEPS
+    for line, other in zip(lines, others, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=LIMIT), line["step"]
+        # The norm sums squares of gradients of all sizes, through all steps before.
+        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=10 * LIMIT), line["step"]
+    scores, other_scores = evaluations_of(found), evaluations_of(expected)
+    assert [score["step"] for score in scores] == [3, 6, 9, STEPS]
+    for score, other in zip(scores, other_scores, strict=True):
+        assert score == pytest.approx(other, rel=LIMIT)
