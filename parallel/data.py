@@ -1,5 +1,7 @@
 """Data parallelism: FSDP2 over the ranks that share a copy of the weights, copies over dp_replicate."""
 
+import warnings
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -23,6 +25,8 @@ def shard_data(model: Part, axes: Axes, device_type: str, *, reshard_after_forwa
     Gradients are summed over ranks, never averaged: the loss is divided by global counts beforehand. Experts
     are shared by other ranks than the rest, so they have a mesh of their own.
     """
+    # torch warns of every wrapped module that gives a view, lest somebody writes into it; nobody does here.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     dense, expert = (data_mesh(axes, shard, device_type) for shard in (axes.shard, axes.edp))
     reduce_dtype = torch.promote_types(model.dtype, torch.float32)
     low = MixedPrecisionPolicy(model.dtype, reduce_dtype, cast_forward_inputs=False)
