@@ -33,6 +33,10 @@ class ConfigError(WeftError):
         self.violations = tuple(violations)
         super().__init__("\n".join(str(violation) for violation in self.violations))
 
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[tuple[Violation, ...]]]:
+        # Exceptions are made again from their text, also those that another process raised.
+        return type(self), (self.violations,)
+
 
 class DataError(WeftError):
     """Token files, tokenizers or documents that cannot be used as they are. Never requeue."""

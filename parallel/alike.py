@@ -1,4 +1,4 @@
-"""Layers and micro-batches that are alike stand for each other, so that few are played for many.
+"""Layers, micro-batches and places in a pipeline stand for others like them: few are played for many.
 
 A layer adds the same parameters and the same collectives wherever it stands among others of its kind, and a
 micro-batch the same collectives whichever it is. So what all of them have is a weighted sum over plays with
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from model.config import Architecture
 from parallel.plans import Plan, plan_violations
+from parallel.schedules import action_order
 from parallel.stages import joined_layers
 from parallel.traffic import Collective, sent_bytes
 
@@ -39,7 +40,8 @@ def plays(config: Architecture, stages: Iterable[range]) -> list[Play]:
     left: list[list[int]] = []
     for stage in stages:
         own = {stage[0], stage[-1]}
-        for kind in {layers[layer] for layer in stage}:
+        # Not a set: the order of plays must not change from process to process.
+        for kind in dict.fromkeys(layers[layer] for layer in stage):
             alike = [layer for layer in stage if layers[layer] == kind]
             own |= set() if own & set(alike) else {alike[0]}
             left.append([layer for layer in alike if layer not in own])
@@ -56,6 +58,35 @@ def micro_batches(plan: Plan) -> list[tuple[int, Weight]]:
         return [(plan.micro_batches, 1)]
     weight = Fraction(plan.micro_batches - few[0], few[1] - few[0])
     return [(few[0], 1 - weight), (few[1], weight)]
+
+
+def like_places(config: Architecture, plan: Plan, cut: Sequence[range], *, gathers_again: bool) -> list[int]:
+    """For each place in a pipeline the first whose step has the same collectives, between other ranks.
+
+    So they are where stages have layers of the same kinds, the same neighbours and as many actions of each
+    kind: what is sent and gathered must not depend on the order of actions. `cut` are the layers of all
+    stages; `gathers_again` says that weights are freed after forward.
+    """
+    # 1F1B frees weights in forward and keeps them in backward, the others keep those of three stages: what
+    # is gathered is then a matter of what ran before.
+    if joined_layers(config) or plan.chunks > 3 or (plan.schedule == "1f1b" and gathers_again):
+        return list(range(plan.degree))
+    orders = [action_order(plan._replace(micro_batches=count)) for count, _ in micro_batches(plan)]
+    last = plan.stages - 1
+
+    def likeness(place: int) -> Any:
+        own = plan.stages_of(place)
+        stages = [
+            (stage == 0, stage == last, stage + 1 in own, [config.layers[layer] for layer in cut[stage]])
+            for stage in own
+        ]
+        actions = [
+            Counter((own.index(action.stage), action.kind) for action in order[place]) for order in orders
+        ]
+        return stages, actions
+
+    found = [likeness(place) for place in range(plan.degree)]
+    return [found.index(each) for each in found]
 
 
 def summed(found: Sequence[tuple[Weight, Any]]) -> Any:

@@ -1,8 +1,9 @@
 """One rank of a run without its peers: what it holds, what it saves, and what it says in a step."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch.distributed.checkpoint.default_planner import create_default_local_sa
 from data.loader import Batch
 from model.language_model import Losses
 from model.moe.layer import Experts
-from parallel.alike import Play, Weight, micro_batches, plays, summed, summed_calls
+from parallel.alike import Play, Weight, like_places, micro_batches, plays, summed, summed_calls
 from parallel.apply import Parallel, Work, arrange
 from parallel.axes import Axes
 from parallel.context import cut_rows
@@ -48,6 +49,29 @@ def sampled_ranks(degrees: Degrees) -> list[int]:
     return sorted(ranks)
 
 
+def stepping_ranks(config: RunConfig, size: int) -> dict[int, int]:
+    """The first rank of each place in the pipeline, and which of them says in a step what it says."""
+    parallel, stride = config.parallel, size // config.parallel.pp
+    plan = parallel.plan(work_of(config, size).micro_batches)
+    # A pattern may freeze a single layer.
+    if plan is None or config.optim.lr_scales:
+        return {rank: rank for rank in range(0, size, stride)}
+    cut = stage_layers(config.architecture, plan, config.data.sequence_length, parallel.pp_layout)
+    gathers_again = parallel.reshard_after_forward
+    like = like_places(config.architecture, plan, cut, gathers_again=gathers_again)
+    return {place * stride: other * stride for place, other in enumerate(like)}
+
+
+def settled(config: RunConfig, size: int) -> RunConfig:
+    """The config with the cut of its pipeline written down: to find it takes as long as to build a rank."""
+    plan = config.parallel.plan(work_of(config, size).micro_batches)
+    if plan is None:
+        return config
+    cut = stage_layers(config.architecture, plan, config.data.sequence_length, config.parallel.pp_layout)
+    layout = write_layout(config.architecture, cut)
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"pp_layout": layout})})
+
+
 def play(config: RunConfig, rank: int, size: int) -> dict[str, Any]:
     """What a rank holds, and the check of what it saves."""
     sample = plays_of(config, rank, size)
@@ -58,8 +82,7 @@ def play(config: RunConfig, rank: int, size: int) -> dict[str, Any]:
         return summed([(weight, each[what]) for weight, each in zip(weights, found, strict=True)])
 
     return {
-        "rank": rank,
-        "place": places(config.parallel.degrees(size), rank),
+        **place_of(config, rank, size),
         "bytes": total("bytes"),
         "checkpoint": total("counts")
         | {
@@ -168,27 +191,55 @@ def save_plan(config: RunConfig, state: TrainState, world: World) -> dict[str, A
 
 def step_of(config: RunConfig, rank: int, size: int) -> dict[str, Any]:
     """The collectives of one optimizer step of a rank, recorded as they are called, and what it allocates."""
-    found, work, degrees = steps_of(config, rank, size), work_of(config, size), config.parallel.degrees(size)
+    return joined_step(config, rank, size, steps_of(config, rank, size))
+
+
+def place_of(config: RunConfig, rank: int, size: int) -> dict[str, Any]:
+    """A rank, and where it stands on the axes that are cut."""
+    return {"rank": rank, "place": places(config.parallel.degrees(size), rank)}
+
+
+def joined_step(
+    config: RunConfig, rank: int, size: int, found: Sequence[tuple[Weight, "Step"]]
+) -> dict[str, Any]:
+    """The step of a rank from those of its parts."""
+    work, degrees = work_of(config, size), config.parallel.degrees(size)
+    names = {ranks: name for _, step in found for ranks, name in step.axes.items()}
     return {
-        "rank": rank,
-        "place": places(degrees, rank),
+        **place_of(config, rank, size),
         "micro_batches": work.micro_batches,
         "tokens": work.rows * work.tokens // (degrees.cp * degrees.tp),
         "is_routed_evenly": any(step.is_routed_evenly for _, step in found),
-        "collectives": summary(calls_of(found), found[0][1].axes),
+        "collectives": summary(calls_of(found), names),
         "bytes": summed([(weight, step.bytes) for weight, step in found]),
     }
 
 
-def steps_of(config: RunConfig, rank: int, size: int) -> list[tuple[Weight, "Step"]]:
+class StepPart(NamedTuple):
+    """What to play of a step: some layers, so many micro-batches; and how often what is found counts."""
+
+    layers: tuple[int, ...]
+    micro_batches: int
+    weight: Weight
+
+
+def step_parts(config: RunConfig, rank: int, size: int) -> list[StepPart]:
     """Steps with some layers, a pipeline's with few micro-batches, whose weighted sum is that of all."""
     work = work_of(config, size)
     plan = config.parallel.plan(work.micro_batches)
     counts = [(work.micro_batches, 1)] if plan is None else micro_batches(plan)
     return [
-        (some.weight * weight, step_some(config, rank, size, some.layers, count))
+        StepPart(some.layers, count, some.weight * weight)
         for some in plays_of(config, rank, size)
         for count, weight in counts
+    ]
+
+
+def steps_of(config: RunConfig, rank: int, size: int) -> list[tuple[Weight, "Step"]]:
+    """The parts of a rank's step, played, and their weights."""
+    return [
+        (part.weight, step_some(config, rank, size, part.layers, part.micro_batches))
+        for part in step_parts(config, rank, size)
     ]
 
 
@@ -201,11 +252,14 @@ def calls_of(found: Sequence[tuple[Weight, "Step"]]) -> dict[str, Counter[Collec
 
 
 class Step(NamedTuple):
-    """What was recorded of a step: collectives by phase, and bytes held after the update."""
+    """What was recorded of a step: collectives by phase, and bytes held after the update.
+
+    axes name the ranks between which they ran.
+    """
 
     calls: dict[str, list[Collective]]
     bytes: dict[str, dict[str, int]]
-    axes: Axes
+    axes: dict[tuple[int, ...], str]
     is_routed_evenly: bool
 
 
@@ -221,7 +275,8 @@ def step_some(config: RunConfig, rank: int, size: int, layers: Collection[int], 
             isinstance(module, Experts) and isinstance(module.dispatch, AllToAll)
             for module in built.modules()
         )
-        return Step(calls, held_bytes(built, state.optimizer), world.axes, is_routed_evenly)
+        axes = named_axes(chain.from_iterable(calls.values()), world.axes)
+        return Step(calls, held_bytes(built, state.optimizer), axes, is_routed_evenly)
 
 
 def run_step(
@@ -290,18 +345,25 @@ def update(state: TrainState, config: RunConfig, world: World, losses: Losses) -
     state.built.update_expert_biases(total.load)
 
 
-def summary(phases: Mapping[str, Counter[Collective]], axes: Axes) -> list[dict[str, Any]]:
-    """Calls, bytes and bytes sent by phase, axis and kind of collective."""
+def summary(
+    phases: Mapping[str, Counter[Collective]], axes: Mapping[tuple[int, ...], str]
+) -> list[dict[str, Any]]:
+    """Calls, bytes and bytes sent by phase, axis and kind of collective; axes name the ranks."""
     rows: dict[tuple[str, str, int, str], dict[str, int]] = {}
     for phase, calls in phases.items():
         for call, count in calls.items():
-            key = (phase, axis_of(call.ranks, axes), len(call.ranks), call.kind)
+            key = (phase, axes[call.ranks], len(call.ranks), call.kind)
             row = rows.setdefault(key, {"calls": 0, "bytes": 0, "sent": 0})
             row["calls"] += count
             row["bytes"] += count * call.bytes
             row["sent"] += count * call.sent
     names = ("phase", "axis", "ranks", "kind")
     return [dict(zip(names, key, strict=True)) | row for key, row in rows.items()]
+
+
+def named_axes(calls: Iterable[Collective], axes: Axes) -> dict[tuple[int, ...], str]:
+    """The axis of each group of ranks that collectives run between."""
+    return {ranks: axis_of(ranks, axes) for ranks in {call.ranks for call in calls}}
 
 
 def axis_of(ranks: tuple[int, ...], axes: Axes) -> str:

@@ -8,7 +8,7 @@ formulas.
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ def rehearse(config: RunConfig) -> dict[str, Any]:
 
     Raises ConfigError for a rank that the run does not have, for parallel.data=zero, and for DeepEP.
     """
-    from train.rehearsal import play, sampled_ranks
+    from train.rehearsal import place_of, sampled_ranks, stepping_ranks
 
     size = config.cluster.nodes * config.cluster.gpus_per_node
     if config.rehearse.rank is not None and config.rehearse.rank >= size:
@@ -39,12 +39,11 @@ def rehearse(config: RunConfig) -> dict[str, Any]:
         message = "deepep moves tokens by kernels that cannot be rehearsed; set it to all_to_all"
         raise ConfigError([Violation("parallel.ep_dispatch", message)])
     degrees = config.parallel.degrees(size)
-    ranks = sampled_ranks(degrees) if config.rehearse.rank is None else [config.rehearse.rank]
-    # Ranks of other stages do something else.
-    stride, own = size // config.parallel.pp, config.rehearse.rank
-    stepping = range(0, size, stride) if own is None else [own]
-    steps = steps_of_ranks(config, stepping, size)
-    played = [play(config, rank, size) for rank in ranks]
+    own = config.rehearse.rank
+    ranks = sampled_ranks(degrees) if own is None else [own]
+    stepping = stepping_ranks(config, size) if own is None else {own: own}
+    found, played = side_by_side(config, size, set(stepping.values()), ranks)
+    steps = [found[like] | place_of(config, rank, size) for rank, like in stepping.items()]
     totals = {rank["rank"]: sum(rank["bytes"]["total"][what] for what in WHAT) for rank in played}
     return {
         "world_size": size,
@@ -57,18 +56,38 @@ def rehearse(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def steps_of_ranks(config: RunConfig, ranks: Sequence[int], size: int) -> list[dict[str, Any]]:
-    """The step of each rank; of several, as many at a time as there are cores, each in its own process."""
-    from train.rehearsal import step_of
+def side_by_side(
+    config: RunConfig, size: int, stepping: Collection[int], holding: Collection[int]
+) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
+    """The steps of some ranks, and what others hold, played by as many processes as there are cores."""
+    from train.rehearsal import joined_step, play, settled, step_parts, step_some
 
-    processes = min(len(ranks), len(os.sched_getaffinity(0)))
-    if processes == 1:
-        return [step_of(config, rank, size) for rank in ranks]
-    # Both ends of a pipeline take longest, so they begin.
-    order = [ranks[0], ranks[-1], *ranks[1:-1]]
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        jobs = [pool.submit(step_of, config, rank, size) for rank in order]
-        return sorted((job.result() for job in jobs), key=lambda step: step["rank"])
+    config = settled(config, size)
+    # To import torch takes as long as to play one: it is done once, in a process of its own, since a process
+    # whose torch has started threads cannot be forked.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["train.rehearsal"])
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as pool:
+        # Both ends of a pipeline take longest, so they begin.
+        order = sorted(stepping, key=lambda rank: rank not in (min(stepping), max(stepping)))
+        steps = {
+            rank: [
+                (part.weight, pool.submit(step_some, config, rank, size, part.layers, part.micro_batches))
+                for part in step_parts(config, rank, size)
+            ]
+            for rank in order
+        }
+        holds = [pool.submit(play, config, rank, size) for rank in holding]
+        try:
+            played = [hold.result() for hold in holds]
+            found = {
+                rank: joined_step(config, rank, size, [(weight, job.result()) for weight, job in jobs])
+                for rank, jobs in steps.items()
+            }
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return found, played
 
 
 WHAT = ("parameters", "gradients", "optimizer")

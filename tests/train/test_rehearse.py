@@ -1,6 +1,7 @@
 """What a rank rehearses by itself is what it does among real peers: bytes held, collectives, blocks saved."""
 
 import json
+import pickle
 import subprocess
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from conf.errors import ConfigError, Violation
 from data.loader import Batch
 from parallel.alike import summed
 from parallel.axes import open_axes
@@ -27,11 +29,14 @@ from train.load import load_config
 from train.rehearsal import (
     built_for,
     calls_of,
+    named_axes,
+    place_of,
     play,
     play_some,
     sampled_ranks,
     step_of,
     step_some,
+    stepping_ranks,
     steps_of,
     summary,
     work_of,
@@ -80,9 +85,9 @@ def mostly_long(names: Iterable[str], *, quick: tuple[str, ...]) -> list[Any]:
     return [pytest.param(name, marks=[] if name in quick else pytest.mark.prove) for name in names]
 
 
-def config_of(*keys: str) -> RunConfig:
+def config_of(*keys: str, size: int = SIZE) -> RunConfig:
     nowhere = ("data.directory=nowhere", "data.corpora.documents.source=nowhere")
-    return load_config([*SMALL_RUN, *nowhere, *keys], SIZE)
+    return load_config([*SMALL_RUN, *nowhere, *keys], size)
 
 
 def on_rank(rank: int, size: int, config: RunConfig) -> tuple[dict[str, int], list[dict[str, Any]]]:
@@ -101,7 +106,8 @@ def on_rank(rank: int, size: int, config: RunConfig) -> tuple[dict[str, int], li
         for _ in range(1 if config.parallel.pp == 1 else 2):
             traffic.taken()
             train_step(state, batch, config, world)
-    return held, summary({"update": Counter(traffic.taken())}, world.axes)
+    calls = traffic.taken()
+    return held, summary({"update": Counter(calls)}, named_axes(calls, world.axes))
 
 
 def measured(state: TrainState) -> dict[str, int]:
@@ -162,6 +168,58 @@ def test_few_layers_and_micro_batches_stand_for_all(layout: str) -> None:
         few = play(config, rank, SIZE)
         assert few["bytes"] == held["bytes"]
         assert {key: few["checkpoint"][key] for key in held["counts"]} == held["counts"]
+
+
+# Four places of two ranks each; stages are alike but for the ends.
+PLACES = {
+    schedule: (
+        *("layout.pattern=gdn", f"model.depth={depth}", "parallel.pp=4", f"parallel.pp_schedule={schedule}"),
+        *("parallel.ep=2", "train.micro_batch=1", "train.global_batch=24"),
+        "parallel.reshard_after_forward=false",
+    )
+    for schedule, depth in {
+        "1f1b": 4,
+        "interleaved": 8,
+        "zero_bubble": 4,
+        "zero_bubble_v": 8,
+        "dualpipe_v": 8,
+    }.items()
+}
+
+
+def entries(step: dict[str, Any], config: RunConfig, rank: int) -> str:
+    """The step as that of another rank, with the order of its entries."""
+    return json.dumps(step | place_of(config, rank, 8))
+
+
+# No place of DualPipe-V stands for another: each splits another number of backwards.
+@pytest.mark.parametrize("schedule", mostly_long([*PLACES][:-1], quick=("1f1b",)))
+def test_a_stage_stands_for_those_like_it(schedule: str) -> None:
+    config = config_of(*PLACES[schedule], size=8)
+    assert stepping_ranks(config, 8) == {0: 0, 2: 2, 4: 2, 6: 6}
+    steps = {rank: step_of(config, rank, 8) for rank in (0, 2, 4, 6)}
+    assert entries(steps[2], config, 4) == entries(steps[4], config, 4)
+    for end in (0, 6):
+        assert entries(steps[2], config, end) != entries(steps[end], config, end)
+
+
+def test_a_stage_that_differs_stands_for_itself() -> None:
+    def found(*keys: str) -> list[int]:
+        return list(stepping_ranks(config_of(*keys, size=8), 8).values())
+
+    each = [0, 2, 4, 6]
+    assert found(*PLACES["dualpipe_v"]) == each
+    # Gathered again after forward, other layers, a layer that is frozen.
+    assert found(*PLACES["1f1b"], "parallel.reshard_after_forward=true") == each
+    assert found(*PLACES["1f1b"], "layout.pattern=gdn gdn mla") == each
+    assert found(*PLACES["1f1b"], "optim.lr_scales={layers.2.*: 0.0}") == each
+    # In a V the last place holds both sides of its fold.
+    assert found(*PLACES["zero_bubble_v"]) == [0, 2, 2, 6]
+
+
+def test_an_error_of_another_process_keeps_its_keys() -> None:
+    error = ConfigError([Violation("parallel.tp", "found 3"), Violation("parallel.ep", "found 7")])
+    assert pickle.loads(pickle.dumps(error)).violations == error.violations
 
 
 def test_another_size_of_shards_is_seen() -> None:
