@@ -44,6 +44,14 @@ class ParallelConfig(Config):
         shard = world_size // self._fixed() if self.dp_shard == -1 else self.dp_shard
         return Degrees(self.pp, self.dp_replicate, shard, self.cp, self.tp, self.ep)
 
+    def describe(self, world_size: int) -> str:
+        """The number of processes as a product of axes, and who cuts the data where it is not FSDP2."""
+        line = self.degrees(world_size).describe()
+        if self.data != "zero":
+            return line
+        away = "" if self.zero.offload == "none" else f", {self.zero.offload} in host memory"
+        return f"{line}; DeepSpeed ZeRO {self.zero.stage}{away}"
+
     def plan(self, micro_batches: int) -> Plan | None:
         """The pipeline of a step with so many micro-batches on a rank, None without one."""
         if self.pp == 1:

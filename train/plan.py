@@ -139,7 +139,7 @@ def summary_rows(figures: dict[str, Any], config: RunConfig) -> list[tuple[str, 
     for name, flops in figures["forward_flops_per_token"].items():
         rows.append((f"  forward, {name.replace('_', ' ')}", f"{flops / 1e9:,.4g} G"))
     rows.append((f"cache of one sequence of {figures['context']:,}", readable_bytes(figures["cache_bytes"])))
-    rows.append(("ranks", config.parallel.degrees(figures["world_size"]).describe()))
+    rows.append(("ranks", config.parallel.describe(figures["world_size"])))
     rows += [(f"memory per rank, {name}", readable_bytes(value)) for name, value in memory.items()]
     available = config.cluster.memory_gib
     if available is not None:

@@ -23,7 +23,7 @@ def show_config(config: RunConfig, world_size: int) -> None:
             "steps": f"{train.steps:,} ({tokens_of(config):,} tokens)",
             "optimizer": f"{optim.kind}, lr {optim.lr:g}, {config.schedule.kind}, clip {optim.clip_norm:g}",
             "precision": f"{config.precision.compute}, weights {config.precision.parameters}",
-            "ranks": degrees.describe(),
+            "ranks": config.parallel.describe(world_size),
         },
     )
 

@@ -54,6 +54,16 @@ def test_what_deepspeed_cannot_do_is_refused_with_a_legal_value(name: str) -> No
     assert violations([ZERO, *typed, fix], world_size) == ()
 
 
+def test_a_run_says_who_cuts_its_data() -> None:
+    def said(*typed: str) -> str:
+        return load_config([*BASE, *typed], 2).parallel.describe(2)
+
+    assert said() == "2 = dp_shard 2"
+    assert said(ZERO, "parallel.zero.stage=1") == "2 = dp_shard 2; DeepSpeed ZeRO 1"
+    away = (ZERO, "parallel.zero.stage=3", "parallel.zero.offload=parameters")
+    assert said(*away) == "2 = dp_shard 2; DeepSpeed ZeRO 3, parameters in host memory"
+
+
 def test_all_that_is_refused_comes_at_once() -> None:
     typed = ["parallel.tp=2", "precision=fp64", "parallel.zero.offload=parameters", "optim.lr=-1"]
     found = {one.key for one in violations([ZERO, *typed], 2)}
