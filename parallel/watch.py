@@ -21,6 +21,18 @@ _OF_PEERS = ("gloo/transport", "Application timeout caused pair closure", "ncclR
 _CLOSED = ("closed by peer", "reset by peer", "ncclRemoteError")
 
 
+# Seconds that it takes at most to find out and say who it was, once a rank gave up waiting.
+_VERDICT = 14.0
+
+
+def patience(deadline: float) -> float:
+    """Seconds that a rank may wait for another so that all have ended by the deadline, one of 28 s or more.
+
+    With a shorter one they end at most 14 s after half of it.
+    """
+    return max(deadline - _VERDICT, deadline / 2)
+
+
 class Watch:
     """A thread that says that this rank lives, and learns which other one does not.
 

@@ -15,7 +15,7 @@ from parallel.config import ParallelConfig
 from parallel.degrees import Degrees
 from parallel.meeting import Meeting
 from parallel.roll_call import call_roll, open_store
-from parallel.watch import watched
+from parallel.watch import patience, watched
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,11 @@ def open_world(
     call_roll(store, meeting, rank, size, seconds)
     own = open_store(meeting, seconds, is_host=False)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=seconds)
+    wait = patience(seconds)
+    timeout = timedelta(seconds=wait)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
-        with watched(store, own, rank, degrees, seconds):
+        with watched(store, own, rank, degrees, wait):
             yield World(rank, size, device, open_axes(degrees, rank))
     finally:
         dist.destroy_process_group()

@@ -12,7 +12,7 @@ import pytest
 
 from tests.train.runs import free_port, spawn
 
-DEADLINE = 4  # seconds that a rank waits for another
+DEADLINE = 8  # seconds; ranks wait half of it for each other
 SPARE = 30  # seconds beside it: to start, to find out who it was, on a machine that is busy
 
 

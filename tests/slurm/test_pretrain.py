@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[2]
 SRUN = """#!/usr/bin/env bash
 printf '%s\\n' "$@" >"$FAKE/srun.arguments"
 while [[ $1 == --* ]]; do shift; done
+trap 'again=1; kill -USR1 -- "-$task"' USR1
 setsid "$@" &
 task=$!
-trap 'again=1; kill -USR1 -- "-$task"' USR1
 while again=""; wait "$task"; code=$?; [ -n "$again" ]; do :; done
 exit "${SRUN_CODE:-$code}"
 """

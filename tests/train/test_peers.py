@@ -11,8 +11,9 @@ from tests.train.conftest import Corpus
 from tests.train.runs import log_path, metrics_of, run_to_end, spawn_ranks
 from train.checkpoint.store import verify
 
-DEADLINE = 15  # seconds that a rank waits for another; a busy machine must not take as long by itself
-SPARE = 30  # seconds beside it: to find out who it was, on a machine that is busy
+DEADLINE = 30  # seconds; ranks wait 16 of them for each other, which a busy machine must not take by itself
+TEARDOWN = 5  # seconds that a process takes to end, on a machine that is busy
+START = 60  # seconds until ranks are at work
 KEYS = ("train.steps=40", "checkpoint.every=5")
 
 
@@ -36,12 +37,12 @@ def test_a_rank_lost_in_a_step_is_named_and_nothing_is_lost(
     overrides = corpus.overrides(directory, *KEYS, f"parallel.timeout_seconds={DEADLINE}")
     ranks = spawn_ranks(overrides, 2)
     try:
-        deadline = time.monotonic() + 2 * SPARE
+        deadline = time.monotonic() + START
         while not (directory / "metrics.jsonl").exists() or len(metrics_of(directory)) < 7:
             assert time.monotonic() < deadline
             time.sleep(0.005)
         os.kill(ranks[victim].pid or 0, number)
-        ranks[1 - victim].join(DEADLINE + SPARE)
+        ranks[1 - victim].join(DEADLINE + TEARDOWN)
         assert ranks[1 - victim].exitcode == 75, log_path(overrides).read_text()
     finally:
         for process in ranks:
