@@ -161,6 +161,19 @@ class ConvWeight(nn.Module):
         return tail * (distance <= first)[..., None]
 
 
+def delta_inputs(
+    mixed: Float[Tensor, "B T X"],
+    beta: Float[Tensor, "B T H"],
+    parts: tuple[int, ...],
+    key_dim: int,
+    value_dim: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries and keys [B T G K] of unit length, values [B T H V], and betas between 0 and 1."""
+    q, k, v = mixed.split(parts, dim=-1)
+    q, k = (part.unflatten(-1, (-1, key_dim)) for part in (q, k))
+    return unit_norm(q, factor=key_dim**-0.5), unit_norm(k), v.unflatten(-1, (-1, value_dim)), beta.sigmoid()
+
+
 class Gdn(Mixer):
     """Gated DeltaNet; one projection makes queries, keys, values, output gates, betas and decay inputs."""
 
@@ -189,14 +202,8 @@ class Gdn(Mixer):
         out = sequence.cut.recur(DeltaRule(), inputs, sequence.position, sequence.document)
         return self._close(out, gate)
 
-    def _prepare(
-        self, mixed: Float[Tensor, "B T X"], beta: Float[Tensor, "B T H"]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Heads apart, queries and keys of unit length, betas between 0 and 1."""
-        q, k, v = mixed.split(self.parts[:3], dim=-1)
-        q, k = (part.unflatten(-1, (-1, self.config.key_dim)) for part in (q, k))
-        v = v.unflatten(-1, (-1, self.config.value_dim))
-        return unit_norm(q, factor=self.config.key_dim**-0.5), unit_norm(k), v, beta.sigmoid()
+    def _prepare(self, mixed: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return delta_inputs(mixed, beta, self.parts[:3], self.config.key_dim, self.config.value_dim)
 
     def _close(self, out: Float[Tensor, "B T H V"], gate: Float[Tensor, "B T X"]) -> Float[Tensor, "B T D"]:
         """The normed and gated output of all heads, projected."""

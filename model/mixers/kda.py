@@ -9,10 +9,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from kernels.norm import unit_norm
 from model.linear import GatedRMSNorm, Initial, Linear
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
-from model.mixers.gdn import ConvWeight
+from model.mixers.gdn import ConvWeight, delta_inputs
 from model.recurrence import DeltaRule
 
 
@@ -154,14 +153,8 @@ class Kda(Mixer):
         out = sequence.cut.recur(DeltaRule(), inputs, sequence.position, sequence.document)
         return self._close(out, x)
 
-    def _prepare(
-        self, mixed: Float[Tensor, "B T X"], beta: Float[Tensor, "B T H"]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Heads apart, queries and keys of unit length, betas between 0 and 1."""
-        q, k, v = mixed.split(self.parts[:3], dim=-1)
-        q, k = (part.unflatten(-1, (-1, self.config.key_dim)) for part in (q, k))
-        v = v.unflatten(-1, (-1, self.config.value_dim))
-        return unit_norm(q, factor=self.config.key_dim**-0.5), unit_norm(k), v, beta.sigmoid()
+    def _prepare(self, mixed: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return delta_inputs(mixed, beta, self.parts[:3], self.config.key_dim, self.config.value_dim)
 
     def _close(self, out: Float[Tensor, "B T H V"], x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """The normed output of all heads, gated by x and projected."""
