@@ -185,7 +185,8 @@ def _spread(
     placements |= spread_experts(part, axes, dispatcher)
     keep_less(part, parallel)
     if world.size > 1 and parallel.data == "fsdp":
-        shard_data(part, axes, world.device.type, reshard_after_forward=parallel.reshard_after_forward)
+        frees, prefetch = parallel.reshard_after_forward, parallel.prefetch
+        shard_data(part, axes, world.device.type, reshard_after_forward=frees, prefetch=prefetch)
     for router in part.routers():
         router.sum_load = partial(sum_over, axis=axes.tokens)
         router.row_parts = axes.row.size

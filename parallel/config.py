@@ -34,6 +34,7 @@ class ParallelConfig(Config):
     ep: int = Field(ge=1)
     ep_dispatch: Literal["all_to_all", "deepep"]
     reshard_after_forward: bool
+    prefetch: int = Field(ge=0)
     recompute: str
     offload: Literal["none", "activations"]
     compile: bool
@@ -132,6 +133,9 @@ def pipeline_violations(config: ParallelConfig, rows: int, micro: int) -> list[V
             ]
         return []
     found = []
+    if config.prefetch:
+        message = f"{config.prefetch} is not for stages of a pipeline, which gather once a step; set it to 0"
+        found.append(Violation("parallel.prefetch", message))
     for violation in plan_violations(plan):
         message = violation.message
         if violation.key == "train.micro_batch":

@@ -1,6 +1,8 @@
 """Data parallelism: FSDP2 over the ranks that share a copy of the weights, copies over dp_replicate."""
 
 import warnings
+from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import nn
@@ -19,8 +21,12 @@ from model.residual import Residual
 from parallel.axes import Axes, Axis
 
 
-def shard_data(model: Part, axes: Axes, device_type: str, *, reshard_after_forward: bool) -> None:
+def shard_data(
+    model: Part, axes: Axes, device_type: str, *, reshard_after_forward: bool, prefetch: int = 0
+) -> None:
     """Shards experts, then each block, then what is left. Mutates the model: parameters become DTensors.
+
+    While a block computes, the weights of `prefetch` blocks after it are gathered; in backward, before it.
 
     Gradients are summed over ranks, never averaged: the loss is divided by global counts beforehand. Experts
     are shared by other ranks than the rest, so they have a mesh of their own.
@@ -70,10 +76,23 @@ def shard_data(model: Part, axes: Axes, device_type: str, *, reshard_after_forwa
         fully_shard(model, mesh=expert, mp_policy=low, ignored_params=set(model.parameters()))
     if isinstance(model, FSDPModule) and isinstance(model, LanguageModel):
         register_fsdp_forward_method(model, "loss")
+    if prefetch:
+        _gather_ahead([*model.blocks], prefetch)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _gather_ahead(blocks: Sequence[nn.Module], count: int) -> None:
+    # By itself FSDP2 gathers a block in forward when it is reached. Where tokens go to experts, the host
+    # waits for their numbers within each block, so no gather is begun before the work of the block is done.
+    parts = [[module for module in block.modules() if isinstance(module, FSDPModule)] for block in blocks]
+    for place, block in enumerate(blocks):
+        if isinstance(block, FSDPModule):
+            later, before = parts[place + 1 : place + 1 + count], parts[max(0, place - count) : place]
+            block.set_modules_to_forward_prefetch([*chain(*later)])
+            block.set_modules_to_backward_prefetch([*chain(*reversed(before))])
 
 
 def _cut_of(parameter: nn.Parameter, degree: int) -> Shard | None:

@@ -46,6 +46,8 @@ def zero_violations(config: "ParallelConfig", parameters: str) -> list[Violation
         found.append(Violation("parallel.recompute", message))
     if config.offload == "activations":
         found.append(Violation("parallel.offload", "activations is not tried beside zero; set it to none"))
+    if config.prefetch:
+        found.append(Violation("parallel.prefetch", f"{config.prefetch} is FSDP2's; set it to 0"))
     if config.compile:
         found.append(Violation("parallel.compile", "true is not tried beside zero; set it to false"))
     if parameters != "float32":

@@ -117,8 +117,8 @@ def memory_per_rank(config: RunConfig, world_size: int) -> Memory:
     """Bytes of the fullest rank of `world_size`.
 
     Weights are kept in the optimizer's precision and sharded, with gradients and both moments; a rank's part
-    of two blocks and of the tables is gathered in the precision of the computation. The few weights that
-    ranks of the tensor axis all hold are counted as if they were cut.
+    of two blocks, or of more by `prefetch`, and of the tables is gathered in the precision of the
+    computation. The few weights that ranks of the tensor axis all hold are counted as if they were cut.
     """
     degrees = config.parallel.degrees(world_size)
     found = [memory_of(config, degrees, share) for share in shares_of(config, degrees)]
@@ -143,7 +143,8 @@ def memory_of(config: RunConfig, degrees: Degrees, share: Share) -> Memory:
         (layer.params - layer.routed) // degrees.tp + layer.routed // degrees.ep for layer in layers
     )
     # Alone, the weights are used where they are; a narrower copy of each stays until backward.
-    gathered = computed * (2 * largest + tables // degrees.tp) if shards > 1 else 0
+    blocks = 1 + max(1, config.parallel.prefetch)
+    gathered = computed * (blocks * largest + tables // degrees.tp) if shards > 1 else 0
     if shards > 1 and degrees.pp > 1:
         # A stage sums its gradients over ranks once a step, in float32 or wider: between its micro-batches it
         # keeps them, and its weights, as no shard.

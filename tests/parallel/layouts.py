@@ -132,6 +132,7 @@ def build(
     settings |= {"pp_schedule": "1f1b", "pp_chunks": None, "pp_layout": None, "timeout_seconds": 60}
     settings |= {"zero": {"stage": 2, "offload": "none", "whole_below": 0}}
     settings |= {"reshard_after_forward": True, "recompute": "none", "offload": "none", "compile": False}
+    settings |= {"prefetch": 0}
     settings |= {"ep_dispatch": "all_to_all", **(keys or {})}
     parallel = ParallelConfig(**settings)
     micro = micro_of(degrees)

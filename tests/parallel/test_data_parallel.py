@@ -57,6 +57,7 @@ LAYOUTS = {
     "shard2-accumulate": (2, ["train.micro_batch=1", "parallel.reshard_after_forward=false"]),
     "accumulate": (1, ["train.micro_batch=1"]),
     "expert2-hybrid": (4, ["parallel.dp_replicate=2", "parallel.ep=2"]),
+    "expert2-shard4-prefetch": (4, ["parallel.ep=2", "parallel.prefetch=1"]),
     "pipeline2-shard2": (4, ["parallel.pp=2", "train.micro_batch=1"]),
     "context2-tensor2-expert4": (4, ["parallel.cp=2", "parallel.tp=2", "parallel.ep=4"]),
 }

@@ -35,6 +35,7 @@ def work(rank: int, size: int, port: int, cut: dict[str, int], folder: str, step
         "ep_dispatch": "all_to_all",
         "offload": "none",
         "reshard_after_forward": True,
+        "prefetch": 0,
         "timeout_seconds": DEADLINE,
     }
     keys |= {"zero": {"stage": 2, "offload": "none", "whole_below": 0}}

@@ -24,6 +24,7 @@ REFUSED = {
     "ep": (["parallel.ep=2"], 2, "parallel.ep", "parallel.ep=1"),
     "float64": (["precision=fp64"], 2, "precision.parameters", "precision=bf16"),
     "activations": (["parallel.offload=activations"], 2, "parallel.offload", "parallel.offload=none"),
+    "prefetch": (["parallel.prefetch=1"], 2, "parallel.prefetch", "parallel.prefetch=0"),
     "recomputing in stage 3": (
         ["parallel.recompute=full", "parallel.zero.stage=3"],
         2,
