@@ -49,7 +49,7 @@ prove: $(VENV)/test.ready $(VENV)/triton-$(TRITON_NEWEST).ready
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m interpreted tests/kernels tests/parallel
 	$(BIN)/python -m kernels.compiled
 	PYTHONPATH=$(VENV)/triton-$(TRITON_NEWEST) TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m kernels.compiled
-	$(BIN)/python -m pytest -n 2 -m prove $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations 15 -m prove $(TESTS)
 
 # Two precisions by thirteen layouts by all mixers; `make prove` runs five in float64.
 equality: $(VENV)/test.ready

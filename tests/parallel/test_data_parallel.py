@@ -12,6 +12,10 @@ STEPS = 20
 LIMITS = {"fp64": 1e-12, "fp32": 1e-5}
 
 
+# One process makes the runs that all are compared with.
+pytestmark = pytest.mark.xdist_group("data parallel")
+
+
 @pytest.fixture(scope="module", params=["fp32", "fp64"])
 def alone(request, corpus, tmp_path_factory) -> tuple[str, Path]:
     directory = tmp_path_factory.mktemp("alone") / "run"

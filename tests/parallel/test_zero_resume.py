@@ -36,7 +36,8 @@ KEYS = (
     *("moe=sigmoid", "moe.bias_rate=0.05", "model.has_tied_embeddings=true", "model.prediction.depth=1"),
     *(f"optim.lr_scales={{*norm*:0.5,{FROZEN}*:0.0}}", "residual.dropout=0.1", "train.steps=9"),
 )
-pytestmark = pytest.mark.prove
+# One process makes what all look at.
+pytestmark = [pytest.mark.prove, pytest.mark.xdist_group("zero resumed")]
 PLAIN, FSDP = "one process", "fsdp in float32"
 NARROW = 2.0**-8  # the rounding of one bfloat16
 

@@ -25,6 +25,7 @@ def uninterrupted(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.mark.prove
+@pytest.mark.xdist_group("peers")
 @pytest.mark.parametrize(
     ("victim", "number", "what"),
     [(1, signal.SIGKILL, "ended without a word"), (0, signal.SIGSTOP, "hangs")],

@@ -21,7 +21,7 @@ from train.load import load_config
 
 SECONDS = 240
 STEPS = 12  # checkpoints at 4, 8 and 12
-pytestmark = [pytest.mark.prove, pytest.mark.timeout(4 * SECONDS)]
+pytestmark = [pytest.mark.prove, pytest.mark.xdist_group("zero runs"), pytest.mark.timeout(4 * SECONDS)]
 KEYS = (
     *(f"train.steps={STEPS}", "train.evaluate_every=3", "checkpoint.keep=9", "residual.dropout=0.0"),
     # Small steps from weights near one: rounding of sums in another order stays rounding.
