@@ -15,8 +15,8 @@ import torch
 from bench.origin import origin
 from bench.synthetic import Reading, train_on_rows
 from conf.errors import exit_on_error
-from parallel.world import World, open_world
-from train.load import load_config
+from parallel.mesh.world import World, open_world
+from train.config.load import load_config
 from train.track.report import print_table
 
 STEPS = 60

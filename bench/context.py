@@ -25,10 +25,10 @@ from model.config import Architecture
 from model.cut import View
 from model.initial import initialise
 from model.mixer import Mixer, MixerConfig, Sequence
-from parallel.axes import Axis, open_axes
-from parallel.chunks import cut_row
-from parallel.context import HeadTail
-from parallel.degrees import Degrees
+from parallel.config.degrees import Degrees
+from parallel.context.chunks import cut_row
+from parallel.context.sharding import HeadTail
+from parallel.mesh.axes import Axis, open_axes
 
 WIDTH, REPEATS, ELEMENT_BYTES = 256, 5, 4
 

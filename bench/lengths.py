@@ -18,10 +18,10 @@ import torch
 from bench.origin import origin
 from bench.synthetic import train_on_rows
 from model.count import count
-from parallel.world import open_world
-from train.config import RunConfig
-from train.load import load_config
-from train.measure import measured_peak
+from parallel.mesh.world import open_world
+from train.config.load import load_config
+from train.config.run_config import RunConfig
+from train.loop.measure import measured_peak
 from train.track.report import print_table
 
 WARM, TIMED = 3, 7

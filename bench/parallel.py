@@ -31,15 +31,15 @@ from bench.origin import origin
 from conf.errors import exit_on_error
 from data.loader import Batch
 from model.config import Architecture
-from parallel.axes import open_axes
-from parallel.degrees import Degrees
-from parallel.traffic import Collective, Traffic
-from parallel.world import World
-from train.config import RunConfig
-from train.load import load_config
-from train.run import build_state
-from train.state import TrainState
-from train.step import train_step
+from parallel.config.degrees import Degrees
+from parallel.mesh.axes import open_axes
+from parallel.mesh.world import World
+from parallel.rehearsal.collective_trace import Collective, Traffic
+from train.config.load import load_config
+from train.config.run_config import RunConfig
+from train.loop.run import build_state
+from train.loop.state import TrainState
+from train.loop.step import train_step
 
 LAYOUTS = {
     "one process": Degrees(),

@@ -16,10 +16,10 @@ from bench import readme
 from conf.compose import compose
 from conf.errors import exit_on_error
 from model.config import Architecture
-from parallel.cost import stage_costs
-from parallel.plans import KINDS, Plan
-from parallel.stages import equal_layers, joined_layers, stage_layers, write_layout
-from parallel.timeline import Timeline, simulate
+from parallel.config.pipeline import KINDS, Plan
+from parallel.pipeline.cost import stage_costs
+from parallel.pipeline.partition import equal_layers, joined_layers, stage_layers, write_layout
+from parallel.pipeline.timeline import Timeline, simulate
 
 MODELS = (
     "qwen3_next_80b_a3b",

@@ -8,9 +8,9 @@ import sys
 from bench.readme import show
 from conf.compose import CONF_DIR, group_options
 from conf.errors import exit_on_error
-from parallel.degrees import Degrees
-from train.load import load_config
-from train.memory import memory_per_rank
+from parallel.config.degrees import Degrees
+from train.config.load import load_config
+from train.estimate.memory import memory_per_rank
 
 
 def main(arguments: list[str]) -> None:

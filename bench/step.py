@@ -28,11 +28,11 @@ from kernels.cross_entropy import IGNORED
 from model.count import count
 from model.initial import initialise
 from model.language_model import LanguageModel
-from parallel.compile import Fuser
-from parallel.world import open_world
-from train.config import RunConfig
-from train.load import load_config
-from train.measure import measured_peak
+from parallel.block.compile import Fuser
+from parallel.mesh.world import open_world
+from train.config.load import load_config
+from train.config.run_config import RunConfig
+from train.loop.measure import measured_peak
 from train.track.report import print_table
 
 ROUNDS = 9

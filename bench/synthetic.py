@@ -8,11 +8,11 @@ import torch
 
 from data.loader import Batch
 from kernels.cross_entropy import IGNORED
-from parallel.world import World
-from train.config import RunConfig
-from train.kernels import prepare_kernels
-from train.run import build_state
-from train.step import train_step
+from parallel.mesh.world import World
+from train.config.run_config import RunConfig
+from train.loop.kernel_check import prepare_kernels
+from train.loop.run import build_state
+from train.loop.step import train_step
 
 
 class Reading(NamedTuple):

@@ -17,7 +17,7 @@ import torch
 
 from conf.compose import group_options
 from conf.errors import WeftError, exit_on_error
-from train.load import load_config
+from train.config.load import load_config
 
 RESULT = Path("bench/results/zoo-cpu.json")
 

@@ -16,22 +16,22 @@ from model.config import Architecture
 from model.initial import draw, initial_values
 from model.language_model import LanguageModel, Part
 from model.linear import Initial
-from parallel.axes import Axes
-from parallel.collectives import sum_over
-from parallel.compile import Backend, Fuser
-from parallel.config import ParallelConfig
-from parallel.data import shard_data
-from parallel.deepep import open_deepep
-from parallel.expert import AllToAll, Dispatcher, spread_experts
+from parallel.block.compile import Backend, Fuser
+from parallel.block.offload import Offload
+from parallel.block.recompute import recompute
+from parallel.config.parallel import ParallelConfig
+from parallel.mesh.axes import Axes
+from parallel.mesh.collectives import sum_over
+from parallel.mesh.world import World
 from parallel.micro_batches import Runner, WholeModel
-from parallel.offload import Offload
-from parallel.pipeline import Pipeline, Stage, build_stages
-from parallel.placement import Placement, held_boxes, undivided
-from parallel.recompute import recompute
-from parallel.stages import stage_layers
-from parallel.stored import Stored
-from parallel.tensor import spread_tensors, sum_shared_gradients
-from parallel.world import World
+from parallel.pipeline.partition import stage_layers
+from parallel.pipeline.runner import Pipeline, Stage, build_stages
+from parallel.shard.deepep import open_deepep
+from parallel.shard.expert import AllToAll, Dispatcher, spread_experts
+from parallel.shard.fsdp import shard_data
+from parallel.shard.shard_map import Placement, held_boxes, undivided
+from parallel.shard.shard_view import Stored
+from parallel.shard.tensor import spread_tensors, sum_shared_gradients
 
 
 class Work(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.language_model import LanguageModel, Losses
 from model.mixer import Sequence
-from parallel.data import reduce_over_copies
+from parallel.shard.fsdp import reduce_over_copies
 
 
 class MicroBatch(NamedTuple):

@@ -4,4 +4,4 @@ from tests import shapes
 
 shapes.check_imports()
 
-import train.run  # noqa: E402, F401 (only what is imported after the hook is checked)
+import train.loop.run  # noqa: E402, F401 (only what is imported after the hook is checked)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 from conf.errors import exit_on_error
 
 if TYPE_CHECKING:
-    from train.config import RunConfig
-    from train.environment import Environment
+    from train.config.environment import Environment
+    from train.config.run_config import RunConfig
 
 
 def main() -> None:
@@ -24,8 +24,8 @@ def main() -> None:
 
 def start(arguments: list[str]) -> None:
     """One run from its overrides. Raises the errors of conf.errors."""
-    from train.environment import read_environment
-    from train.load import load_config
+    from train.config.environment import read_environment
+    from train.config.load import load_config
 
     environment = read_environment()
     config = load_config(arguments, environment.world_size)
@@ -35,10 +35,10 @@ def start(arguments: list[str]) -> None:
 def run_checked(config: "RunConfig", environment: "Environment") -> None:
     """Shows a checked config and trains."""
     if environment.rank == 0:
-        from train.show import show_config
+        from train.config.show import show_config
 
         show_config(config, environment.world_size)
-    from train.run import run
+    from train.loop.run import run
 
     run(config, environment)
 

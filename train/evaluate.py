@@ -18,11 +18,11 @@ class EvaluateCommand(Config):
 
 def main(arguments: list[str]) -> None:
     """Prints the scores as a table. Raises the errors of conf.errors."""
+    from parallel.mesh.world import World
     from parallel.micro_batches import WholeModel
-    from parallel.world import World
-    from train.evaluation import evaluate
-    from train.finished import load_model, open_run
-    from train.run import open_data
+    from train.eval.heldout import evaluate
+    from train.eval.restored import load_model, open_run
+    from train.loop.run import open_data
     from train.track.report import print_table
 
     command = parse_command(arguments, EvaluateCommand)

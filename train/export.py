@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
     import torch
 
     from model.hf.pretrained import save_pretrained
-    from train.finished import load_model, open_run
+    from train.eval.restored import load_model, open_run
 
     command = parse_command(arguments, ExportCommand)
     model, step = load_model(command.run, open_run(command.run))

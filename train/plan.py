@@ -10,9 +10,9 @@ from typing import Any
 from conf.errors import exit_on_error
 from model.count import ModelCount, count
 from model.layout import NONE
-from train.config import RunConfig
-from train.load import load_config
-from train.memory import memory_per_rank
+from train.config.load import load_config
+from train.config.run_config import RunConfig
+from train.estimate.memory import memory_per_rank
 
 CONTEXTS = (4096, 32768, 131072)
 

@@ -14,8 +14,8 @@ from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 from conf.errors import ConfigError, Violation, exit_on_error
-from train.config import RunConfig
-from train.load import load_config
+from train.config.load import load_config
+from train.config.run_config import RunConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +26,7 @@ def rehearse(config: RunConfig) -> dict[str, Any]:
 
     Raises ConfigError for a rank that the run does not have, for parallel.data=zero, and for DeepEP.
     """
-    from train.rehearsal import place_of, sampled_ranks, stepping_ranks
+    from train.estimate.rehearsal import place_of, sampled_ranks, stepping_ranks
 
     size = config.cluster.nodes * config.cluster.gpus_per_node
     if config.rehearse.rank is not None and config.rehearse.rank >= size:
@@ -60,13 +60,13 @@ def side_by_side(
     config: RunConfig, size: int, stepping: Collection[int], holding: Collection[int]
 ) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
     """The steps of some ranks, and what others hold, played by as many processes as there are cores."""
-    from train.rehearsal import joined_step, play, settled, step_parts, step_some
+    from train.estimate.rehearsal import joined_step, play, settled, step_parts, step_some
 
     config = settled(config, size)
     # To import torch takes as long as to play one: it is done once, in a process of its own, since a process
     # whose torch has started threads cannot be forked.
     context = get_context("forkserver")
-    context.set_forkserver_preload(["train.rehearsal"])
+    context.set_forkserver_preload(["train.estimate.rehearsal"])
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as pool:
         # Both ends of a pipeline take longest, so they begin.
         order = sorted(stepping, key=lambda rank: rank not in (min(stepping), max(stepping)))
@@ -108,7 +108,7 @@ def show(figures: dict[str, Any], config: RunConfig) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from parallel.stages import stage_layers, write_layout
+    from parallel.pipeline.partition import stage_layers, write_layout
     from train.plan import readable_bytes
 
     console = Console()

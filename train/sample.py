@@ -24,10 +24,10 @@ def main(arguments: list[str]) -> None:
     """Prints the prompt and its continuation. Raises the errors of conf.errors."""
     from data.card import TOKENIZER
     from data.tokenizer import load_tokenizer
-    from parallel.world import World
-    from train.fields import SampleConfig
-    from train.finish import sample_text
-    from train.finished import load_model, open_run
+    from parallel.mesh.world import World
+    from train.config.fields import SampleConfig
+    from train.eval.restored import load_model, open_run
+    from train.loop.report import sample_text
 
     command = parse_command(arguments, SampleCommand)
     config = open_run(command.run)

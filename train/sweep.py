@@ -25,13 +25,13 @@ def one_job(composed: Any) -> None:
     """One run of a sweep. Each has its own directory: run.dir/NUMBER."""
     from omegaconf import OmegaConf
 
-    from parallel.config import tensor_violations
-    from parallel.deepep_config import missing_for_deepep
-    from parallel.zero_config import missing_violations
+    from parallel.config.deepep import missing_for_deepep
+    from parallel.config.parallel import tensor_violations
+    from parallel.config.zero import missing_violations
     from train.__main__ import run_checked
-    from train.config import RunConfig
-    from train.environment import read_environment
-    from train.fields import run_violations
+    from train.config.environment import read_environment
+    from train.config.fields import run_violations
+    from train.config.run_config import RunConfig
 
     with exit_on_error():
         tree = OmegaConf.to_container(composed, resolve=True)

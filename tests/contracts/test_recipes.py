@@ -11,11 +11,11 @@ from bench.recipes import whole_runs
 from conf.compose import group_options
 from model.mixer import Sequence
 from parallel.apply import Work, build_parallel
-from parallel.world import World
-from train.load import load_config
-from train.memory import memory_per_rank
-from train.optimizer import build_optimizer
-from train.rehearsal import play, step_of
+from parallel.mesh.world import World
+from train.config.load import load_config
+from train.estimate.memory import memory_per_rank
+from train.estimate.rehearsal import play, step_of
+from train.optim.optimizer import build_optimizer
 
 SIZE = ("model.width=32", "model.depth=4", "model.vocab_size=4096", "moe.num_experts=8", "moe.hidden=16")
 

@@ -18,7 +18,7 @@ def short_documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Documents of a few words and of many, so that rows and cuts hold starts of documents anywhere."""
     from data.prepare import prepare
     from tests.train.runs import WORDS, overrides_of
-    from train.load import load_config
+    from train.config.load import load_config
 
     root, draw = tmp_path_factory.mktemp("short"), random.Random(0)
     (root / "tree").mkdir()

@@ -12,20 +12,20 @@ from model.initial import initial_values
 from model.language_model import LanguageModel
 from model.mixer import Mixer
 from parallel.apply import Parallel
-from parallel.axes import Axes, open_axes
-from parallel.degrees import Degrees
-from parallel.placement import held_boxes
-from parallel.stored import Stored
-from parallel.tensor import TensorPeers
-from parallel.world import World
+from parallel.config.degrees import Degrees
+from parallel.mesh.axes import Axes, open_axes
+from parallel.mesh.world import World
+from parallel.shard.shard_map import held_boxes
+from parallel.shard.shard_view import Stored
+from parallel.shard.tensor import TensorPeers
 from tests.parallel.layouts import EVEN, value_of
 from tests.train.runs import overrides_of
-from train.config import RunConfig
-from train.load import load_config
-from train.run import build_state, digest_samples, open_data
-from train.state import TrainState
-from train.step import train_step
-from train.zero import ZeroState
+from train.config.load import load_config
+from train.config.run_config import RunConfig
+from train.loop.run import build_state, digest_samples, open_data
+from train.loop.state import TrainState
+from train.loop.step import train_step
+from train.loop.zero import ZeroState
 
 STEPS = 3
 # Every axis alone, then every pair of axes in at least one layout of several.

@@ -23,15 +23,15 @@ from model.moe.layer import Experts
 from model.moe.router import Router
 from model.peers import ALONE
 from parallel.apply import Parallel, Work, build_parallel
-from parallel.axes import open_axes
-from parallel.compile import Backend
-from parallel.config import ParallelConfig
-from parallel.context import cut_rows
-from parallel.degrees import Degrees
+from parallel.block.compile import Backend
+from parallel.block.offload import Offload
+from parallel.config.degrees import Degrees
+from parallel.config.parallel import ParallelConfig
+from parallel.context.sharding import cut_rows
+from parallel.mesh.axes import open_axes
+from parallel.mesh.world import World
 from parallel.micro_batches import Denominators
-from parallel.offload import Offload
-from parallel.placement import held_boxes
-from parallel.world import World
+from parallel.shard.shard_map import held_boxes
 from tests.architectures import SMALL
 
 ROWS, TOKENS = 4, 32

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.axes import Axes, open_axes
-from parallel.chunks import cut_row, join_chunks, split_chunks, tails_before, whole_row
-from parallel.collectives import exchange, gather, reduce_scatter, sum_over
-from parallel.degrees import Degrees, grid_lines
+from parallel.config.degrees import Degrees, grid_lines
+from parallel.context.chunks import cut_row, join_chunks, split_chunks, tails_before, whole_row
+from parallel.mesh.axes import Axes, open_axes
+from parallel.mesh.collectives import exchange, gather, reduce_scatter, sum_over
 from tests.worlds import run_world
 
 ROWS, CHUNK = 2, 3

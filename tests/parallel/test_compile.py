@@ -22,9 +22,9 @@ from model.config import Architecture
 from model.language_model import LanguageModel
 from model.linear import Linear
 from model.mixer import Sequence
-from parallel.compile import Backend, Fuser, describe, fused_methods
-from parallel.context import cut_rows
-from parallel.degrees import Degrees
+from parallel.block.compile import Backend, Fuser, describe, fused_methods
+from parallel.config.degrees import Degrees
+from parallel.context.sharding import cut_rows
 from parallel.micro_batches import Denominators
 from tests.parallel.layouts import (
     Result,
@@ -39,7 +39,7 @@ from tests.parallel.layouts import (
     on_rank,
 )
 from tests.worlds import run_world
-from train.load import load_config
+from train.config.load import load_config
 from train.rehearse import rehearse
 
 MIXERS = group_options("mixer")

@@ -11,11 +11,11 @@ from torch import Tensor
 from model.cut import WHOLE, View
 from model.mixer import Mixed, Mixer, MixerConfig, Sequence
 from parallel import context_view
-from parallel.axes import Axis, open_axes
-from parallel.chunks import cut_row, tails_before, whole_row
-from parallel.collectives import gather
-from parallel.context import HeadTail
-from parallel.degrees import Degrees
+from parallel.config.degrees import Degrees
+from parallel.context.chunks import cut_row, tails_before, whole_row
+from parallel.context.sharding import HeadTail
+from parallel.mesh.axes import Axis, open_axes
+from parallel.mesh.collectives import gather
 from tests.architectures import randomise, small_architecture
 from tests.worlds import run_world
 

@@ -17,10 +17,10 @@ from model.cut import View
 from model.mixer import Mixer, MixerConfig, Sequence
 from model.mixers.lightning import LightningConfig
 from model.recurrence import Recurrence
-from parallel.axes import Axis, open_axes
-from parallel.chunks import cut_row, whole_row
-from parallel.context import HeadTail
-from parallel.degrees import Degrees
+from parallel.config.degrees import Degrees
+from parallel.context.chunks import cut_row, whole_row
+from parallel.context.sharding import HeadTail
+from parallel.mesh.axes import Axis, open_axes
 from tests.architectures import randomise, small_architecture
 from tests.closeness import relative
 from tests.worlds import run_world

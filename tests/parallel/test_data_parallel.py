@@ -49,7 +49,7 @@ def assert_same(directory: Path, reference: Path, limit: float) -> None:
 
 
 def load_weights(directory: Path) -> dict[str, torch.Tensor]:
-    from train.finished import load_model, open_run
+    from train.eval.restored import load_model, open_run
 
     return load_model(str(directory), open_run(str(directory)))[0].state_dict()
 

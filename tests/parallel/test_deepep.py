@@ -16,9 +16,9 @@ from torch import Tensor
 from conf.errors import ConfigError
 from kernels.experts import ExpertBiases, ExpertForm, routed_experts
 from kernels.experts.reference import experts_direct
-from parallel.axes import open_axes
-from parallel.deepep import DeepEP, Fused, open_deepep
-from parallel.degrees import Degrees
+from parallel.config.degrees import Degrees
+from parallel.mesh.axes import open_axes
+from parallel.shard.deepep import DeepEP, Fused, open_deepep
 from tests.parallel import deep_ep_double
 from tests.parallel.layouts import alone, apart, architecture_of, assembled, on_rank
 from tests.worlds import run_world

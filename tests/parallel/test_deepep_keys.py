@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import parallel.deepep_config
+import parallel.config.deepep
 from conf.errors import ConfigError, Violation
-from parallel.deepep_config import RELEASE
+from parallel.config.deepep import RELEASE
 from tests.train.runs import overrides_of
 from tests.worlds import run_world
-from train.load import load_config
+from train.config.load import load_config
 from train.rehearse import rehearse
 
 BASE = (
@@ -127,10 +127,10 @@ def starting_with(
 ) -> tuple[Violation, ...]:
     def version(name: str) -> str:
         if installed == "none":
-            raise parallel.deepep_config.PackageNotFoundError(name)
+            raise parallel.config.deepep.PackageNotFoundError(name)
         return installed
 
-    monkeypatch.setattr(parallel.deepep_config, "version", version)
+    monkeypatch.setattr(parallel.config.deepep, "version", version)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     return violations(8, ["parallel.ep=8"], starts=True)
 
@@ -142,8 +142,8 @@ def test_it_cannot_be_rehearsed() -> None:
 
 
 def modules(rank: int, size: int) -> list[str]:
-    import parallel.deepep
-    import train.run
+    import parallel.shard.deepep
+    import train.loop.run
 
     assert parallel.deepep is not None
     assert train.run is not None

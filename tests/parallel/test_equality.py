@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import equality as report
-from parallel.degrees import Degrees
+from parallel.config.degrees import Degrees
 from tests.parallel.equality import (
     AXES,
     LAYOUTS,

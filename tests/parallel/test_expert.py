@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.axes import open_axes
-from parallel.degrees import Degrees
-from parallel.expert import AllToAll
+from parallel.config.degrees import Degrees
+from parallel.mesh.axes import open_axes
+from parallel.shard.expert import AllToAll
 from tests.worlds import run_world
 
 EXPERTS = 4

@@ -2,8 +2,8 @@
 
 import pytest
 
-from parallel.degrees import Degrees
-from parallel.plans import ScheduleName
+from parallel.config.degrees import Degrees
+from parallel.config.pipeline import ScheduleName
 from tests.parallel.layouts import (
     CopiesDifferError,
     Result,

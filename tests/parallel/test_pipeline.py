@@ -13,7 +13,7 @@ from torch.distributed.pipelining._backward import (
     stage_backward_weight,
 )
 
-import parallel.pipeline
+import parallel.pipeline.runner
 from conf.compose import group_options
 from conf.errors import ConfigError
 from kernels.cross_entropy import IGNORED
@@ -22,14 +22,14 @@ from model.initial import initial_values
 from model.language_model import LanguageModel, Losses, Part
 from model.mixer import Sequence as Tokens
 from model.mixers.lightning import Lightning
-from parallel.axes import open_axes
-from parallel.data import shard_data
-from parallel.degrees import Degrees
+from parallel.config.degrees import Degrees
+from parallel.config.pipeline import Plan, ScheduleName, plan_violations
+from parallel.mesh.axes import open_axes
 from parallel.micro_batches import Denominators, MicroBatch, added, objective_of
-from parallel.pipeline import Pipeline, Stage, build_stages
-from parallel.plans import Plan, ScheduleName, plan_violations
-from parallel.schedules import Action, action_order
-from parallel.stages import joined_layers
+from parallel.pipeline.partition import joined_layers
+from parallel.pipeline.runner import Pipeline, Stage, build_stages
+from parallel.pipeline.schedules import Action, action_order
+from parallel.shard.fsdp import shard_data
 from tests.architectures import random_model, randomise, small_architecture
 from tests.worlds import run_world
 

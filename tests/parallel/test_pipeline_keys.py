@@ -5,8 +5,8 @@ import re
 import pytest
 
 from conf.errors import ConfigError
-from train.config import RunConfig
-from train.load import load_config
+from train.config.load import load_config
+from train.config.run_config import RunConfig
 
 SMALL = (
     *("layout.pattern=gdn gdn gdn attn", "model.depth=8", "train.global_batch=24"),

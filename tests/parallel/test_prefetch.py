@@ -8,10 +8,10 @@ import pytest
 from conf.errors import ConfigError
 from model.config import Architecture
 from model.language_model import LanguageModel
-from parallel.context import cut_rows
-from parallel.degrees import Degrees
+from parallel.config.degrees import Degrees
+from parallel.context.sharding import cut_rows
 from parallel.micro_batches import Denominators
-from parallel.traffic import Traffic
+from parallel.rehearsal.collective_trace import Traffic
 from tests.parallel.layouts import (
     alone,
     apart,
@@ -22,8 +22,8 @@ from tests.parallel.layouts import (
     on_rank,
 )
 from tests.worlds import run_world
-from train.load import load_config
-from train.memory import memory_per_rank
+from train.config.load import load_config
+from train.estimate.memory import memory_per_rank
 
 DEPTH = 4
 SHARDS = Degrees(dp_shard=4, ep=2)

@@ -14,9 +14,9 @@ from model.block import Block
 from model.config import Architecture
 from model.language_model import LanguageModel
 from model.mixer import Sequence
-from parallel.degrees import Degrees
-from parallel.offload import Hooks, View
-from parallel.recompute import Recompute
+from parallel.block.offload import Hooks, View
+from parallel.block.recompute import Recompute
+from parallel.config.degrees import Degrees
 from tests.parallel.layouts import (
     ROWS,
     TOKENS,

@@ -3,8 +3,8 @@
 import pytest
 
 from conf.errors import ConfigError
-from parallel.regions import region_names, region_violations
-from train.load import load_config
+from parallel.config.regions import region_names, region_violations
+from train.config.load import load_config
 
 MIXERS = ("gdn", "attn")
 

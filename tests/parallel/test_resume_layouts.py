@@ -7,16 +7,16 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from parallel.axes import open_axes
-from parallel.degrees import Degrees
-from parallel.world import World
+from parallel.config.degrees import Degrees
+from parallel.mesh.axes import open_axes
+from parallel.mesh.world import World
 from tests.parallel.equality import LIMITS, config_of, fill, laid_out
 from tests.train.runs import forget
 from tests.worlds import run_world
 from train.checkpoint.store import CheckpointStore
-from train.config import RunConfig
-from train.run import build_state, digest_samples, open_data, resume, save
-from train.step import train_step
+from train.config.run_config import RunConfig
+from train.loop.run import build_state, digest_samples, open_data, resume, save
+from train.loop.step import train_step
 
 # Each takes the run on from the one before: every axis comes and goes.
 CHAIN = (

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel.axes import Axis
-from parallel.collectives import sum_neighbours
-from parallel.degrees import Degrees
+from parallel.config.degrees import Degrees
+from parallel.mesh.axes import Axis
+from parallel.mesh.collectives import sum_neighbours
 from tests.parallel.equality import LIMITS, Job, Run, compare, config_of, on_rank
 from tests.worlds import run_world
 

@@ -10,9 +10,9 @@ from conf.compose import compose, group_options
 from conf.errors import ConfigError
 from model.config import Architecture
 from model.count import count
-from parallel.cost import OPERATIONS_PER_BYTE, layer_costs, stage_costs
-from parallel.plans import KINDS, Plan
-from parallel.stages import (
+from parallel.config.pipeline import KINDS, Plan
+from parallel.pipeline.cost import OPERATIONS_PER_BYTE, layer_costs, stage_costs
+from parallel.pipeline.partition import (
     equal_layers,
     joined_layers,
     level_ranks,

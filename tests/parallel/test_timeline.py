@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.cost import Cost
-from parallel.plans import KINDS, Plan, plan_violations
-from parallel.schedules import action_order
-from parallel.timeline import Timeline, simulate
+from parallel.config.pipeline import KINDS, Plan, plan_violations
+from parallel.pipeline.cost import Cost
+from parallel.pipeline.schedules import action_order
+from parallel.pipeline.timeline import Timeline, simulate
 
 
 def plans(degree: int, micro_batches: int) -> list[Plan]:

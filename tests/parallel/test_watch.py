@@ -21,9 +21,9 @@ def work(rank: int, size: int, port: int, cut: dict[str, int], folder: str, step
     import torch
 
     from conf.errors import exit_on_error
-    from parallel.config import ParallelConfig
-    from parallel.meeting import Meeting
-    from parallel.world import open_world
+    from parallel.config.parallel import ParallelConfig
+    from parallel.config.rendezvous import Meeting
+    from parallel.mesh.world import open_world
 
     file = os.open(f"{folder}/log.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):

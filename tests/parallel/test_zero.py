@@ -8,19 +8,19 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from parallel.axes import open_axes
-from parallel.degrees import Degrees
-from parallel.stored import Stored, run_boxes
-from parallel.world import World
-from parallel.zero_config import ZeroConfig
+from parallel.config.degrees import Degrees
+from parallel.config.zero import ZeroConfig
+from parallel.mesh.axes import open_axes
+from parallel.mesh.world import World
+from parallel.shard.shard_view import Stored, run_boxes
 from tests.parallel.equality import Job, Run, compare, config_of, laid_out, on_rank, run
 from tests.parallel.test_resume_layouts import Step, go_on
 from tests.worlds import run_world
-from train.config import RunConfig
-from train.environment import prepare_deepspeed
-from train.evaluation import evaluate
-from train.run import build_state, open_data
-from train.step import train_step
+from train.config.environment import prepare_deepspeed
+from train.config.run_config import RunConfig
+from train.eval.heldout import evaluate
+from train.loop.run import build_state, open_data
+from train.loop.step import train_step
 
 ALONE, TWO = Degrees(), Degrees(dp_shard=2)
 FORMS = {

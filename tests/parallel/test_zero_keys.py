@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-import parallel.zero_config
+import parallel.config.zero
 from conf.errors import ConfigError, Violation
-from parallel.zero_config import RELEASE
+from parallel.config.zero import RELEASE
 from tests.train.runs import overrides_of
 from tests.worlds import run_world
-from train.load import load_config
-from train.memory import memory_per_rank
+from train.config.load import load_config
+from train.estimate.memory import memory_per_rank
 
 BASE = overrides_of(Path("dataset"), Path("tree"), Path("run"), "data.sequence_length=96")
 ZERO = "parallel.data=zero"
@@ -85,10 +85,10 @@ def test_another_release_or_none_is_named_with_what_to_install(
 ) -> None:
     def version(name: str) -> str:
         if installed == "none":
-            raise parallel.zero_config.PackageNotFoundError(name)
+            raise parallel.config.zero.PackageNotFoundError(name)
         return installed
 
-    monkeypatch.setattr(parallel.zero_config, "version", version)
+    monkeypatch.setattr(parallel.config.zero, "version", version)
     (found,) = violations([ZERO], 2)
     assert found.key == "parallel.data"
     assert f"found {installed}; pip install deepspeed=={RELEASE}" in found.message
@@ -97,7 +97,7 @@ def test_another_release_or_none_is_named_with_what_to_install(
 
 
 def modules(rank: int, size: int) -> bool:
-    import train.zero
+    import train.loop.zero
 
     return "deepspeed" in sys.modules and train.zero is not None
 

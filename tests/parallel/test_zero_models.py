@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel.axes import open_axes
-from parallel.degrees import Degrees
-from parallel.world import World
-from parallel.zero_config import ZeroConfig
+from parallel.config.degrees import Degrees
+from parallel.config.zero import ZeroConfig
+from parallel.mesh.axes import open_axes
+from parallel.mesh.world import World
 from tests.parallel.equality import LIMITS, MIXERS, PATTERNS, Job, Run, compare, config_of, on_rank, run
 from tests.parallel.test_zero import FORMS, with_zero
 from tests.worlds import run_world
-from train.config import RunConfig
-from train.environment import prepare_deepspeed
+from train.config.environment import prepare_deepspeed
+from train.config.run_config import RunConfig
 
 SECONDS = 400
 LIMIT = LIMITS["float32"]

@@ -11,23 +11,23 @@ from torch import Tensor
 from data.loader import Loader
 from model.hf.pretrained import save_pretrained
 from model.language_model import LanguageModel
-from parallel.axes import open_axes
-from parallel.degrees import Degrees
-from parallel.placement import Box
-from parallel.stored import Stored
-from parallel.world import World
+from parallel.config.degrees import Degrees
+from parallel.mesh.axes import open_axes
+from parallel.mesh.world import World
+from parallel.shard.shard_map import Box
+from parallel.shard.shard_view import Stored
 from tests.architectures import random_model
 from tests.parallel.equality import config_of, laid_out
 from tests.parallel.test_zero import FORMS, with_zero
 from tests.worlds import run_world
 from train.checkpoint.store import CheckpointStore
-from train.config import RunConfig
-from train.environment import prepare_deepspeed
-from train.evaluation import evaluate
-from train.run import build_state, open_data, resume, save
-from train.start import start_from
-from train.state import TrainState
-from train.step import StepResult, train_step
+from train.config.environment import prepare_deepspeed
+from train.config.run_config import RunConfig
+from train.eval.heldout import evaluate
+from train.loop.initial_weights import start_from
+from train.loop.run import build_state, open_data, resume, save
+from train.loop.state import TrainState
+from train.loop.step import StepResult, train_step
 
 BEFORE, AFTER = 2, 2  # steps before and after the save
 FROZEN = "blocks.0.mixer."

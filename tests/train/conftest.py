@@ -23,7 +23,7 @@ class Corpus(NamedTuple):
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     from data.prepare import prepare
     from tests.train.runs import write_tree
-    from train.load import load_config
+    from train.config.load import load_config
 
     root = tmp_path_factory.mktemp("corpus")
     found = Corpus(write_tree(root / "tree"), root / "dataset")

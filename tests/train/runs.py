@@ -131,7 +131,7 @@ def forget(what: str) -> None:
     import torch
 
     from parallel.apply import Parallel
-    from train.state import TrainState
+    from train.loop.state import TrainState
 
     if what == "twins":
         Parallel.twins = lambda self: iter(())

@@ -8,8 +8,8 @@ import pytest
 
 from conf.compose import CONF_DIR, group_options
 from conf.errors import ConfigError
-from train.config import RunConfig, differences
-from train.load import load_config
+from train.config.load import load_config
+from train.config.run_config import RunConfig, differences
 
 
 def violations(*overrides: str, world_size: int = 1) -> dict[str, str]:

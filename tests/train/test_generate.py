@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.architectures import random_model, small_architecture
-from train.generate import generate
+from train.eval.generate import generate
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ from conf.errors import NumericsError
 from kernels.check import Verdict
 from kernels.choose import FAMILIES, choose, chosen, describe, takes_triton
 from model.language_model import LanguageModel
-from parallel.world import World
+from parallel.mesh.world import World
 from tests.architectures import small_architecture
 from train import kernels
-from train.fields import KernelsConfig
-from train.load import load_config
+from train.config.fields import KernelsConfig
+from train.config.load import load_config
 
 
 @pytest.fixture(autouse=True)

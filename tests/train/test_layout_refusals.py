@@ -8,7 +8,7 @@ import pytest
 
 from conf.errors import ConfigError, Violation
 from tests.train.runs import overrides_of
-from train.load import load_config
+from train.config.load import load_config
 
 # One softmax layer beside one linear: sizes that six ranks can share, but for what a case changes.
 BASE = (

@@ -8,13 +8,13 @@ import torch
 from model.layout import Layer
 from model.mixer import Sequence as Tokens
 from model.recurrence import DeltaRule
-from parallel.axes import Axis
-from parallel.context import HeadTail
-from parallel.recompute import recompute
+from parallel.block.recompute import recompute
+from parallel.context.sharding import HeadTail
+from parallel.mesh.axes import Axis
 from tests.architectures import random_model, small_architecture
 from tests.live_bytes import LiveBytes
-from train.load import load_config
-from train.memory import kept_bytes, memory_per_rank
+from train.config.load import load_config
+from train.estimate.memory import kept_bytes, memory_per_rank
 
 ROWS, LENGTH = 4, 32
 FLOAT = 4

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from model.count import count
 from model.language_model import LanguageModel
 from tests.architectures import small_architecture
-from train.load import load_config
-from train.memory import memory_per_rank
+from train.config.load import load_config
+from train.estimate.memory import memory_per_rank
 from train.plan import plan
 
 # Parameters in all and per token, and training GFLOP per token at 4096 tokens, as published: totals of the

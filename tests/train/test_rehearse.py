@@ -15,18 +15,18 @@ from torch.distributed.tensor import DTensor
 
 from conf.errors import ConfigError, Violation
 from data.loader import Batch
-from parallel.alike import summed
-from parallel.axes import open_axes
-from parallel.degrees import Degrees
-from parallel.tiling import Tiling
-from parallel.traffic import Traffic
-from parallel.world import World
+from parallel.config.degrees import Degrees
+from parallel.mesh.axes import open_axes
+from parallel.mesh.world import World
+from parallel.rehearsal.collective_trace import Traffic
+from parallel.rehearsal.coverage import Tiling
+from parallel.rehearsal.representatives import summed
 from tests.parallel.layouts import EVEN
 from tests.train.runs import TINY
 from tests.worlds import run_world
-from train.config import RunConfig
-from train.load import load_config
-from train.rehearsal import (
+from train.config.load import load_config
+from train.config.run_config import RunConfig
+from train.estimate.rehearsal import (
     built_for,
     calls_of,
     named_axes,
@@ -41,9 +41,9 @@ from train.rehearsal import (
     summary,
     work_of,
 )
-from train.run import build_state
-from train.state import TrainState
-from train.step import train_step
+from train.loop.run import build_state
+from train.loop.state import TrainState
+from train.loop.step import train_step
 
 SIZE = 4
 # Widths that ranks do not divide: shards are uneven, and padded.

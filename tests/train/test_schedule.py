@@ -3,8 +3,8 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.fields import CosineConfig, WsdConfig
-from train.schedule import lr_factor
+from train.config.fields import CosineConfig, WsdConfig
+from train.optim.schedule import lr_factor
 
 schedules = st.one_of(
     st.builds(

@@ -11,10 +11,10 @@ from model.hf.pretrained import load_pretrained, save_pretrained
 from tests.architectures import random_model
 from tests.train.conftest import Corpus
 from tests.train.runs import log_path, metrics_of, run_to_end
-from train.config import RunConfig
+from train.config.load import load_config
+from train.config.run_config import RunConfig
+from train.eval.restored import load_model, open_run
 from train.export import main as export
-from train.finished import load_model, open_run
-from train.load import load_config
 
 # Learning rates this small leave the weights where they began.
 STILL = (

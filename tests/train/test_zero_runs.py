@@ -17,7 +17,7 @@ from model.hf.pretrained import save_pretrained
 from tests.architectures import random_model
 from tests.train.conftest import Corpus
 from tests.train.runs import log_path, metrics_of, run_to_end
-from train.load import load_config
+from train.config.load import load_config
 
 SECONDS = 240
 STEPS = 12  # checkpoints at 4, 8 and 12

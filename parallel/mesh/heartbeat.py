@@ -1,0 +1,231 @@
+"""Ranks that end or hang while others wait for them: who it was, said by every rank that is left."""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+
+from conf.errors import PeerError
+from parallel.config.degrees import ORDER, Degrees, coordinates
+from parallel.mesh.rendezvous import place_of
+
+# What the libraries beneath say when a peer is the cause; torch has no type for it.
+_OF_PEERS = ("gloo/transport", "Application timeout caused pair closure", "ncclRemoteError")
+_CLOSED = ("closed by peer", "reset by peer", "ncclRemoteError")
+
+
+# Seconds that it takes at most to find out and say who it was, once a rank gave up waiting.
+_VERDICT = 14.0
+
+
+def patience(deadline: float) -> float:
+    """Seconds that a rank may wait for another so that all have ended by the deadline, one of 28 s or more.
+
+    With a shorter one they end at most 14 s after half of it.
+    """
+    return max(deadline - _VERDICT, deadline / 2)
+
+
+class Watch:
+    """A thread that says that this rank lives, and learns which other one does not.
+
+    Rank 0 judges, from what ranks report and from who has fallen silent; the others read what it found, and
+    watch rank 0. Once there is a verdict this process has a moment to end by itself, then it is ended: a
+    thread that waits in a collective cannot be interrupted. timeout is in seconds.
+    """
+
+    def __init__(self, store: TCPStore, own: TCPStore, rank: int, degrees: Degrees, timeout: float) -> None:
+        self.rank, self.size, self.degrees, self.timeout = rank, degrees.size, degrees, timeout
+        self.interval = min(1.0, timeout / 5)
+        # Silence that counts once something is known to be wrong.
+        self.silence = max(3 * self.interval, 1.0)
+        # Two connections: what one thread waits for must not hold up the other.
+        self._store, self._own = store, own
+        store.set(f"beat/{rank}", "0")
+        self._verdict: str | None = None
+        self._is_known, self._is_over = threading.Event(), threading.Event()
+        self._heard = {peer: (b"", time.monotonic()) for peer in self._peers()}
+        self._failure_seen: float | None = None
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> None:
+        """Begins to beat. Every rank must have begun before any thread looks at others."""
+        self._thread.start()
+
+    @contextmanager
+    def bounded(self, error: BaseException) -> Iterator[None]:
+        """Ends the process where the block, which asks the store, waits for it in vain."""
+        limit = 2 * self.silence + 8 * self.interval
+        timer = threading.Timer(limit, _leave, (f"rank {self.rank}: {self._placed(0)} hangs: {error}",))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def stop(self) -> None:
+        """Ends the thread."""
+        self._is_over.set()
+        if self._thread.is_alive():
+            self._thread.join(2 * self.interval)
+
+    def report(self, error: BaseException, *, is_of_peer: bool) -> None:
+        """Tells the others what ended this rank."""
+        said = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        with suppress(dist.DistError):
+            self._store.set(f"failed/{self.rank}", json.dumps([is_of_peer, said]))
+            self._store.add("failures", 1)
+            if not is_of_peer:
+                # It knows the cause and reads no verdict.
+                self._store.add("heard", int(self.rank > 0))
+
+    def verdict(self) -> str | None:
+        """Which rank is the cause, None where that is not found in time."""
+        self._is_known.wait(self.silence + 4 * self.interval)
+        return self._verdict
+
+    def linger(self) -> None:
+        """Keeps the store alive until the others have read the verdict, at most for a moment."""
+        deadline = time.monotonic() + self.silence + 2 * self.interval
+        with suppress(dist.DistError):
+            while self.rank == 0 and time.monotonic() < deadline:
+                if self._store.add("heard", 0) >= self.size - 1:
+                    return
+                time.sleep(self.interval / 4)
+
+    def _peers(self) -> range:
+        return range(1, self.size) if self.rank == 0 else range(1)
+
+    def _run(self) -> None:
+        beat = 0
+        while not self._is_over.wait(self.interval):
+            beat += 1
+            try:
+                self._own.set(f"beat/{self.rank}", str(beat))
+                found = self._judged() if self.rank == 0 else self._read()
+            except dist.DistError:
+                found = f"{self._named(0)} ended, or its machine is gone: the connection to it is lost"
+            if found is not None:
+                self._end(found)
+                return
+
+    def _end(self, found: str) -> None:
+        self._verdict = found
+        self._is_known.set()
+        if not self._is_over.wait(self.silence + 4 * self.interval):
+            _leave(f"rank {self.rank}: {found}")
+
+    def _read(self) -> str | None:
+        if self._own.check(["verdict"]):
+            found = self._own.get("verdict").decode()
+            self._own.add("heard", 1)
+            return found
+        seconds = self.silence if self._own.add("failures", 0) else self.timeout
+        return self._of_silent([0], seconds, is_closed=False) if self._silent(seconds) else None
+
+    def _judged(self) -> str | None:
+        found = self._judge()
+        if found is not None:
+            self._own.set("verdict", found)
+        return found
+
+    def _judge(self) -> str | None:
+        silent = self._silent(self.timeout)
+        if silent:
+            return self._of_silent(silent, self.timeout, is_closed=False)
+        if not self._own.add("failures", 0):
+            return None
+        reports = self._reports()
+        for peer, (is_of_peer, said) in sorted(reports.items()):
+            if not is_of_peer:
+                return f"{self._named(peer)} failed: {said}"
+        if self._failure_seen is None:
+            self._failure_seen = time.monotonic()
+        if time.monotonic() - self._failure_seen < self.silence:
+            return None
+        silent = [peer for peer in self._silent(self.silence) if peer not in reports]
+        said = next(iter(reports.values()))[1]
+        if silent:
+            is_closed = any(word in text for _, text in reports.values() for word in _CLOSED)
+            return self._of_silent(silent, self.silence, is_closed=is_closed)
+        reporters = ", ".join(map(str, sorted(reports)))
+        return f"every rank is alive, but rank {reporters} waited in vain for another: {said}"
+
+    def _of_silent(self, silent: list[int], seconds: float, *, is_closed: bool) -> str:
+        what = "ended without a word" if is_closed else "hangs, or its machine is gone"
+        named = ", ".join(self._named(peer) for peer in silent[:8])
+        more = f" and {len(silent) - 8} more" if len(silent) > 8 else ""
+        return f"{named}{more}: {what}; silent for {seconds:g} s"
+
+    def _silent(self, seconds: float) -> list[int]:
+        """Peers whose beat has stood still for so long."""
+        now = time.monotonic()
+        beats = self._own.multi_get([f"beat/{peer}" for peer in self._heard])
+        for peer, beat in zip(self._heard, beats, strict=True):
+            if beat != self._heard[peer][0]:
+                self._heard[peer] = (beat, now)
+        return [peer for peer, (_, since) in self._heard.items() if now - since >= seconds]
+
+    def _reports(self) -> dict[int, tuple[bool, str]]:
+        ranks = [rank for rank in range(self.size) if self._own.check([f"failed/{rank}"])]
+        return {rank: tuple(json.loads(self._own.get(f"failed/{rank}"))) for rank in ranks}
+
+    def _named(self, rank: int) -> str:
+        with suppress(dist.DistError):
+            return f"{self._placed(rank)}, {place_of(self._own, rank)}"
+        return self._placed(rank)
+
+    def _placed(self, rank: int) -> str:
+        places = coordinates(self.degrees, rank)
+        axes = [f"{name} {places[name]}" for name in ORDER if getattr(self.degrees, name) > 1]
+        return f"rank {rank} ({', '.join(axes)})"
+
+
+def _leave(said: str) -> None:
+    print(f"error: {said}", file=sys.stderr, flush=True)
+    os._exit(PeerError.exit_code)
+
+
+@contextmanager
+def watched(store: TCPStore, own: TCPStore, rank: int, degrees: Degrees, timeout: float) -> Iterator[None]:
+    """Runs the block under a Watch, which has a connection of its own. Collective.
+
+    Raises PeerError in place of the errors of a collective that another rank broke.
+    """
+    watch = Watch(store, own, rank, degrees, timeout)
+    try:
+        dist.barrier()
+        watch.start()
+        yield
+        # Rank 0 keeps the store: it must not leave before the others are done.
+        dist.barrier()
+    except BaseException as error:
+        is_of_peer = comes_from_peer(error)
+        with watch.bounded(error):
+            watch.report(error, is_of_peer=is_of_peer)
+            found = watch.verdict() if is_of_peer or rank == 0 else None
+            watch.linger()
+        if is_of_peer:
+            raise PeerError(f"rank {rank}: {found or error}") from error
+        raise
+    finally:
+        watch.stop()
+
+
+def comes_from_peer(error: BaseException | None) -> bool:
+    """Whether an error, or what it was raised from, is that of a collective."""
+    seen: list[Any] = []
+    while error is not None and error not in seen:
+        if isinstance(error, dist.DistError) or any(word in str(error) for word in _OF_PEERS):
+            return True
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return False

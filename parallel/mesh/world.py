@@ -1,0 +1,102 @@
+"""The processes of a run: who this one is, what device it has, and sums over all of them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import HashStore
+
+from parallel.config.degrees import Degrees
+from parallel.config.parallel import ParallelConfig
+from parallel.config.rendezvous import Meeting
+from parallel.mesh.axes import Axes, open_axes
+from parallel.mesh.heartbeat import patience, watched
+from parallel.mesh.rendezvous import call_roll, open_store
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all, and its place on every axis of the mesh."""
+
+    rank: int
+    size: int
+    device: torch.device
+    axes: Axes
+
+    @staticmethod
+    def alone(device: torch.device) -> "World":
+        """The only process."""
+        return World(0, 1, device, open_axes(Degrees(), 0))
+
+    def sum(self, x: Tensor) -> Tensor:
+        """x summed over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The x of all processes, in rank order along a new first dim."""
+        if self.size == 1:
+            return x[None]
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous())
+        return torch.stack(parts)
+
+    def barrier(self) -> None:
+        """Returns when every process has come here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def open_world(
+    config: ParallelConfig, rank: int, size: int, local_rank: int, meeting: Meeting | None = None
+) -> Iterator[World]:
+    """The World of this process; its process group lives as long as the block.
+
+    Several processes need a meeting. NCCL on GPUs, gloo elsewhere. On a CPU, numbers too small for the normal
+    form count as zero from here on, in the whole process.
+
+    Raises PeerError that names the rank which did not come, ended or hangs, and ConfigError for processes
+    that disagree on how many they are.
+    """
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        # Products of decays reach numbers below 1e-38, on which a CPU computes many times as slowly. Threads
+        # take the setting from the one that starts them: it comes before the first parallel operation.
+        torch.set_flush_denormal(True)
+    if size == 1:
+        with _group_of_one(device) if config.data == "zero" else nullcontext():
+            yield World.alone(device)
+        return
+    assert meeting is not None, f"{size=}"
+    seconds, degrees = config.timeout_seconds, config.degrees(size)
+    store = open_store(meeting, seconds, is_host=rank == 0 and not meeting.is_hosted)
+    call_roll(store, meeting, rank, size, seconds)
+    own = open_store(meeting, seconds, is_host=False)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    wait = patience(seconds)
+    timeout = timedelta(seconds=wait)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    try:
+        with watched(store, own, rank, degrees, wait):
+            yield World(rank, size, device, open_axes(degrees, rank))
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _group_of_one(device: torch.device) -> Iterator[None]:
+    # DeepSpeed wants a process group also where there is one process.
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,198 @@
+"""Tensor parallelism with sequence-parallel norms.
+
+Between mixers and feed-forwards a rank holds its part of the tokens. Before each, the parts are gathered; it
+computes its heads, or its hidden units, for all of them; and what it gives is summed over ranks and scattered
+again. Nothing inside knows of it: a rank's mixer is an ordinary mixer with fewer heads.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.block import Block
+from model.config import Architecture
+from model.ffn import FeedForward
+from model.language_model import Part
+from model.linear import Linear
+from model.mixer import Mixed, Split
+from parallel.mesh.axes import Axis
+from parallel.mesh.collectives import gather, gathered, reduce_scatter, sum_neighbours, sum_over
+from parallel.shard.shard_map import Placement, held_boxes, placed, undivided
+from parallel.shard.vocabulary import CutVocabulary
+
+
+@dataclass(frozen=True)
+class TensorPeers:
+    """The ranks that hold the other heads of a mixer."""
+
+    axis: Axis
+    sharers: int
+
+    @property
+    def rank(self) -> int:
+        """Which share of the heads is here."""
+        return self.axis.rank
+
+    @property
+    def size(self) -> int:
+        """Into how many shares the heads are cut."""
+        return self.axis.size
+
+    def sum(self, x: Tensor) -> Tensor:
+        """x summed over the shares; so is its gradient."""
+        return sum_over(x, self.axis)
+
+    def sum_group(self, x: Tensor) -> Tensor:
+        """x summed over the neighbours that share a key head; so is its gradient."""
+        return sum_neighbours(x, self.axis, self.sharers)
+
+    def join(self, x: Tensor, dim: int) -> Tensor:
+        """The x of all shares along a dim, in order, without a gradient."""
+        return gathered(x, self.axis, dim)
+
+
+def spread_tensors(model: Part, config: Architecture, axis: Axis) -> dict[str, Placement]:
+    """Leaves this rank its heads, hidden units, and rows of the vocabulary. Mutates the model.
+
+    The model must stand on the meta device. Gives the placements of all parameters but routed experts.
+
+    Raises ValueError for a mixer that cannot be cut so many ways.
+    """
+    placements = {name: undivided(parameter.shape, axis.size) for name, parameter in model.named_parameters()}
+    for prefix, block in model.named_modules():
+        if isinstance(block, Block):
+            placements |= _spread_block(prefix, block, config, axis)
+    model.vocabulary = CutVocabulary(axis)
+    tables = {"embed": model.embed, "head": model.head}
+    for name, table in tables.items():
+        if table is None:
+            continue
+        key, whole = f"{name}.weight", table.weight
+        if whole.shape[0] % axis.size:
+            raise ValueError(f"{axis.name}: {axis.size} ranks do not divide {whole.shape[0]} rows of {key}")
+        part = torch.Size((whole.shape[0] // axis.size, whole.shape[1]))
+        placements[key] = placed(whole.shape, Split(0), Split(0), part, axis.rank, axis.size)
+        table.weight = nn.Parameter(whole.new_empty(part))
+    return placements
+
+
+def _spread_block(prefix: str, block: Block, config: Architecture, axis: Axis) -> dict[str, Placement]:
+    placements: dict[str, Placement] = {}
+    width = config.model.width
+    if block.mixer is not None:
+        whole, entry = block.mixer, config.mixer[block.names.mixer]
+        parts = entry.per_rank(axis.size)
+        splits, part_splits = entry.roles(width), parts.roles(width)
+        with torch.device("meta"):
+            block.mixer = parts.build(width, block.layer, config.model.depth, config.model.init_std)
+        block.mixer.to(next(whole.parameters()).dtype)
+        block.mixer.peers = TensorPeers(axis, entry.sharers(axis.size))
+        for name, parameter in block.mixer.named_parameters():
+            shape = whole.get_parameter(name).shape
+            found = placed(shape, splits[name], part_splits[name], parameter.shape, axis.rank, axis.size)
+            placements[f"{prefix}.mixer.{name}"] = found
+        for name, split in splits.items():
+            linear = block.mixer.get_submodule(name.rpartition(".")[0])
+            if split.dim == 1 and isinstance(linear, Linear):
+                # Each rank adds its share of the bias to its share of the sum.
+                linear.bias_share = 1.0 / axis.size
+        _meet(block.mixer, axis)
+    if block.ffn is not None:
+        placements |= _spread_ffn(f"{prefix}.ffn", block.ffn, axis)
+    if block.moe is not None:
+        block.moe.register_forward_pre_hook(_OwnTokens(axis))
+        if block.moe.shared is not None:
+            placements |= _spread_ffn(f"{prefix}.moe.shared", block.moe.shared, axis)
+    return placements
+
+
+def _spread_ffn(prefix: str, ffn: FeedForward, axis: Axis) -> dict[str, Placement]:
+    """Hidden units are cut; gates and ups of the same unit stay together."""
+    hidden, rows = ffn.down.weight.shape[1], ffn.gate_up.weight.shape[0]
+    if hidden % axis.size:
+        raise ValueError(
+            f"{axis.name}: {axis.size} ranks do not divide the {hidden} hidden units of {prefix}"
+        )
+    halves = rows // hidden
+    part = hidden // axis.size
+    placements = {}
+    for name, split, own in (
+        ("gate_up", Split(0, "units", (hidden,) * halves), Split(0, "units", (part,) * halves)),
+        ("down", Split(1, "units"), Split(1, "units")),
+    ):
+        linear = getattr(ffn, name)
+        shape, sizes = linear.weight.shape, list(linear.weight.shape)
+        sizes[split.dim or 0] //= axis.size
+        placements[f"{prefix}.{name}.weight"] = placed(
+            shape, split, own, torch.Size(sizes), axis.rank, axis.size
+        )
+        linear.weight = nn.Parameter(linear.weight.new_empty(sizes))
+    _meet(ffn, axis)
+    return placements
+
+
+def _meet(module: nn.Module, axis: Axis) -> None:
+    """Gathers tokens before the module, and sums and scatters what it gives after it."""
+    module.register_forward_pre_hook(_Enter(axis))
+    module.register_forward_hook(_Leave(axis))
+
+
+@dataclass(frozen=True)
+class _Enter:
+    axis: Axis
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return gather(args[0], self.axis, 1), *args[1:]
+
+
+@dataclass(frozen=True)
+class _Leave:
+    axis: Axis
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], out: Tensor | Mixed) -> Tensor | Mixed:
+        if isinstance(out, Mixed):
+            return out._replace(out=reduce_scatter(out.out, self.axis, 1))
+        return reduce_scatter(out, self.axis, 1)
+
+
+@dataclass(frozen=True)
+class _OwnTokens:
+    """Gives the router the ids of the tokens that are here."""
+
+    axis: Axis
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, tokens = args
+        return x, tokens.unflatten(1, (self.axis.size, -1))[:, self.axis.rank]
+
+
+@torch.no_grad()
+def sum_shared_gradients(
+    parameters: Iterable[tuple[str, nn.Parameter]], placements: Mapping[str, Placement], axis: Axis
+) -> None:
+    """Sums the gradients of blocks that ranks of the tensor axis share, in place; one collective per dtype.
+
+    Call it once per step, after the last backward.
+    """
+    if axis.size == 1:
+        return
+    slots: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+    for name, parameter in parameters:
+        if parameter.grad is None:
+            continue
+        for block, box in held_boxes(parameter.grad, placements[name]):
+            if box.sharers > 1:
+                # Neighbours that share a block meet in one slot of their own.
+                meeting = block.new_zeros(axis.size // box.sharers, block.numel())
+                own = meeting[axis.rank // box.sharers]
+                own.copy_(block.flatten())
+                slots.setdefault(block.dtype, []).append((block, meeting))
+    for pairs in slots.values():
+        sizes = [meeting.numel() for _, meeting in pairs]
+        total = sum_over(torch.cat([meeting.flatten() for _, meeting in pairs]), axis)
+        for (block, meeting), part in zip(pairs, total.split(sizes), strict=True):
+            own = part.view_as(meeting)[axis.rank * meeting.shape[0] // axis.size]
+            block.copy_(own.view_as(block))

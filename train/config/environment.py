@@ -1,0 +1,63 @@
+"""Everything that a run reads from the environment, read once."""
+
+import os
+import socket
+from dataclasses import dataclass
+
+from conf.errors import ConfigError, Violation
+from parallel.config.rendezvous import Meeting
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Place of this process among those that the launcher started."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    slurm_job: str | None
+    meeting: Meeting | None
+
+
+def read_environment() -> Environment:
+    """The launcher's variables: torchrun's, else those of srun, else a single process.
+
+    Raises ConfigError for variables that contradict each other.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    is_srun_task = int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ
+    if "RANK" not in os.environ and is_srun_task:
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    values = []
+    for name, default in zip(names, ("0", "1", "0"), strict=True):
+        text = os.environ.get(name, default)
+        if not text.isdigit():
+            raise ConfigError([Violation(name, f"must be a whole number; found {text!r}")])
+        values.append(int(text))
+    rank, world_size, local_rank = values
+    if rank >= world_size:
+        raise ConfigError([Violation(names[0], f"must be below {names[1]} {world_size}; found {rank}")])
+    if world_size > 1:
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            message = f"needed by {world_size} processes; torchrun and slurm/pretrain.sbatch set it"
+            raise ConfigError([Violation(name, message) for name in missing])
+    meeting = _read_meeting() if world_size > 1 else None
+    return Environment(rank, world_size, local_rank, os.environ.get("SLURM_JOB_ID"), meeting)
+
+
+def _read_meeting() -> Meeting:
+    port = os.environ["MASTER_PORT"]
+    if not port.isdigit() or not 0 < int(port) < 2**16:
+        raise ConfigError([Violation("MASTER_PORT", f"must be a port from 1 to {2**16 - 1}; found {port!r}")])
+    # torchrun keeps the store itself.
+    is_hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return Meeting(os.environ["MASTER_ADDR"], int(port), is_hosted, socket.gethostname())
+
+
+def prepare_deepspeed(local_rank: int) -> None:
+    """Sets what DeepSpeed reads from the environment and srun does not set. Before its import."""
+    import torch
+
+    os.environ["LOCAL_RANK"] = str(local_rank)
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,43 @@
+"""What a run decided, as short tables before the first step."""
+
+from itertools import groupby
+
+from model.count import count
+from train.config.run_config import RunConfig
+from train.track.report import print_table
+
+
+def show_config(config: RunConfig, world_size: int) -> None:
+    """Prints sizes, layout, data, optimizer and parallelism of the run."""
+    counts = count(config.architecture)
+    degrees = config.parallel.degrees(world_size)
+    optim, train, (_, micro) = config.optim, config.train, config.rank_rows(degrees.rows)
+    print_table(
+        "Run",
+        {
+            "run.dir": config.run.dir,
+            "parameters": f"{counts.total / 1e6:,.1f} M, {counts.active / 1e6:,.1f} M active",
+            "layers": layer_line(config),
+            "data": f"{config.data.directory}, {config.data.sequence_length} tokens per sequence",
+            "batch": f"{train.global_batch} sequences, {micro} at a time on each rank",
+            "steps": f"{train.steps:,} ({tokens_of(config):,} tokens)",
+            "optimizer": f"{optim.kind}, lr {optim.lr:g}, {config.schedule.kind}, clip {optim.clip_norm:g}",
+            "precision": f"{config.precision.compute}, weights {config.precision.parameters}",
+            "ranks": config.parallel.describe(world_size),
+        },
+    )
+
+
+def tokens_of(config: RunConfig) -> int:
+    """Tokens that all steps read."""
+    return config.train.steps * config.train.global_batch * config.data.sequence_length
+
+
+def layer_line(config: RunConfig) -> str:
+    """The layers in order, equal neighbours folded: "3x gdn+moe, attn+moe"."""
+    names = [f"{layer.mixer}+{layer.ffn}" for layer in config.architecture.layers]
+    runs = [(name, len(list(same))) for name, same in groupby(names)]
+    periods = [n for n in range(1, len(runs) + 1) if runs == runs[:n] * (len(runs) // n)]
+    shown, times = runs[: periods[0]], len(runs) // periods[0]
+    line = ", ".join(f"{length} {name}" if length > 1 else name for name, length in shown)
+    return f"{times} x ({line})" if times > 1 else line

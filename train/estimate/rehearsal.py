@@ -1,0 +1,389 @@
+"""One rank of a run without its peers: what it holds, what it saves, and what it says in a step."""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
+
+from data.loader import Batch
+from model.language_model import Losses
+from model.moe.layer import Experts
+from parallel.apply import Parallel, Work, arrange
+from parallel.config.degrees import ORDER, Degrees, coordinates
+from parallel.context.sharding import cut_rows
+from parallel.mesh.axes import Axes
+from parallel.mesh.world import World
+from parallel.micro_batches import Denominators, MicroBatch, objective_of
+from parallel.pipeline.partition import stage_layers, write_layout
+from parallel.rehearsal.collective_trace import Collective, Traffic
+from parallel.rehearsal.coverage import Block, Tiling
+from parallel.rehearsal.fake_world import Link, materialise_shapes, stand_in
+from parallel.rehearsal.representatives import (
+    Play,
+    Weight,
+    like_places,
+    micro_batches,
+    plays,
+    summed,
+    summed_calls,
+)
+from parallel.shard.expert import AllToAll
+from parallel.shard.fsdp import reduce_over_copies
+from train.checkpoint.storage import flatten
+from train.config.run_config import RunConfig
+from train.estimate.local_state import held_bytes
+from train.loop.state import TrainState
+from train.loop.step import summed_over_ranks
+from train.optim.optimizer import build_optimizer, clip_gradients, gradient_norm
+
+
+def sampled_ranks(degrees: Degrees) -> list[int]:
+    """The first rank and the last, and for each axis one that is the first on all others and the last on it.
+
+    Parts shrink along an axis where they differ, so the fullest and the emptiest are among them.
+    """
+    ranks, stride = {0, degrees.size - 1}, 1
+    for name in reversed(ORDER):
+        degree = getattr(degrees, name)
+        ranks.add((degree - 1) * stride)
+        if name == "pp":
+            ranks.update(range(0, degrees.size, stride))
+        stride *= degree
+    return sorted(ranks)
+
+
+def stepping_ranks(config: RunConfig, size: int) -> dict[int, int]:
+    """The first rank of each place in the pipeline, and which of them says in a step what it says."""
+    parallel, stride = config.parallel, size // config.parallel.pp
+    plan = parallel.plan(work_of(config, size).micro_batches)
+    # A pattern may freeze a single layer.
+    if plan is None or config.optim.lr_scales:
+        return {rank: rank for rank in range(0, size, stride)}
+    cut = stage_layers(config.architecture, plan, config.data.sequence_length, parallel.pp_layout)
+    gathers_again = parallel.reshard_after_forward
+    like = like_places(config.architecture, plan, cut, gathers_again=gathers_again)
+    return {place * stride: other * stride for place, other in enumerate(like)}
+
+
+def settled(config: RunConfig, size: int) -> RunConfig:
+    """The config with the cut of its pipeline written down: to find it takes as long as to build a rank."""
+    plan = config.parallel.plan(work_of(config, size).micro_batches)
+    if plan is None:
+        return config
+    cut = stage_layers(config.architecture, plan, config.data.sequence_length, config.parallel.pp_layout)
+    layout = write_layout(config.architecture, cut)
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"pp_layout": layout})})
+
+
+def play(config: RunConfig, rank: int, size: int) -> dict[str, Any]:
+    """What a rank holds, and the check of what it saves."""
+    sample = plays_of(config, rank, size)
+    found = [play_some(config, rank, size, some.layers) for some in sample]
+    weights = [some.weight for some in sample]
+
+    def total(what: str) -> Any:
+        return summed([(weight, each[what]) for weight, each in zip(weights, found, strict=True)])
+
+    return {
+        **place_of(config, rank, size),
+        "bytes": total("bytes"),
+        "checkpoint": total("counts")
+        | {
+            "blocks": {name: blocks for each in found for name, blocks in each["blocks"].items()},
+            "problems": list(dict.fromkeys(line for each in found for line in each["problems"])),
+        },
+    }
+
+
+def plays_of(config: RunConfig, rank: int, size: int) -> list[Play]:
+    """What of a rank's layers to play; all where single layers may be frozen."""
+    architecture, parallel = config.architecture, config.parallel
+    plan = parallel.plan(work_of(config, size).micro_batches)
+    stages = [range(architecture.model.depth)]
+    if plan is not None:
+        place = coordinates(parallel.degrees(size), rank)["pp"]
+        cut = stage_layers(architecture, plan, config.data.sequence_length, parallel.pp_layout)
+        stages = [cut[stage] for stage in plan.stages_of(place)]
+    if config.optim.lr_scales:
+        return [Play(tuple(sorted(layer for stage in stages for layer in stage)), 1)]
+    return plays(architecture, stages)
+
+
+def work_of(config: RunConfig, size: int) -> Work:
+    """What a rank does in a step."""
+    degrees = config.parallel.degrees(size)
+    rows, micro = config.rank_rows(degrees.dp_replicate * degrees.dp_shard)
+    return Work(rows // micro, micro, config.data.sequence_length)
+
+
+def play_some(config: RunConfig, rank: int, size: int, layers: Collection[int]) -> dict[str, Any]:
+    """What a rank with some of its layers holds, and what it saves."""
+    with built_for(config, rank, size, layers) as (built, world):
+        state = TrainState(built, build_optimizer(built, config.optim))
+        held = held_bytes(built, state.optimizer)
+        del held["total"]["allocated"]
+        return {"bytes": held, **save_plan(config, state, world)}
+
+
+@contextmanager
+def built_for(
+    config: RunConfig,
+    rank: int,
+    size: int,
+    layers: Collection[int] | None = None,
+    micro_batches: int | None = None,
+) -> Iterator[tuple[Parallel, World]]:
+    """The part of a rank on the meta device, as a run of `size` processes builds it.
+
+    layers are those that it has, micro_batches how many it runs: those of the config by default.
+    """
+    dtypes = (getattr(torch, config.precision.parameters), getattr(torch, config.precision.compute))
+    architecture, work = config.architecture, work_of(config, size)
+    # What is compiled holds no collectives, and shapes alone are not worth a compiler.
+    parallel = config.parallel.model_copy(update={"compile": False})
+    plan = parallel.plan(work.micro_batches)
+    if micro_batches is not None and plan is not None:
+        # The cut may depend on how many there are.
+        cut = stage_layers(architecture, plan, work.tokens, parallel.pp_layout)
+        parallel = parallel.model_copy(update={"pp_layout": write_layout(architecture, cut)})
+        work = work._replace(micro_batches=micro_batches)
+    with stand_in(parallel, rank, size) as world:
+        yield arrange(architecture, dtypes, parallel, world, work, layers, Link)[0], world
+
+
+def places(degrees: Degrees, rank: int) -> dict[str, int]:
+    """Where a rank stands on the axes that are cut."""
+    found = coordinates(degrees, rank)
+    return {name: found[name] for name in ORDER if getattr(degrees, name) > 1}
+
+
+def save_plan(config: RunConfig, state: TrainState, world: World) -> dict[str, Any]:
+    """The blocks that a checkpoint takes from this rank, and what is wrong with those of all ranks together.
+
+    Makes the optimizer's moments.
+    """
+    flat, _ = flatten(state.tensors(world))
+    plan = create_default_local_save_plan(flat, is_coordinator=world.rank == 0)
+    names = list(dict.fromkeys(name for name, _ in state.built.named_parameters()))
+    held: dict[str, list[Block]] = {name: [] for name in names}
+    saved, problems = 0, []
+    for item in plan.items:
+        data = item.tensor_data
+        if data is None:
+            continue
+        saved += data.chunk.sizes.numel() * data.properties.dtype.itemsize
+        name = item.index.fqn.removeprefix("model.")
+        if name in held:
+            held[name].append((tuple(data.chunk.offsets), tuple(data.chunk.sizes)))
+            if data.size != state.built.placements[name].shape:
+                problems.append(f"{name}: saved as {tuple(data.size)}")
+    tiling = Tiling(config.architecture, state.built, world.axes)
+    problems += tiling.violations(held)
+    numbers = sum(placement.shape.numel() for placement in state.built.placements.values())
+    # Weights and both moments in one dtype, and a step count for each parameter.
+    trained = sum(len(group["params"]) for group in state.optimizer.param_groups)
+    width = getattr(torch, config.precision.parameters).itemsize
+    counts = {
+        "parameters": len(names),
+        "items": len(plan.items),
+        "bytes": saved,
+        "whole_bytes": 3 * width * numbers + 4 * trained,
+    }
+    return {"counts": counts, "blocks": {name: held[name] for name in names}, "problems": problems}
+
+
+def step_of(config: RunConfig, rank: int, size: int) -> dict[str, Any]:
+    """The collectives of one optimizer step of a rank, recorded as they are called, and what it allocates."""
+    return joined_step(config, rank, size, steps_of(config, rank, size))
+
+
+def place_of(config: RunConfig, rank: int, size: int) -> dict[str, Any]:
+    """A rank, and where it stands on the axes that are cut."""
+    return {"rank": rank, "place": places(config.parallel.degrees(size), rank)}
+
+
+def joined_step(
+    config: RunConfig, rank: int, size: int, found: Sequence[tuple[Weight, "Step"]]
+) -> dict[str, Any]:
+    """The step of a rank from those of its parts."""
+    work, degrees = work_of(config, size), config.parallel.degrees(size)
+    names = {ranks: name for _, step in found for ranks, name in step.axes.items()}
+    return {
+        **place_of(config, rank, size),
+        "micro_batches": work.micro_batches,
+        "tokens": work.rows * work.tokens // (degrees.cp * degrees.tp),
+        "is_routed_evenly": any(step.is_routed_evenly for _, step in found),
+        "collectives": summary(calls_of(found), names),
+        "bytes": summed([(weight, step.bytes) for weight, step in found]),
+    }
+
+
+class StepPart(NamedTuple):
+    """What to play of a step: some layers, so many micro-batches; and how often what is found counts."""
+
+    layers: tuple[int, ...]
+    micro_batches: int
+    weight: Weight
+
+
+def step_parts(config: RunConfig, rank: int, size: int) -> list[StepPart]:
+    """Steps with some layers, a pipeline's with few micro-batches, whose weighted sum is that of all."""
+    work = work_of(config, size)
+    plan = config.parallel.plan(work.micro_batches)
+    counts = [(work.micro_batches, 1)] if plan is None else micro_batches(plan)
+    return [
+        StepPart(some.layers, count, some.weight * weight)
+        for some in plays_of(config, rank, size)
+        for count, weight in counts
+    ]
+
+
+def steps_of(config: RunConfig, rank: int, size: int) -> list[tuple[Weight, "Step"]]:
+    """The parts of a rank's step, played, and their weights."""
+    return [
+        (part.weight, step_some(config, rank, size, part.layers, part.micro_batches))
+        for part in step_parts(config, rank, size)
+    ]
+
+
+def calls_of(found: Sequence[tuple[Weight, "Step"]]) -> dict[str, Counter[Collective]]:
+    """The weighted sum of the collectives, by phase."""
+    return {
+        phase: summed_calls([(weight, step.calls[phase]) for weight, step in found])
+        for phase in found[0][1].calls
+    }
+
+
+class Step(NamedTuple):
+    """What was recorded of a step: collectives by phase, and bytes held after the update.
+
+    axes name the ranks between which they ran.
+    """
+
+    calls: dict[str, list[Collective]]
+    bytes: dict[str, dict[str, int]]
+    axes: dict[tuple[int, ...], str]
+    is_routed_evenly: bool
+
+
+def step_some(config: RunConfig, rank: int, size: int, layers: Collection[int], micro_batches: int) -> Step:
+    """The step of a rank with some of its layers and so many micro-batches."""
+    built_so = built_for(config, rank, size, layers, micro_batches)
+    with built_so as (built, world), FakeTensorMode():
+        materialise_shapes(built)
+        state = TrainState(built, build_optimizer(built, config.optim))
+        run = run_step if built.whole is not None else run_pipeline
+        calls = run(state, config, world, micro_batches)
+        is_routed_evenly = any(
+            isinstance(module, Experts) and isinstance(module.dispatch, AllToAll)
+            for module in built.modules()
+        )
+        axes = named_axes(chain.from_iterable(calls.values()), world.axes)
+        return Step(calls, held_bytes(built, state.optimizer), axes, is_routed_evenly)
+
+
+def run_step(
+    state: TrainState, config: RunConfig, world: World, micro_batches: int
+) -> dict[str, list[Collective]]:
+    """What `train_step` does, with what it would read of the device left out. Mutates the state.
+
+    Micro-batches but the last are alike, and where weights have no copies so is the last: one of them is run
+    and counted as often.
+    """
+    whole = state.built.whole
+    found: dict[str, list[Collective]] = {"forward": [], "backward": [], "update": []}
+    assert whole is not None, f"{world.axes.pp=}"
+    with Traffic() as traffic:
+        world.sum(torch.zeros((), dtype=torch.long))
+        found["update"] += traffic.taken()
+
+        def run(times: int, *, is_last: bool) -> Losses:
+            reduce_over_copies(whole, is_last=is_last)
+            targets, sequence = micro_batch(config, world)
+            losses = whole.loss(sequence.tokens, targets, sequence)
+            found["forward"] += traffic.taken() * times
+            objective_of(losses, Denominators(torch.ones((), dtype=torch.long), 1)).backward()
+            found["backward"] += traffic.taken() * times
+            return losses
+
+        has_copies = world.axes.dp_replicate.size > 1
+        if has_copies and micro_batches > 1:
+            run(micro_batches - 1, is_last=False)
+        update(state, config, world, run(1 if has_copies else micro_batches, is_last=True))
+        found["update"] += traffic.taken()
+    return found
+
+
+def run_pipeline(
+    state: TrainState, config: RunConfig, world: World, micro_batches: int
+) -> dict[str, list[Collective]]:
+    """The same of a stage, or several, whose schedule runs forward and backward in turns."""
+    found: dict[str, list[Collective]] = {}
+    with Traffic() as traffic:
+        world.sum(torch.zeros((), dtype=torch.long))
+        first = traffic.taken()
+        batches = [micro_batch(config, world)] * micro_batches
+        losses = state.built.runner.step(batches, Denominators(torch.ones((), dtype=torch.long), 1))
+        found["pipeline"] = traffic.taken()
+        update(state, config, world, losses)
+        found["update"] = first + traffic.taken()
+    return found
+
+
+def micro_batch(config: RunConfig, world: World) -> MicroBatch:
+    """This rank's tokens of some rows."""
+    _, micro = config.rank_rows(world.axes.rows.size)
+    numbers = torch.zeros(micro, config.data.sequence_length, dtype=torch.long)
+    batch = Batch(*[numbers] * len(Batch._fields))
+    return cut_rows(batch, world.axes.cp, draw=0.5, predicted=config.model.prediction.depth)
+
+
+def update(state: TrainState, config: RunConfig, world: World, losses: Losses) -> None:
+    """The end of a step. Mutates the state."""
+    total = summed_over_ranks(losses, world)
+    state.built.sum_shared_gradients(world.axes)
+    norm = gradient_norm(state.built, world)
+    clip_gradients(state.built, norm, config.optim.clip_norm)
+    state.optimizer.step()
+    state.built.update_expert_biases(total.load)
+
+
+def summary(
+    phases: Mapping[str, Counter[Collective]], axes: Mapping[tuple[int, ...], str]
+) -> list[dict[str, Any]]:
+    """Calls, bytes and bytes sent by phase, axis and kind of collective; axes name the ranks."""
+    rows: dict[tuple[str, str, int, str], dict[str, int]] = {}
+    for phase, calls in phases.items():
+        for call, count in calls.items():
+            key = (phase, axes[call.ranks], len(call.ranks), call.kind)
+            row = rows.setdefault(key, {"calls": 0, "bytes": 0, "sent": 0})
+            row["calls"] += count
+            row["bytes"] += count * call.bytes
+            row["sent"] += count * call.sent
+    names = ("phase", "axis", "ranks", "kind")
+    return [dict(zip(names, key, strict=True)) | row for key, row in rows.items()]
+
+
+def named_axes(calls: Iterable[Collective], axes: Axes) -> dict[tuple[int, ...], str]:
+    """The axis of each group of ranks that collectives run between."""
+    return {ranks: axis_of(ranks, axes) for ranks in {call.ranks for call in calls}}
+
+
+def axis_of(ranks: tuple[int, ...], axes: Axes) -> str:
+    """The axes that run along some ranks, such as `tp`, `dp_shard x cp`, `ep` or `edp`."""
+    degrees = axes.degrees
+    spots = [coordinates(degrees, rank) for rank in ranks]
+    varying = [name for name in ORDER if len({spot[name] for spot in spots}) > 1]
+    size = 1
+    for name in varying:
+        size *= getattr(degrees, name)
+    found = [" x ".join(varying)] if size == len(ranks) and varying else []
+    found += ["ep"] * (ranks == axes.ep.ranks)
+    if not found and ranks == axes.edp.ranks:
+        found.append("edp")
+    return " or ".join(found) or "one rank"

@@ -1,0 +1,107 @@
+"""The end of a run: held-out score, plot, result table, text sample."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.loader import Loader
+from data.tokenizer import Tokenizer
+from model.count import count
+from model.language_model import LanguageModel
+from parallel.mesh.world import World
+from train.checkpoint.atomic import write_atomically
+from train.config.run_config import RunConfig
+from train.eval.generate import generate
+from train.eval.heldout import Evaluation, evaluate
+from train.loop.state import TrainState
+from train.track.report import plot_losses, print_table
+from train.track.tracker import Tracker
+
+RESULT_FILE, PLOT_FILE = "result.json", "loss.png"
+
+
+def finish(state: TrainState, loader: Loader, tracker: Tracker, config: RunConfig, world: World) -> None:
+    """Scores held-out documents, then rank 0 writes result.json and loss.png and prints both."""
+    held_out, rows = None, 0
+    if loader.held_out_rows:
+        _, micro = config.rank_rows(world.axes.rows.size)
+        rows = min(config.train.final_rows or loader.held_out_rows, loader.held_out_rows)
+        ahead, runner = config.model.prediction.depth, state.built.runner
+        held_out = evaluate(runner, loader, world, rows=rows, micro_batch=micro, predicted=ahead)
+        tracker.log_evaluation(state.step, held_out._asdict())
+    # Generation wants all layers, whole, and rows of any length.
+    model = state.built.whole if world.axes.row.size == 1 else None
+    text = None if model is None else sample_text(model, loader.tokenizer, config, world)
+    if world.rank != 0:
+        return
+    directory = Path(config.run.dir)
+    result = result_of(state, config, tracker)
+    if held_out is not None:
+        result |= score_of(held_out, loader, rows)
+    write_atomically(directory / RESULT_FILE, (json.dumps(result, indent=2) + "\n").encode())
+    plot_losses(tracker.metrics(), tracker.evaluations(), directory / PLOT_FILE)
+    print_table("Result", {name: shown(value) for name, value in result.items()})
+    if text is None:
+        print(f"for a sample of text: python -m train.sample run={config.run.dir}", flush=True)
+    else:
+        print(f"--- sample, temperature {config.sample.temperature} ---\n{text}\n---", flush=True)
+
+
+def result_of(state: TrainState, config: RunConfig, tracker: Tracker) -> dict[str, float | str]:
+    """What the run did."""
+    counts = count(config.architecture)
+    seconds = sum(line["seconds"] for line in tracker.metrics())
+    return {
+        "run directory": config.run.dir,
+        "steps": state.step,
+        "tokens": state.tokens,
+        "parameters": counts.total,
+        "active parameters": counts.active,
+        "training seconds": seconds,
+        "tokens per second": state.tokens / seconds,
+    }
+
+
+def score_of(held_out: Evaluation, loader: Loader, rows: int) -> dict[str, float | str]:
+    """What the run reached on `rows` windows; beside what general compressors reach if these are all."""
+    card = loader.card.held_out
+    score: dict[str, float | str] = {
+        "held-out windows": f"{rows:,} of {loader.held_out_rows:,}",
+        "held-out loss (nats per token)": held_out.loss,
+        "held-out bits per byte": held_out.bits_per_byte,
+    }
+    if rows < loader.held_out_rows:
+        return score
+    return score | {
+        "held-out bytes": card.bytes,
+        "gzip -9 bits per byte": 8 * card.gzip_bytes / card.bytes,
+        "xz -9 bits per byte": 8 * card.xz_bytes / card.bytes,
+    }
+
+
+def shown(value: float | str) -> str:
+    """A number as people read it."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.4g}" if abs(value) >= 100 else f"{value:.4f}"
+
+
+def sample_text(model: LanguageModel, tokenizer: Tokenizer, config: RunConfig, world: World) -> str:
+    """The prompt and what the model makes of it. Collective: sharded weights are gathered on all ranks."""
+    ids = np.concatenate([[tokenizer.bos], tokenizer.encode(config.sample.prompt.encode())])
+    generator = torch.Generator(device=world.device).manual_seed(config.train.seed)
+    continued = generate(
+        model,
+        torch.from_numpy(ids.astype(np.int64)).to(world.device),
+        tokens=config.sample.tokens,
+        temperature=config.sample.temperature,
+        end=tokenizer.eos,
+        vocabulary=tokenizer.vocab_size,
+        context=config.data.sequence_length,
+        generator=generator,
+    )
+    return config.sample.prompt + tokenizer.decode(continued.cpu().numpy()).decode(errors="replace")

@@ -1,0 +1,276 @@
+"""A run from its config to its last report: build, resume, train, evaluate, save, show."""
+
+import json
+import uuid
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from conf.errors import ConfigError, NumericsError, Violation, as_storage_error
+from data.loader import Batch, Loader
+from parallel.apply import Work, build_parallel
+from parallel.block.compile import describe as describe_compiled
+from parallel.mesh.world import World, open_world
+from train.checkpoint.atomic import write_atomically
+from train.checkpoint.lock import RunLock
+from train.checkpoint.store import CheckpointStore
+from train.config.environment import Environment, prepare_deepspeed
+from train.config.run_config import RunConfig, differences
+from train.eval.heldout import evaluate
+from train.loop.initial_weights import start_from
+from train.loop.interrupt import PREEMPT, REQUEUE, Interrupt
+from train.loop.kernel_check import prepare_kernels
+from train.loop.measure import Meter
+from train.loop.report import finish
+from train.loop.state import TrainState
+from train.loop.step import StepResult, train_step
+from train.optim.optimizer import build_optimizer
+from train.track.tracker import Tracker
+
+CONFIG_FILE, RUN_FILE, CHECKPOINTS = "config.json", "run.json", "checkpoints"
+
+
+def run(config: RunConfig, environment: Environment) -> None:
+    """Trains from the newest checkpoint of the run directory, or from step 0, to the last step.
+
+    A request to stop saves, leaves the file REQUEUE in the run directory and returns.
+
+    Raises the errors of conf.errors, each with the exit code for the launcher.
+    """
+    directory = Path(config.run.dir)
+    is_first = environment.rank == 0
+    lock = RunLock(directory, slurm_job_id=environment.slurm_job) if is_first else nullcontext()
+    ranks = (environment.rank, environment.world_size, environment.local_rank)
+    with lock:
+        if is_first:
+            claim(directory, config)
+        # Before anything slow: from here on a request to stop is heard.
+        interrupt = Interrupt(directory, watches_file=is_first)
+        if config.parallel.data == "zero":
+            prepare_deepspeed(environment.local_rank)
+        with open_world(config.parallel, *ranks, environment.meeting) as world:
+            run_in_world(config, world, interrupt)
+
+
+def run_in_world(config: RunConfig, world: World, interrupt: Interrupt) -> None:
+    """The run on its processes, its directory claimed."""
+    directory = Path(config.run.dir)
+    loader = open_data(config, world.rank)
+    state = build_state(config, world)
+    prepare_kernels(config, state.built.modules(), world)
+    if config.parallel.compile and world.rank == 0:
+        print(describe_compiled(state.built.modules()), flush=True)
+    store = CheckpointStore(
+        directory / CHECKPOINTS, keep=config.checkpoint.keep, rank=world.rank, size=world.size
+    )
+    if not resume(state, store, loader, world) and config.train.start is not None:
+        fresh = start_from(state.built, Path(config.train.start), config.train.fresh)
+        if world.rank == 0:
+            print(
+                f"began from {config.train.start}, {len(fresh)} parameters from their first values",
+                flush=True,
+            )
+    run_id = read_run_id(directory) if world.rank == 0 else ""
+    tracker = Tracker(config.track, directory, run_id, config.model_dump(), world.rank, config.train.steps)
+    is_well = False
+    try:
+        tracker.resume(state.step)
+        is_done = train(state, loader, store, tracker, interrupt, config, world)
+        if is_done:
+            finish(state, loader, tracker, config, world)
+        is_well = True
+    finally:
+        tracker.close(is_failed=not is_well)
+
+
+def train(
+    state: TrainState,
+    loader: Loader,
+    store: CheckpointStore,
+    tracker: Tracker,
+    interrupt: Interrupt,
+    config: RunConfig,
+    world: World,
+) -> bool:
+    """The loop. True when the last step is done, False when a request to stop came first."""
+    directory = Path(config.run.dir)
+    meter = Meter(config, world.device, world.size)
+    rows, micro = config.rank_rows(world.axes.rows.size)
+    first = world.axes.rows.rank * rows
+    ahead = config.model.prediction.depth
+    upcoming = loader.prefetch(state.cursor + first, rows)
+    while state.step < config.train.steps:
+        meter.start_step()
+        batch = upcoming.result()
+        # Read while this step computes.
+        upcoming = loader.prefetch(state.cursor + config.train.global_batch + first, rows)
+        meter.end_data()
+        samples = digest_samples(batch, world)
+        result = train_step(state, batch, config, world)
+        tracker.log(state.step, step_metrics(state, result, meter, samples, is_predicting=ahead > 0))
+        check_numerics(state, result, config)
+
+        is_last = state.step == config.train.steps
+        has_held_out = loader.held_out_rows > 0
+        if has_held_out and state.step % config.train.evaluate_every == 0 and not is_last:
+            windows, runner = config.train.evaluate_rows, state.built.runner
+            held_out = evaluate(runner, loader, world, rows=windows, micro_batch=micro, predicted=ahead)
+            tracker.log_evaluation(state.step, held_out._asdict())
+        must_stop = is_requested(interrupt, world) and not is_last
+        if is_last or must_stop or state.step % config.checkpoint.every == 0:
+            save(state, store, loader, world)
+        if must_stop:
+            if world.rank == 0:
+                write_atomically(directory / REQUEUE, f"stopped at step {state.step}\n".encode())
+                print(f"asked to stop: saved step {state.step} of {config.train.steps}", flush=True)
+            return False
+    return True
+
+
+def claim(directory: Path, config: RunConfig) -> None:
+    """Makes the directory the run's: its config saved, its identity drawn, old stop requests removed.
+
+    Raises ConfigError with every key in which the config differs from the one that the run was started
+    with, StorageError when the directory cannot be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        saved, wanted = directory / CONFIG_FILE, config.model_dump(mode="json")
+        if saved.exists():
+            found = differences(json.loads(saved.read_text()), wanted)
+            if found:
+                raise ConfigError([*found, _other_directory(directory)])
+        write_atomically(saved, (json.dumps(wanted, indent=2) + "\n").encode())
+        if not (directory / RUN_FILE).exists():
+            identity = {"id": uuid.uuid4().hex[:12]}
+            write_atomically(directory / RUN_FILE, (json.dumps(identity) + "\n").encode())
+        for name in (PREEMPT, REQUEUE):
+            (directory / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise as_storage_error(error, directory) from error
+
+
+def _other_directory(directory: Path) -> Violation:
+    return Violation("run.dir", f"{directory} holds that run; choose another directory, or set the keys back")
+
+
+def read_run_id(directory: Path) -> str:
+    """The identity of the run, kept over restarts."""
+    return str(json.loads((directory / RUN_FILE).read_text())["id"])
+
+
+def open_data(config: RunConfig, rank: int) -> Loader:
+    """The loader of the prepared dataset.
+
+    Raises DataError when it does not fit the model, or, where data.verify asks for it, is not what was
+    prepared.
+    """
+    loader = Loader(
+        Path(config.data.directory),
+        sequence_length=config.data.sequence_length,
+        seed=config.train.seed,
+        weights=config.data.weights,
+        vocab_size=config.model.vocab_size,
+    )
+    if config.data.verify and rank == 0:
+        loader.verify()
+    return loader
+
+
+def build_state(config: RunConfig, world: World) -> TrainState:
+    """The state before the first step: the same weights for every layout."""
+    dtypes = (getattr(torch, config.precision.parameters), getattr(torch, config.precision.compute))
+    rows, micro = config.rank_rows(world.axes.rows.size)
+    work = Work(rows // micro, micro, config.data.sequence_length)
+    built = build_parallel(config.architecture, dtypes, config.parallel, world, config.train.seed, work)
+    # Dropout differs between ranks, weights do not.
+    torch.manual_seed(config.train.seed * 100_003 + world.rank)
+    if config.parallel.data == "zero":
+        from train.loop.zero import build_zero_state
+
+        return build_zero_state(built, config, work, world)
+    return TrainState(built, build_optimizer(built, config.optim))
+
+
+def save(state: TrainState, store: CheckpointStore, loader: Loader, world: World) -> None:
+    """Commits a checkpoint of the state. Raises StorageError."""
+    extra = {"counters": state.counters(), "data": loader.fingerprint}
+    store.save(state.step, state.tensors(world), extra)
+
+
+def resume(state: TrainState, store: CheckpointStore, loader: Loader, world: World) -> bool:
+    """Takes over the newest good checkpoint; False when there is none. Mutates the state.
+
+    Raises CheckpointError when none is usable, ConfigError when the data is other than the run's.
+    """
+    tensors = state.tensors(world)
+    loaded = store.load_latest(tensors, optional=("random",))
+    if loaded is None:
+        # Asking for the optimizer's tensors made it allocate them; the first step must find none.
+        state.optimizer.state.clear()
+        return False
+    if loaded.extra["data"] != loader.fingerprint:
+        message = f"{loaded.path} was trained on {loaded.extra['data']}; found {loader.fingerprint}"
+        raise ConfigError([Violation("data.directory", message + "; point it back to that dataset")])
+    state.restore(tensors, loaded.extra["counters"], world)
+    if world.rank == 0:
+        print(f"resumed at step {state.step} from {loaded.path}", flush=True)
+    return True
+
+
+def digest_samples(batch: Batch, world: World) -> str:
+    """A digest of the sample ids of the global batch, as every rank really drew them."""
+    # Ranks of one row, and stages of one pipeline, have the same rows.
+    ids = world.gather(batch.sample_ids.to(world.device))
+    ids = ids[: world.size // world.axes.pp.size : world.axes.row.size].cpu()
+    return xxhash.xxh3_64_hexdigest(ids.numpy().tobytes())
+
+
+def is_requested(interrupt: Interrupt, world: World) -> bool:
+    """Whether any rank was asked to stop; all ranks agree."""
+    flag = torch.tensor(float(interrupt.is_requested), device=world.device)
+    return bool(world.sum(flag) > 0)
+
+
+def check_numerics(state: TrainState, result: StepResult, config: RunConfig) -> None:
+    """Raises NumericsError after too many steps in a row without a finite loss and gradient norm."""
+    if state.skipped > config.train.max_skipped:
+        first = state.cursor - state.skipped * config.train.global_batch
+        raise NumericsError(
+            f"step {state.step}: loss {result.loss}, gradient norm {result.grad_norm}, for {state.skipped} "
+            f"steps in a row (sequences {first} to {state.cursor - 1}); weights are those before; lower "
+            f"optim.lr, or raise train.max_skipped above {config.train.max_skipped}"
+        )
+
+
+def step_metrics(
+    state: TrainState, result: StepResult, meter: Meter, samples: str, *, is_predicting: bool
+) -> dict[str, Any]:
+    """One line of metrics.jsonl, and the panels made from it."""
+    seconds = meter.end_step()
+    metrics: dict[str, Any] = {
+        "step": state.step,
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "lr": result.lr,
+        "tokens": state.tokens,
+        "seconds": seconds,
+        "samples": samples,
+        "loss/cross_entropy": result.loss,
+        **{f"loss/{name}": value for name, value in result.auxiliary.items()},
+        "optimizer/grad_norm": result.grad_norm,
+        "optimizer/lr": result.lr,
+        "optimizer/skipped": int(result.is_skipped),
+        "data/tokens": state.tokens,
+        "data/sequences": state.cursor,
+    }
+    if is_predicting:
+        metrics["loss/prediction"] = result.prediction
+    for layer, (load, entropy) in enumerate(zip(result.load, result.entropy, strict=True)):
+        metrics[f"router/max_violation_{layer}"] = float(load.max() / load.mean() - 1)
+        metrics[f"router/idle_experts_{layer}"] = int((load == 0).sum())
+        metrics[f"router/entropy_{layer}"] = float(entropy)
+    return metrics | meter.readings(result.targets, seconds)

@@ -1,0 +1,99 @@
+"""One optimizer step: forward and backward over micro-batches, global sums, clip, update."""
+
+from typing import NamedTuple
+
+import torch
+import xxhash
+from torch import Tensor
+
+from data.loader import Batch
+from kernels.cross_entropy import IGNORED
+from model.language_model import Losses
+from parallel.context.sharding import cut_rows
+from parallel.mesh.world import World
+from parallel.micro_batches import Denominators
+from train.config.run_config import RunConfig
+from train.loop.state import TrainState
+from train.optim.schedule import lr_factor
+
+
+class StepResult(NamedTuple):
+    """What one step did, the same on every rank.
+
+    loss is nats per target, prediction that of the tokens further ahead, auxiliary the other losses by name,
+    per token, coefficients included, all over the global batch. load [layers E] counts tokens per expert,
+    entropy [layers] is nats per token.
+    """
+
+    loss: float
+    prediction: float
+    auxiliary: dict[str, float]
+    grad_norm: float
+    lr: float
+    targets: int
+    load: Tensor
+    entropy: Tensor
+    is_skipped: bool
+
+
+def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World) -> StepResult:
+    """Runs the step on this rank's rows of the global batch. Mutates the state."""
+    # Denominators are global and known before backward, so that gradients are plain sums over ranks.
+    axes = world.axes
+    sharers = axes.pp.size * axes.row.size
+    targets = world.sum((batch.targets != IGNORED).sum().to(world.device)) // sharers
+    batch = to_device(batch, world.device)
+    tokens = config.train.global_batch * batch.tokens.shape[1]
+    _, micro = config.rank_rows(axes.rows.size)
+    options = {"draw": draw_of(config.train.seed, state.step), "predicted": config.model.prediction.depth}
+    batches = [
+        cut_rows(Batch(*(part[start : start + micro] for part in batch)), axes.cp, **options)
+        for start in range(0, batch.tokens.shape[0], micro)
+    ]
+    total = state.built.runner.step(batches, Denominators(targets, tokens))
+    total = summed_over_ranks(total, world)
+    cross_entropy = total.cross_entropy / targets.clamp(min=1)
+
+    lr = config.optim.lr * lr_factor(config.schedule, state.step, config.train.steps)
+    loss, count = float(cross_entropy), int(targets)
+    norm, is_taken = state.update(loss, lr, config.optim.clip_norm, world)
+    if is_taken:
+        state.built.update_expert_biases(total.load)
+    state.step += 1
+    state.cursor += config.train.global_batch
+    state.tokens += count
+    state.skipped = 0 if is_taken else state.skipped + 1
+    auxiliary = {name: float(part) / tokens for name, part in total.auxiliary.items()}
+    if config.model.z_loss:
+        auxiliary["logit_z"] = float(total.logit_z) / max(1, count)
+    return StepResult(
+        loss=loss,
+        prediction=float(total.prediction) / max(1, count),
+        auxiliary=auxiliary,
+        grad_norm=norm,
+        lr=lr,
+        targets=count,
+        load=total.load.cpu(),
+        entropy=(total.entropy / tokens).cpu(),
+        is_skipped=not is_taken,
+    )
+
+
+def summed_over_ranks(losses: Losses, world: World) -> Losses:
+    """The sums over all ranks, by one collective, in float64."""
+    parts = losses.parts()
+    sums = world.sum(torch.cat([part.double().flatten() for part in parts]))
+    pieces = sums.split([part.numel() for part in parts])
+    return losses.with_parts([piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)])
+
+
+def draw_of(seed: int, step: int) -> float:
+    """A number in [0, 1) that all layers, ranks and micro-batches of a step share."""
+    return xxhash.xxh3_64_intdigest(f"{seed}/{step}".encode()) / 2**64
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch on the device; the copy to a GPU overlaps with what runs there."""
+    if device.type == "cpu":
+        return batch
+    return Batch(*(part.pin_memory().to(device, non_blocking=True) for part in batch))
