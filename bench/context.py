@@ -22,12 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conf.compose import compose
 from conf.errors import exit_on_error
 from model.config import Architecture
-from model.cut import View
 from model.initial import initialise
 from model.mixer import Mixer, MixerConfig, Sequence
+from model.sequence_sharding import AttentionView
 from parallel.config.degrees import Degrees
 from parallel.context.chunks import cut_row
-from parallel.context.sharding import HeadTail
+from parallel.context.sharding import HeadTailSharding
 from parallel.mesh.axes import Axis, open_axes
 
 WIDTH, REPEATS, ELEMENT_BYTES = 256, 5, 4
@@ -57,10 +57,10 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Chunks(HeadTail):
+class Chunks(HeadTailSharding):
     """The head-tail cut for mixers that take no view."""
 
-    def view(self, position: Tensor, document: Tensor | None, reach: int | None) -> View:
+    def view(self, position: Tensor, document: Tensor | None, reach: int | None) -> AttentionView:
         """Raises AssertionError."""
         raise AssertionError("no linear mixer takes a view")
 
@@ -97,7 +97,7 @@ def measure_one(axis: Axis, job: Job) -> Cost:
     initialise(mixer, 0)
     whole = Sequence.whole(torch.zeros(1, job.tokens, dtype=torch.long))
     cut = Chunks(axis, whole.position, None)
-    sequence = Sequence(cut_row(whole.position, axis), None, cut_row(whole.tokens, axis), cut=cut)
+    sequence = Sequence(cut_row(whole.position, axis), None, cut_row(whole.tokens, axis), sharding=cut)
     x = torch.randn(1, job.tokens // axis.size, WIDTH, requires_grad=True)
     with Watch() as watch:
         step(mixer, x, sequence)

@@ -12,8 +12,8 @@ from torch import Tensor
 from kernels.compressed_attention import Choice, entry_importance, select_by_entries
 from kernels.document_windows import Windows
 from kernels.places import at_places, queries_at_once, query_tokens
-from model.cut import View
 from model.peers import Peers
+from model.sequence_sharding import AttentionView
 
 # Numbers of attention to blocks that a slab of queries may hold: bounds memory, not the result.
 SLAB = 1 << 24
@@ -23,7 +23,7 @@ SLAB = 1 << 24
 def select_with_peers(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B N G K"],
-    view: View,
+    view: AttentionView,
     peers: Peers,
     *,
     entries: Windows,

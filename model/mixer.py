@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import model.mixers
 from conf.compose import Config
-from model.cut import WHOLE, Compression, Cut, View
 from model.peers import ALONE, Peers
 from model.rotary import RotaryScaling, rotary_table
+from model.sequence_sharding import UNSHARDED, AttentionView, Compression, SequenceSharding
 
 
 class Later(NamedTuple):
@@ -36,7 +36,7 @@ class Sequence:
 
     document is None when each row is one document, which lets kernels skip masks. tokens are the ids, for
     what goes by them. draw is a number in [0, 1), new for each training step and the same for all layers and
-    ranks, for what goes by chance; None outside training. cut is how rows are cut over ranks, where all else
+    ranks, for what goes by chance; None outside training. sharding is how rows are sharded over ranks, where all else
     is of this rank's tokens. later is what modules that predict further ahead read, where it does
     not follow from these tokens alone.
     """
@@ -49,7 +49,7 @@ class Sequence:
     _tables: dict[tuple[int, float, RotaryScaling | None], tuple[Tensor, Tensor]] = field(
         default_factory=dict, repr=False
     )
-    cut: Cut = WHOLE
+    sharding: SequenceSharding = UNSHARDED
 
     @staticmethod
     def whole(tokens: Int[Tensor, "B T"]) -> "Sequence":
@@ -57,13 +57,13 @@ class Sequence:
         position = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         return Sequence(position, None, tokens)
 
-    def view(self, reach: int | None = None) -> View:
+    def view(self, reach: int | None = None) -> AttentionView:
         """Queries beside the keys of so many tokens to the left; None reaches to the start of the row."""
-        return self.cut.view(self.position, self.document, reach)
+        return self.sharding.view(self.position, self.document, reach)
 
     def compression(self, length: int, stride: int, before: int = 0) -> Compression:
         """The complete windows of the documents; an entry reads `before` tokens before its window."""
-        return self.cut.compression(self.position, self.document, length, stride, before)
+        return self.sharding.compression(self.position, self.document, length, stride, before)
 
     def rotary_table(
         self, dim: int, theta: float, scaling: RotaryScaling | None = None
@@ -76,7 +76,7 @@ class Sequence:
 
 
 class Split(NamedTuple):
-    """How a parameter may be cut over tensor-parallel ranks: along `dim`, between whole units of `unit`.
+    """How a parameter may be sharded over tensor-parallel ranks: along `dim`, between whole units of `unit`.
 
     `rows` are the lengths of the parts along `dim`, each cut by its own units; None is the whole dim.
     A dim of None keeps a copy on every rank.
@@ -88,7 +88,7 @@ class Split(NamedTuple):
 
 
 class Context(NamedTuple):
-    """How a mixer works on a sequence that is cut over ranks, and how many tokens it reads to the left.
+    """How a mixer works on a sequence that is sharded over ranks, and how many tokens it reads to the left.
 
     gather: keys and values of all ranks are brought together. state: a summary of each chunk is passed on.
     """
@@ -191,17 +191,17 @@ class MixerConfig(Config, ABC):
         """Bytes per token that a training step keeps for backward, norms and residual left out."""
 
     def cut_activation_bytes(self, *, element_bytes: int = 2) -> int:
-        """Bytes per token that it keeps beyond `activation_bytes` where rows are cut over ranks."""
+        """Bytes per token that it keeps beyond `activation_bytes` where rows are sharded over ranks."""
         return 0
 
     @abstractmethod
     def roles(self, width: int) -> Mapping[str, Split]:
-        """For each parameter name of the built module, how it may be cut over tensor-parallel ranks."""
+        """For each parameter name of the built module, how it may be sharded over tensor-parallel ranks."""
 
     @property
     @abstractmethod
     def context(self) -> Context:
-        """How the mixer works on a sequence cut over ranks."""
+        """How the mixer works on a sequence sharded over ranks."""
 
     @property
     def selection(self) -> Literal["makes", "reads"] | None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from conf.errors import CheckpointError
 from model.config import Architecture
 from model.hf.fields import Fields, shown
-from model.hf.pieces import Piece, View, entry, rows, whole
+from model.hf.pieces import Piece, TensorView, entry, rows, whole
 from model.layout import NONE, Layer
 from model.mixers.attn import AttnConfig
 from model.rotary import RotaryScaling
@@ -71,7 +71,9 @@ def experts_apart(
         yield Piece(f"{ours}down", f"{theirs}{expert}.{down}", entry(expert))
 
 
-def experts_fused(ours: str, theirs: str, names: tuple[str, str], view: View = whole) -> Iterator[Piece]:
+def experts_fused(
+    ours: str, theirs: str, names: tuple[str, str], view: TensorView = whole
+) -> Iterator[Piece]:
     """Routed experts in one tensor each way; `view` turns one of ours into the shape of theirs."""
     for mine, name in zip(("gate_up", "down"), names, strict=True):
         yield Piece(f"{ours}{mine}", f"{theirs}{name}", view)

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from conf.errors import CheckpointError
 
-View = Callable[[Tensor], Tensor]
+TensorView = Callable[[Tensor], Tensor]
 
 
 def whole(x: Tensor) -> Tensor:
@@ -29,12 +29,12 @@ class Piece(NamedTuple):
 
     ours: str
     theirs: str
-    ours_view: View = whole
-    theirs_view: View = whole
+    ours_view: TensorView = whole
+    theirs_view: TensorView = whole
     shape: tuple[int, ...] | None = None
 
 
-def rows(*sizes: int) -> list[View]:
+def rows(*sizes: int) -> list[TensorView]:
     """A view for each run of rows, in order."""
     views, start = [], 0
     for size in sizes:
@@ -43,21 +43,21 @@ def rows(*sizes: int) -> list[View]:
     return views
 
 
-def _rows(start: int, end: int) -> View:
+def _rows(start: int, end: int) -> TensorView:
     return lambda x: x[start:end]
 
 
-def head_rows(heads: int, stride: int, start: int, size: int, *, first: int = 0) -> View:
+def head_rows(heads: int, stride: int, start: int, size: int, *, first: int = 0) -> TensorView:
     """From row `first` on, heads of `stride` rows; of each, `size` rows from `start`."""
     return lambda x: x[first : first + heads * stride].unflatten(0, (heads, stride))[:, start : start + size]
 
 
-def entry(index: int, then: View = whole) -> View:
+def entry(index: int, then: TensorView = whole) -> TensorView:
     """`then` of one entry along the first dim, such as one expert."""
     return lambda x: then(x[index])
 
 
-def shaped(*shape: int) -> View:
+def shaped(*shape: int) -> TensorView:
     """The same numbers in another shape."""
     return lambda x: x.view(shape)
 

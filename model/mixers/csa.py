@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from kernels.indexer import index_loss_of_chosen, index_select
 from kernels.rotary import rotate
-from model.cut import Compression
 from model.linear import Linear
 from model.mixer import Context, Mixed, Sequence, Split
 from model.mixers.hca import Compressor, SharedKeyConfig, SharedKeyMixer, compressor_roles
+from model.sequence_sharding import Compression
 
 
 class CsaConfig(SharedKeyConfig):

@@ -12,10 +12,10 @@ from kernels.attention import attention_with_lse
 from kernels.indexer import index_loss, index_loss_of_chosen, index_select, pool_keys, pool_selection
 from kernels.rotary import RotaryLayout, rotate
 from kernels.selected_attention import selected_attention, selected_attention_with_shares
-from model.cut import View
 from model.linear import Initial, LayerNorm, Linear
 from model.mixer import Flops, Mixed, Sequence, Split
 from model.mixers.mla import LatentConfig, LatentMixer, Latents
+from model.sequence_sharding import AttentionView
 
 
 class DsaConfig(LatentConfig):
@@ -233,7 +233,7 @@ class Dsa(LatentMixer):
         # The latent is what all heads read, and the first part of their keys.
         return self.config.latent_dim
 
-    def _in_latent(self, latents: Latents, view: View) -> tuple[Tensor, Tensor]:
+    def _in_latent(self, latents: Latents, view: AttentionView) -> tuple[Tensor, Tensor]:
         """Queries and keys in the space of the latent: there all heads read the same keys, gathered once."""
         config = self.config
         own, shared = latents.q.split([config.key_dim, config.shared_key_dim], dim=-1)

@@ -138,25 +138,25 @@ class ConvWeight(nn.Module):
         self, x: Float[Tensor, "B T D"], sequence: Sequence, *, has_silu: bool = True
     ) -> Float[Tensor, "B T D"]:
         """The convolution, document by document, through SiLU or not."""
-        cut, bias = sequence.cut, None if self.bias is None else self.bias.to(x.dtype)
-        document = None if sequence.document is None else cut.chunks(sequence.document)
+        sharding, bias = sequence.sharding, None if self.bias is None else self.bias.to(x.dtype)
+        document = None if sequence.document is None else sharding.chunks(sequence.document)
         out = short_convolution(
-            cut.chunks(x),
+            sharding.chunks(x),
             self.weight.to(x.dtype),
             bias,
             document=document,
             state=self._tail(x, sequence),
             has_silu=has_silu,
         )
-        return cut.restore(out)
+        return sharding.restore(out)
 
     def _tail(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "X U D"] | None:
         # The tokens before each chunk, zero where they are of another document than the chunk's first one.
         count = self.weight.shape[1] - 1
-        tail = sequence.cut.before(x, count) if count else None
+        tail = sequence.sharding.before(x, count) if count else None
         if tail is None:
             return None
-        first = sequence.cut.chunks(sequence.position)[:, :1]
+        first = sequence.sharding.chunks(sequence.position)[:, :1]
         distance = torch.arange(count, 0, -1, device=x.device)
         return tail * (distance <= first)[..., None]
 
@@ -199,7 +199,7 @@ class Gdn(Mixer):
         q, k, v, beta = self._prepare(self.conv(mixed, sequence), beta)
         log_decay = self.decay(rate) if config.has_decay else torch.zeros_like(beta)
         inputs = (q, k, v, log_decay, beta)
-        out = sequence.cut.recur(DeltaRule(), inputs, sequence.position, sequence.document)
+        out = sequence.sharding.recur(DeltaRule(), inputs, sequence.position, sequence.document)
         return self._close(out, gate)
 
     def _prepare(self, mixed: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

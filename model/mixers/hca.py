@@ -18,10 +18,10 @@ from kernels.compressed_attention import joint_attention
 from kernels.document_windows import Windows
 from kernels.norm import rms_norm
 from kernels.rotary import rotate
-from model.cut import Compression
 from model.linear import Initial, Linear, RMSNorm
 from model.mixer import Context, Flops, Mixed, Mixer, MixerConfig, Sequence, Split
 from model.rotary import RotaryScaling, rotary_table
+from model.sequence_sharding import Compression
 
 
 class SharedKeyConfig(MixerConfig):

@@ -150,7 +150,7 @@ class Kda(Mixer):
         q, k, v, beta = self._prepare(self.conv(mixed, sequence), beta)
         log_decay = self.decay(self.decay_up_proj(self.decay_down_proj(x)))
         inputs = (q, k, v, log_decay, beta)
-        out = sequence.cut.recur(DeltaRule(), inputs, sequence.position, sequence.document)
+        out = sequence.sharding.recur(DeltaRule(), inputs, sequence.position, sequence.document)
         return self._close(out, x)
 
     def _prepare(self, mixed: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -165,7 +165,7 @@ class Lightning(Mixer):
         if config.has_scale:
             q = q * config.key_dim**-0.5
         inputs = (q, k, v, self._log_decay(x, rate))
-        out = sequence.cut.recur(LinearAttention(), inputs, sequence.position, sequence.document)
+        out = sequence.sharding.recur(LinearAttention(), inputs, sequence.position, sequence.document)
         out = out.flatten(-2) if config.norm == "all_heads" else out
         peers = self.peers if config.norm == "all_heads" else ALONE
         gates = () if config.output_gate == "none" else (gate.view(out.shape),)

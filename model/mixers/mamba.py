@@ -148,6 +148,6 @@ class Mamba(Mixer):
             dt, k, q = self.dt_norm(dt), self.k_norm(k), self.q_norm(q)
         step, rate = self.step(self.dt_proj(dt))
         inputs = (mixed, step, k, q)
-        out = sequence.cut.recur(SelectiveScan(rate), inputs, sequence.position, sequence.document)
+        out = sequence.sharding.recur(SelectiveScan(rate), inputs, sequence.position, sequence.document)
         out = out + mixed * self.skip.to(x.dtype)
         return self.out_proj(out * silu(gate))

@@ -182,6 +182,6 @@ class Mamba2(Mixer):
         step, log_decay = self.step(step)
         written = (v * step[..., None]).to(x.dtype)
         inputs = (q, k, written, log_decay)
-        out = sequence.cut.recur(LinearAttention(), inputs, sequence.position, sequence.document)
+        out = sequence.sharding.recur(LinearAttention(), inputs, sequence.position, sequence.document)
         out = out + v * self.skip.to(x.dtype)[:, None]
         return self.out_proj(self.out_norm(out.flatten(-2), gate, self.peers))

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from kernels.attention import attention
 from kernels.rotary import RotaryLayout, rotate
-from model.cut import View
 from model.linear import Linear, RMSNorm
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
 from model.rotary import RotaryScaling
+from model.sequence_sharding import AttentionView
 
 
 class LatentConfig(MixerConfig):
@@ -159,7 +159,7 @@ class LatentMixer(Mixer):
         return Latents(q_latent, q, kv_latent, shared)
 
     def keys_values(
-        self, latents: Latents, view: View
+        self, latents: Latents, view: AttentionView
     ) -> tuple[Float[Tensor, "B S H K"], Float[Tensor, "B S H V"]]:
         """The keys and values of each head; latents travel, and every rank makes keys of them."""
         keys, values = self.kv_proj(view.keys(latents.kv_latent)).split(self.latent._up(), dim=-1)

@@ -15,10 +15,10 @@ from kernels.compressed_attention import Choice, entry_attention
 from kernels.document_windows import Windows, document_windows
 from kernels.rotary import rotate
 from model.choice import select_with_peers
-from model.cut import Compression
 from model.linear import Initial, Linear
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
 from model.mixers.moba import keys_seen
+from model.sequence_sharding import Compression
 
 
 class NsaConfig(MixerConfig):

@@ -15,10 +15,10 @@ from kernels.compressed_attention import Choice
 from kernels.document_windows import document_windows
 from kernels.rotary import rotate
 from model.choice import select_with_peers
-from model.cut import View
 from model.linear import Linear
 from model.mixer import Context, Flops, Mixed, Mixer, MixerConfig, Sequence, Split
 from model.mixers.moba import keys_seen
+from model.sequence_sharding import AttentionView
 
 
 class SsaConfig(MixerConfig):
@@ -126,11 +126,11 @@ class Ssa(Mixer):
         losses = {"alignment": config.alignment_loss / (self.depth * self.peers.size) * _apart(full, sparse)}
         return Mixed(self.out_proj(drawn.flatten(-2)), losses)
 
-    def _full(self, q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
+    def _full(self, q: Tensor, k: Tensor, v: Tensor, view: AttentionView) -> Tensor:
         scale, document, places = self.config.head_dim**-0.5, view.document, view.places
         return attention(q, k, v, scale=scale, document=document, places=places)
 
-    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
+    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, view: AttentionView) -> Tensor:
         config = self.config
         options = {"position": view.position, "places": view.places, "scale": config.head_dim**-0.5}
         blocks = document_windows(view.position, config.block, config.block)

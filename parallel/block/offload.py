@@ -17,7 +17,7 @@ LEAST_BYTES = 2**20
 
 
 @dataclass
-class Away:
+class HostCopy:
     """A storage in host memory, and the device that it comes back to.
 
     back is its last copy there, as long as anybody uses it.
@@ -36,10 +36,10 @@ class Away:
         return storage
 
 
-class View(NamedTuple):
+class OffloadedTensor(NamedTuple):
     """A tensor whose storage is away."""
 
-    away: Away
+    away: HostCopy
     dtype: torch.dtype
     offset: int
     shape: torch.Size
@@ -85,9 +85,9 @@ class Hooks:
     parameters: Callable[[], Iterable[nn.Parameter]]
     least_bytes: int
     # What is already away, by address and version; the reference tells whether it still lies there.
-    known: dict[tuple[int, int], tuple["weakref.ref[UntypedStorage]", Away]] = field(default_factory=dict)
+    known: dict[tuple[int, int], tuple["weakref.ref[UntypedStorage]", HostCopy]] = field(default_factory=dict)
 
-    def pack(self, x: Tensor) -> Tensor | View:
+    def pack(self, x: Tensor) -> Tensor | OffloadedTensor:
         """x, or what brings it back."""
         storage = x.untyped_storage()
         if storage.nbytes() < max(1, self.least_bytes) or self._is_parameter(storage):
@@ -97,12 +97,12 @@ class Hooks:
         if known is None or known[0]() is None:
             source = torch.empty(0, dtype=torch.uint8, device=x.device).set_(storage)
             copy = torch.empty_like(source, device="cpu", pin_memory=x.device.type != "cpu")
-            known = weakref.ref(storage), Away(copy.copy_(source, non_blocking=True), x.device)
+            known = weakref.ref(storage), HostCopy(copy.copy_(source, non_blocking=True), x.device)
             self.known[place] = known
-        return View(known[1], x.dtype, int(x.storage_offset()), x.shape, x.stride())
+        return OffloadedTensor(known[1], x.dtype, int(x.storage_offset()), x.shape, x.stride())
 
     @staticmethod
-    def unpack(packed: Tensor | View) -> Tensor:
+    def unpack(packed: Tensor | OffloadedTensor) -> Tensor:
         """The tensor with the strides that it had."""
         if isinstance(packed, Tensor):
             return packed

@@ -1,4 +1,4 @@
-"""The head-tail cut of rows over the ranks of the context axis, and what moves between chunks.
+"""The head-tail sharding of rows over the ranks of the context axis, and what moves between chunks.
 
 A row has 2 R chunks of c tokens; rank r holds chunk r in front and chunk 2 R - 1 - r behind it, so that
 causal work is even. Letters: B rows, R ranks, c tokens of a chunk, T = 2 c tokens of a row on one rank,

@@ -1,22 +1,22 @@
-"""The head-tail cut of rows as mixers meet it."""
+"""The head-tail sharding of rows as mixers meet it."""
 
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from data.loader import Batch
-from model.cut import Cut
 from model.mixer import Later, Sequence
 from model.prediction import later_in_rows
 from model.recurrence import Recurrence
+from model.sequence_sharding import SequenceSharding
 from parallel.context.chunks import cut_row, join_chunks, split_chunks, tails_before
 from parallel.context.states import pass_back, start_states
-from parallel.context.view import ContextView
+from parallel.context.view import HeadTailViews
 from parallel.mesh.axes import Axis
 from parallel.micro_batches import MicroBatch
 
 
-class HeadTail(ContextView, Cut):
+class HeadTailSharding(HeadTailViews, SequenceSharding):
     """Rows in two chunks per rank of the context axis. before, recur and what views give are collective."""
 
     def before(self, x: Float[Tensor, "B T *E"], count: int) -> Float[Tensor, "X U *E"]:
@@ -67,6 +67,11 @@ def cut_rows(batch: Batch, axis: Axis, *, draw: float | None = None, predicted: 
     later = tuple(Later(cut_row(one.tokens, axis), cut_row(one.targets, axis)) for one in every)
     position, document, tokens = (cut_row(x, axis) for x in (batch.position, batch.document, batch.tokens))
     sequence = Sequence(
-        position, document, tokens, draw, later, cut=HeadTail(axis, batch.position, batch.document)
+        position,
+        document,
+        tokens,
+        draw,
+        later,
+        sharding=HeadTailSharding(axis, batch.position, batch.document),
     )
     return MicroBatch(cut_row(batch.targets, axis), sequence)

@@ -1,4 +1,4 @@
-"""States of linear recurrences across the chunks of rows that are cut over ranks.
+"""States of linear recurrences across the chunks of rows that are sharded over ranks.
 
 The affine maps of all chunks of a head go to one rank, its owner, which walks along the row and sends every
 chunk the state that enters it; backward, gradients go the same way from the end of the row. What moves does

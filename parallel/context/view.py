@@ -1,4 +1,4 @@
-"""What a mixer sees of rows under the head-tail cut: whole rows of keys, neighbouring keys, and entries.
+"""What a mixer sees of rows under the head-tail sharding: whole rows of keys, neighbouring keys, and entries.
 
 Letters: B rows, R ranks, c tokens of a chunk, T = 2 c tokens of a row on one rank, S = 2 R c tokens of a row,
 U tokens before a chunk, X = 2 B rows of one chunk each, M and N slots of windows of such a row and of a whole
@@ -12,29 +12,29 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from kernels.document_windows import document_windows
-from model.cut import Compression, View
+from model.sequence_sharding import AttentionView, Compression
 from parallel.context.chunks import join_chunks, split_chunks, tails_before, whole_row
 from parallel.mesh.axes import Axis
 
 
-class ContextView:
-    """`view` and `compression` of rows of which this rank holds a head-tail cut along `axis`.
+class HeadTailViews:
+    """`view` and `compression` of rows of which this rank holds a head-tail sharding along `axis`.
 
     position and document are those of the whole rows, which the loader gives every rank: nothing is exchanged
     for them. What follows from them is kept, and every layer finds it. What methods are given of this rank's
-    tokens, as of any cut, is a part of these and not looked at.
+    tokens, as of any sharding, is a part of these and not looked at.
     """
 
     def __init__(self, axis: Axis, position: Int[Tensor, "B S"], document: Int[Tensor, "B S"] | None) -> None:
         self.axis = axis
         self._position = position
         self._document = document
-        self._views: dict[int | None, View] = {}
+        self._views: dict[int | None, AttentionView] = {}
         self._compressions: dict[tuple[int, int, int], Compression] = {}
 
     def view(
         self, position: Int[Tensor, "B T"], document: Int[Tensor, "B T"] | None, reach: int | None
-    ) -> View:
+    ) -> AttentionView:
         """Whole rows for a reach of None; else each chunk a row behind `reach` tokens before it."""
         if reach not in self._views:
             self._views[reach] = self._whole() if reach is None else self._near(reach)
@@ -60,7 +60,7 @@ class ContextView:
         chunks = axis.rank, 2 * axis.size - 1 - axis.rank
         return torch.tensor(chunks, device=self._position.device) * size
 
-    def _whole(self) -> View:
+    def _whole(self) -> AttentionView:
         size = self._position.shape[1] // (2 * self.axis.size)
         places = (self._starts()[:, None] + torch.arange(size, device=self._position.device)).flatten()
         places = places.expand(self._position.shape[0], -1).contiguous()
@@ -68,9 +68,9 @@ class ContextView:
         def keys(x: Shaped[Tensor, "B T *E"]) -> Shaped[Tensor, "B S *E"]:
             return whole_row(x, self.axis)
 
-        return View(self._position, self._document, places, _same, keys, _same)
+        return AttentionView(self._position, self._document, places, _same, keys, _same)
 
-    def _near(self, reach: int) -> View:
+    def _near(self, reach: int) -> AttentionView:
         size = self._position.shape[1] // (2 * self.axis.size)
         token, is_token = self._tokens(reach)
         position = self._position[:, token].masked_fill(~is_token, 0).flatten(0, 1)
@@ -80,7 +80,9 @@ class ContextView:
             lower = self._document[:, :1, None] - 1
             document = torch.where(is_token, self._document[:, token], lower).flatten(0, 1)
         places = torch.arange(reach, reach + size, device=position.device).expand(position.shape[0], -1)
-        return View(position, document, places.contiguous(), split_chunks, self._behind(reach), join_chunks)
+        return AttentionView(
+            position, document, places.contiguous(), split_chunks, self._behind(reach), join_chunks
+        )
 
     def _tokens(self, reach: int) -> tuple[Int[Tensor, "2 C"], Bool[Tensor, "2 C"]]:
         """The token of the row at each place of both chunks with `reach` before; False before the row."""

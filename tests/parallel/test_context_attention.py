@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.cut import WHOLE, View
 from model.mixer import Mixed, Mixer, MixerConfig, Sequence
+from model.sequence_sharding import UNSHARDED, AttentionView
 from parallel import context_view
 from parallel.config.degrees import Degrees
 from parallel.context.chunks import cut_row, tails_before, whole_row
-from parallel.context.sharding import HeadTail
+from parallel.context.sharding import HeadTailSharding
 from parallel.mesh.axes import Axis, open_axes
 from parallel.mesh.collectives import gather
 from tests.architectures import randomise, small_architecture
@@ -114,15 +114,15 @@ def no_tails(x: Tensor, axis: Axis, count: int) -> Tensor:
     return 0.0 * tails_before(x, axis, count)
 
 
-def one_behind(position: Tensor, document: Tensor | None, places: Tensor | None, *rest: Any) -> View:
-    return View(position, document, None if places is None else (places - 1).clamp(min=0), *rest)
+def one_behind(position: Tensor, document: Tensor | None, places: Tensor | None, *rest: Any) -> AttentionView:
+    return AttentionView(position, document, None if places is None else (places - 1).clamp(min=0), *rest)
 
 
 # What is put in place of a function of the views.
 BROKEN: dict[str, tuple[str, Any]] = {
     "rank order": ("whole_row", in_rank_order),
     "no halo": ("tails_before", no_tails),
-    "places": ("View", one_behind),
+    "places": ("AttentionView", one_behind),
 }
 
 
@@ -132,13 +132,19 @@ def results(setting: Setting, documents: str, axis: Axis | None) -> dict[str, Te
     x, weight = (torch.randn(2, TOKENS, WIDTH, generator=draw).double() for _ in range(2))
     position, document = packed(documents)
     selection = nearest(position)
-    cut = WHOLE if axis is None else HeadTail(axis, position, None if documents == "one" else document)
+    cut = (
+        UNSHARDED
+        if axis is None
+        else HeadTailSharding(axis, position, None if documents == "one" else document)
+    )
     if axis is not None:
         x, weight, position, document, selection = (
             cut_row(part, axis) for part in (x, weight, position, document, selection)
         )
     x = x.requires_grad_()
-    sequence = Sequence(position, None if documents == "one" else document, position, setting.draw, cut=cut)
+    sequence = Sequence(
+        position, None if documents == "one" else document, position, setting.draw, sharding=cut
+    )
     mixed = mixer(x, sequence, selection) if mixer.shares_selection else mixer(x, sequence)
     mixed = Mixed(mixed) if isinstance(mixed, Tensor) else mixed
     # Losses weigh enough to show in every gradient.
@@ -208,7 +214,7 @@ def test_a_broken_view_shows(broken: str) -> None:
 
 def test_layers_find_the_view_of_the_first() -> None:
     position, document = packed("mixed")
-    cut = HeadTail(Axis("cp", 0, (0,), None), position, document)
+    cut = HeadTailSharding(Axis("cp", 0, (0,), None), position, document)
     assert cut.view(position, document, 3) is cut.view(position, document, 3)
     assert cut.view(position, document, 3) is not cut.view(position, document, 4)
     made = cut.compression(position, document, 4, 4, 0)
@@ -218,7 +224,7 @@ def test_layers_find_the_view_of_the_first() -> None:
 
 def test_nothing_is_seen_before_a_row() -> None:
     rows = packed("one")
-    view = HeadTail(Axis("cp", 0, (0,), None), *rows).view(*rows, 3)
+    view = HeadTailSharding(Axis("cp", 0, (0,), None), *rows).view(*rows, 3)
     assert view.document is not None
     assert view.places is not None
     assert view.document[:, :4].tolist() == [[-1, -1, -1, 0], [0, 0, 0, 0]] * 2

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.choose import chosen
-from model.cut import View
 from model.mixer import Mixer, MixerConfig, Sequence
 from model.mixers.lightning import LightningConfig
 from model.recurrence import Recurrence
+from model.sequence_sharding import AttentionView
 from parallel.config.degrees import Degrees
 from parallel.context.chunks import cut_row, whole_row
-from parallel.context.sharding import HeadTail
+from parallel.context.sharding import HeadTailSharding
 from parallel.mesh.axes import Axis, open_axes
 from tests.architectures import randomise, small_architecture
 from tests.closeness import relative
@@ -41,10 +41,10 @@ FIELDS = {
 }
 
 
-class Chunks(HeadTail):
+class Chunks(HeadTailSharding):
     """The head-tail cut for mixers that take no view."""
 
-    def view(self, position: Tensor, document: Tensor | None, reach: int | None) -> View:
+    def view(self, position: Tensor, document: Tensor | None, reach: int | None) -> AttentionView:
         raise AssertionError("no linear mixer takes a view")
 
 
@@ -126,7 +126,7 @@ def alone(config: MixerConfig, case: Case) -> list[Tensor]:
 def cut(sequence: Sequence, axis: Axis, how: type[Chunks]) -> Sequence:
     document = None if sequence.document is None else cut_row(sequence.document, axis)
     position, tokens = (cut_row(x, axis) for x in (sequence.position, sequence.tokens))
-    return Sequence(position, document, tokens, cut=how(axis, sequence.position, sequence.document))
+    return Sequence(position, document, tokens, sharding=how(axis, sequence.position, sequence.document))
 
 
 def on_axis(axis: Axis, how: type[Chunks], config: MixerConfig, case: Case, shift: int = 0) -> list[Tensor]:

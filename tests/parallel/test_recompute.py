@@ -14,7 +14,7 @@ from model.block import Block
 from model.config import Architecture
 from model.language_model import LanguageModel
 from model.mixer import Sequence
-from parallel.block.offload import Hooks, View
+from parallel.block.offload import Hooks, OffloadedTensor
 from parallel.block.recompute import Recompute
 from parallel.config.degrees import Degrees
 from tests.parallel.layouts import (
@@ -169,8 +169,8 @@ def test_a_storage_moves_once_and_parameters_stay() -> None:
     hooks = Hooks(owner.parameters, 0)
     whole = torch.randn(4, 24)
     left, right = (hooks.pack(part) for part in whole.split([8, 16], dim=1))
-    assert isinstance(left, View)
-    assert isinstance(right, View)
+    assert isinstance(left, OffloadedTensor)
+    assert isinstance(right, OffloadedTensor)
     assert left.away is right.away
     back = [Hooks.unpack(part) for part in (left, right)]
     for found, expected in zip(back, whole.split([8, 16], dim=1), strict=True):
@@ -182,7 +182,7 @@ def test_a_storage_moves_once_and_parameters_stay() -> None:
     # What is written to afterwards is another tensor.
     whole.zero_()
     later = hooks.pack(whole)
-    assert isinstance(later, View)
+    assert isinstance(later, OffloadedTensor)
     assert later.away is not left.away
     assert not Hooks.unpack(later).any()
 

@@ -9,7 +9,7 @@ from model.layout import Layer
 from model.mixer import Sequence as Tokens
 from model.recurrence import DeltaRule
 from parallel.block.recompute import recompute
-from parallel.context.sharding import HeadTail
+from parallel.context.sharding import HeadTailSharding
 from parallel.mesh.axes import Axis
 from tests.architectures import random_model, small_architecture
 from tests.live_bytes import LiveBytes
@@ -86,7 +86,7 @@ def test_a_cut_row_keeps_what_tokens_read_of_the_state_before() -> None:
         inputs = (keys, keys.flip(1), values, -rates, rates.clone())
         inputs = tuple(x.requires_grad_() for x in inputs)
         position = torch.arange(length).expand(2, -1)
-        cut = HeadTail(Axis("cp", 0, (0,), None), position, None)
+        cut = HeadTailSharding(Axis("cp", 0, (0,), None), position, None)
         with LiveBytes([*inputs, position]) as live:
             if is_cut:
                 out = cut.recur(DeltaRule(), inputs, position, None)

@@ -21,7 +21,7 @@ from model.hf.parts import (
     plain_layer,
     skeleton,
 )
-from model.hf.pieces import Piece, View, rows
+from model.hf.pieces import Piece, TensorView, rows
 from model.mixers.kda import KdaConfig
 
 KINDS = {"linear_attention": "kda", "full_attention": "mla"}
@@ -178,7 +178,7 @@ def dense_as_saved(config: Architecture) -> Iterator[Piece]:
             yield from dense_pieces(config, index, "block_sparse_moe")
 
 
-def kda_pieces(ours: str, theirs: str, kda: KdaConfig, rates: View) -> Iterator[Piece]:
+def kda_pieces(ours: str, theirs: str, kda: KdaConfig, rates: TensorView) -> Iterator[Piece]:
     """Projections and convolutions one by one; `rates` gives the rates the shape that theirs have."""
     keys, values = kda.num_heads * kda.key_dim, kda.num_heads * kda.value_dim
     sizes = {"q": keys, "k": keys, "v": values}
@@ -195,7 +195,7 @@ def kda_pieces(ours: str, theirs: str, kda: KdaConfig, rates: View) -> Iterator[
     yield Piece(f"{ours}out_proj.weight", f"{theirs}o_proj.weight")
 
 
-def _with_channel(view: View) -> View:
+def _with_channel(view: TensorView) -> TensorView:
     return lambda x: view(x)[:, None]
 
 

@@ -21,7 +21,7 @@ from model.hf.parts import (
     rotary_share,
     skeleton,
 )
-from model.hf.pieces import Piece, View, head_rows
+from model.hf.pieces import Piece, TensorView, head_rows
 from model.layout import Layer
 from model.mixers.attn import AttnConfig
 from model.mixers.gdn import GdnConfig
@@ -188,7 +188,7 @@ def gated_attn_pieces(ours: str, theirs: str, attn: AttnConfig, width: int) -> I
     yield Piece(f"{ours}k_norm.weight", f"{theirs}k_norm.weight")
 
 
-def _slice(start: int, size: int) -> View:
+def _slice(start: int, size: int) -> TensorView:
     return lambda x: x[start : start + size]
 
 

@@ -1,8 +1,9 @@
-"""How a mixer meets a row of tokens that may be cut over ranks.
+"""How a mixer meets a row of tokens that may be sharded over ranks.
 
-One process holds whole rows, and everything here is the identity. Context parallelism puts another `Cut`
+One process holds whole rows, and everything here is the identity. Context parallelism puts another
+`SequenceSharding`
 into the `Sequence`: a rank then holds some chunks of each row, and what a mixer needs of the others comes
-through the cut. A mixer is written once, for both.
+through it. A mixer is written once, for both.
 
 Letters: B rows, T tokens of a row on this rank, S tokens that a view reaches, X rows of a view.
 """
@@ -19,7 +20,7 @@ from model.recurrence import Recurrence
 
 
 @dataclass(frozen=True)
-class View:
+class AttentionView:
     """Queries beside the keys that they may reach, as rows that a kernel takes.
 
     Of [B T ...] tensors of this rank, `queries` makes [X Q ...], `keys` makes [X S ...], and `restore` makes
@@ -53,13 +54,13 @@ class Compression:
     entries: Callable[[Tensor], Tensor]
 
 
-class Cut(ABC):
-    """How the rows of a sequence are cut over ranks."""
+class SequenceSharding(ABC):
+    """How the rows of a sequence are sharded over ranks."""
 
     @abstractmethod
     def view(
         self, position: Int[Tensor, "B T"], document: Int[Tensor, "B T"] | None, reach: int | None
-    ) -> View:
+    ) -> AttentionView:
         """What queries meet that reach so many tokens to the left.
 
         None reaches to the start of the row: then keys are whole rows and queries stay as they are, X = B.
@@ -105,14 +106,14 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-class Whole(Cut):
-    """Rows that are not cut."""
+class Unsharded(SequenceSharding):
+    """Rows that are whole on this rank."""
 
     def view(
         self, position: Int[Tensor, "B T"], document: Int[Tensor, "B T"] | None, reach: int | None
-    ) -> View:
+    ) -> AttentionView:
         """Queries and keys are the same tokens."""
-        return View(position, document, None, _same, _same, _same)
+        return AttentionView(position, document, None, _same, _same, _same)
 
     def compression(
         self,
@@ -149,4 +150,4 @@ class Whole(Cut):
         return recurrence.run(inputs, document, None)[0]
 
 
-WHOLE = Whole()
+UNSHARDED = Unsharded()
