@@ -30,7 +30,7 @@ SLICE = (
     "model=qwen3_next_80b_a3b",
     "model.depth=4",
     "moe.num_experts=64",
-    "model.prediction.depth=0",
+    "model.mtp.depth=0",
     "precision=bf16",
 )
 PLAIN, COMPILED = "weft", "weft, parallel.compile=true"

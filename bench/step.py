@@ -40,8 +40,8 @@ OWN = ("only", "lengths")
 OURS, COMPILED = "weft", "weft, parallel.compile=true"
 PEER, PEER_FLUSHED = "transformers", "transformers, denormals flushed"
 SIDES = (OURS, COMPILED, PEER, PEER_FLUSHED)
-# Transformers has no modules that predict ahead, and turns whole heads in MiniMax-Text-01.
-SAME = ("moe.balance_loss=0.0", "model.prediction.depth=0")
+# Transformers has no MTP modules, and turns whole heads in MiniMax-Text-01.
+SAME = ("moe.balance_loss=0.0", "model.mtp.depth=0")
 MODELS = {
     "qwen3_next_small": ("qwen3_next", ()),
     "deepseek_v3_2_small": ("deepseek_v32", ()),

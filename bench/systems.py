@@ -25,7 +25,7 @@ def table() -> str:
 
 
 def row(name: str) -> str:
-    """Parameters without modules that predict ahead; active ones with embedding and head."""
+    """Parameters without MTP modules; active ones with embedding and head."""
     config = compose([f"model={name}"], Architecture)
     counts = count(config)
     mixers: dict[str, int] = {}

@@ -26,7 +26,7 @@ class Carry(NamedTuple):
     shortcut: Tensor | None = None
 
 
-class Notes(NamedTuple):
+class AuxOutputs(NamedTuple):
     """What a layer reports: its routing if it has experts, and its own losses, summed over tokens."""
 
     routing: Routing | None
@@ -76,19 +76,19 @@ class Block(nn.Module):
 
     def forward(
         self, stream: Float[Tensor, "B T *n D"], sequence: Sequence, carry: Carry
-    ) -> tuple[Float[Tensor, "B T *n D"], Carry, Notes]:
+    ) -> tuple[Float[Tensor, "B T *n D"], Carry, AuxOutputs]:
         """The next residual stream, what the next layer gets beside it, and what happened."""
         return self.run(self._both, stream, sequence, *carry)
 
     def _both(
         self, stream: Tensor, sequence: Sequence, selection: Tensor | None, shortcut: Tensor | None
-    ) -> tuple[Tensor, Carry, Notes]:
+    ) -> tuple[Tensor, Carry, AuxOutputs]:
         losses, routing = {}, None
         if self.mixer is not None:
             stream, selection, losses = self.run_mixer(self._mix, stream, sequence, selection)
         if self.ffn is not None or self.moe is not None:
             stream, shortcut, routing = self.run_ffn(self._feed, stream, sequence, shortcut)
-        return stream, Carry(selection, shortcut), Notes(routing, losses)
+        return stream, Carry(selection, shortcut), AuxOutputs(routing, losses)
 
     def _mix(
         self, stream: Tensor, sequence: Sequence, selection: Tensor | None

@@ -29,16 +29,16 @@ class Architecture(Config):
     def _fits(self) -> "Architecture":
         layers = expand_layers(self.layout, self.model.depth, self.mixer)
         self._check_selections(layers)
-        ahead = self.model.prediction
-        if ahead.depth:
-            for key, name, known in (("mixer", ahead.mixer, self.mixer), ("ffn", ahead.ffn, (MOE, DENSE))):
+        mtp = self.model.mtp
+        if mtp.depth:
+            for key, name, known in (("mixer", mtp.mixer, self.mixer), ("ffn", mtp.ffn, (MOE, DENSE))):
                 if name not in known:
                     hint = did_you_mean(name, known)
                     message = f"{name!r} is not one of {', '.join(sorted(known))}{hint}"
-                    raise ValueError(f"model.prediction.{key}: {message}")
-            if self.mixer[ahead.mixer].selection == "reads":
-                message = "shares the keys that an earlier layer chose; a module ahead has none"
-                raise ValueError(f"model.prediction.mixer: {ahead.mixer} {message}")
+                    raise ValueError(f"model.mtp.{key}: {message}")
+            if self.mixer[mtp.mixer].selection == "reads":
+                message = "shares the keys that an earlier layer chose; an MTP module has none"
+                raise ValueError(f"model.mtp.mixer: {mtp.mixer} {message}")
         return self
 
     def _check_selections(self, layers: tuple[Layer, ...]) -> None:

@@ -10,7 +10,7 @@ from model.mixer import Flops
 
 
 class LayerCount(NamedTuple):
-    """One layer, or one module that predicts ahead. `routed` and `active` are expert parameters, in all and
+    """One layer, or one MTP module. `routed` and `active` are expert parameters, in all and
     per token. `norm_params` are those of the residual stream: norms, and what mixes several streams.
     """
 
@@ -36,12 +36,12 @@ class LayerCount(NamedTuple):
 class ModelCount(NamedTuple):
     """The layers of a model and what surrounds them. Tied tables count once in all, as the head in FLOPs.
 
-    predictions are the modules that predict ahead; they count in `total`, never in `active`.
+    mtp_modules count in `total`, never in `active`.
     """
 
     config: Architecture
     layers: tuple[LayerCount, ...]
-    predictions: tuple[LayerCount, ...]
+    mtp_modules: tuple[LayerCount, ...]
     embedding: int
     head: int
     norm: int
@@ -49,11 +49,11 @@ class ModelCount(NamedTuple):
     @property
     def total(self) -> int:
         """All parameters."""
-        return self.main + sum(layer.params for layer in self.predictions)
+        return self.main + sum(layer.params for layer in self.mtp_modules)
 
     @property
     def main(self) -> int:
-        """All parameters but those that predict further ahead."""
+        """All parameters but those of MTP modules."""
         return sum(layer.params for layer in self.layers) + self.embedding + self.head + self.norm
 
     @property
@@ -73,18 +73,18 @@ class ModelCount(NamedTuple):
                 mixers[layer.mixer] = Flops(before.projections + flops.projections, before.core + flops.core)
             ffn += 2 * (layer.ffn_params + layer.active)
         head = 2.0 * shape.width * shape.vocab_size
-        ahead = 0.0
-        for layer in self.predictions:
-            ahead += head + 2 * (layer.ffn_params + layer.active + 2 * shape.width**2)
+        mtp = 0.0
+        for layer in self.mtp_modules:
+            mtp += head + 2 * (layer.ffn_params + layer.active + 2 * shape.width**2)
             if layer.mixer != NONE:
                 flops = self.config.mixer[layer.mixer].flops(shape.width, context)
-                ahead += flops.projections + flops.core
-        return ModelFlops(mixers, ffn, head, ahead)
+                mtp += flops.projections + flops.core
+        return ModelFlops(mixers, ffn, head, mtp)
 
     def training_flops(self, context: int) -> float:
         """Useful operations per token of a training step: backward counts twice the forward."""
         flops = self.forward_flops(context)
-        return 3 * (flops.total + flops.ahead)
+        return 3 * (flops.total + flops.mtp)
 
     def cache_bytes(self, context: int) -> int:
         """Bytes that decoding keeps for one sequence of `context` tokens, bfloat16 with float32 states."""
@@ -93,14 +93,14 @@ class ModelCount(NamedTuple):
 
 
 class ModelFlops(NamedTuple):
-    """Forward operations per token: by mixer name over all its layers, feed-forward, head, and the modules
-    that predict further ahead, which only training runs.
+    """Forward operations per token: by mixer name over all its layers, feed-forward, head, and the MTP
+    modules, which only training runs.
     """
 
     mixers: dict[str, Flops]
     ffn: float
     head: float
-    ahead: float
+    mtp: float
 
     @property
     def total(self) -> float:
@@ -114,9 +114,9 @@ def count(config: Architecture) -> ModelCount:
     table = shape.vocab_size * shape.width
     layers = tuple(count_layer(config, names) for names in config.layers)
     head = 0 if shape.has_tied_embeddings else table
-    predictions = (count_prediction(config),) * shape.prediction.depth
+    mtp_modules = (count_prediction(config),) * shape.mtp.depth
     return ModelCount(
-        config, layers, predictions, table, head, config.residual.count_head_params(shape.width)
+        config, layers, mtp_modules, table, head, config.residual.count_head_params(shape.width)
     )
 
 
@@ -137,8 +137,8 @@ def count_layer(config: Architecture, names: Layer) -> LayerCount:
 
 
 def count_prediction(config: Architecture) -> LayerCount:
-    """The counts of one module that predicts ahead: a layer, a projection, and its norms."""
-    settings, width = config.model.prediction, config.model.width
+    """The counts of one MTP module: a layer, a projection, and its norms."""
+    settings, width = config.model.mtp, config.model.width
     layer = count_layer(config, Layer(settings.mixer, settings.ffn))
     around = 2 * width**2 + 2 * width + config.residual.count_head_params(width)
     return layer._replace(norm_params=layer.norm_params + around)

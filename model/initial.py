@@ -22,11 +22,11 @@ def initial_values(model: nn.Module) -> dict[str, Initial]:
     return found
 
 
-def draw(name: str, initial: Initial, shape: torch.Size, seed: int) -> Tensor:
+def sample(name: str, initial: Initial, shape: torch.Size, seed: int) -> Tensor:
     """The first value of one parameter, float32, on the CPU."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    return initial.draw(shape, generator)
+    return initial.sample(shape, generator)
 
 
 @torch.no_grad()
@@ -34,4 +34,4 @@ def initialise(model: nn.Module, seed: int) -> None:
     """Gives every parameter of a plain model its first value. Mutates the parameters."""
     initials = initial_values(model)
     for name, parameter in model.named_parameters():
-        parameter.copy_(draw(name, initials[name], parameter.shape, seed))
+        parameter.copy_(sample(name, initials[name], parameter.shape, seed))

@@ -1,4 +1,4 @@
-"""The language model: embedding, blocks, norm, head, and modules that predict further ahead."""
+"""The language model: embedding, blocks, norm, head, and MTP modules."""
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
@@ -9,21 +9,21 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from kernels.cross_entropy import Form as LossForm
-from model.block import Block, Carry, Notes
+from model.block import AuxOutputs, Block, Carry
 from model.config import Architecture
 from model.layout import DENSE, NONE, Layer
 from model.linear import Initial
 from model.mixer import Sequence
 from model.moe.router import Router
-from model.peers import Vocabulary, WholeVocabulary
-from model.prediction import Prediction, later_in_rows
+from model.mtp import MTPModule, shift_rows
 from model.residual import build_collapse, build_norm, open_streams
+from model.tensor_shards import UnshardedVocab, VocabShards
 
 
 class Losses(NamedTuple):
     """Sums, not means: whoever knows the global counts divides.
 
-    cross_entropy is summed over targets, in nats. prediction is that of the tokens further ahead, coefficient
+    cross_entropy is summed over targets, in nats. mtp is that of the MTP modules, coefficient
     included. logit_z, summed over targets, is what large logits cost: a number without a gradient, which is
     in the gradient of the losses that the logits were made for. auxiliary are the other losses by name,
     summed over tokens and layers, coefficients included. load [layers E] and entropy [layers] are those of
@@ -31,7 +31,7 @@ class Losses(NamedTuple):
     """
 
     cross_entropy: Float[Tensor, ""]
-    prediction: Float[Tensor, ""]
+    mtp: Float[Tensor, ""]
     logit_z: Float[Tensor, ""]
     auxiliary: dict[str, Float[Tensor, ""]]
     load: Float[Tensor, "M E"]
@@ -39,14 +39,14 @@ class Losses(NamedTuple):
 
     def parts(self) -> list[Tensor]:
         """All tensors, in an order of their own."""
-        heads = [self.cross_entropy, self.prediction, self.logit_z]
+        heads = [self.cross_entropy, self.mtp, self.logit_z]
         return [*heads, self.load, self.entropy, *self.auxiliary.values()]
 
     def with_parts(self, parts: list[Tensor]) -> "Losses":
         """The same with other tensors, in the order of `parts`."""
-        cross_entropy, prediction, logit_z, load, entropy, *rest = parts
+        cross_entropy, mtp, logit_z, load, entropy, *rest = parts
         auxiliary = dict(zip(self.auxiliary, rest, strict=True))
-        return Losses(cross_entropy, prediction, logit_z, auxiliary, load, entropy)
+        return Losses(cross_entropy, mtp, logit_z, auxiliary, load, entropy)
 
 
 class Table(nn.Module):
@@ -58,12 +58,12 @@ class Table(nn.Module):
         self.initial = {"weight": Initial("normal", 0.0, init_std)}
 
 
-class Part(nn.Module):
+class ModelPart(nn.Module):
     """Neighbouring layers of a decoder, with the embedding before the first and the head after the last.
 
     A plain single-device module; `dtype` is what it computes in. Names of parameters, and what depends on
     the depth, are those of the whole model. A part that ends the model holds a copy of the embedding where
-    the head or a module that predicts ahead reads it.
+    the head or a MTP module reads it.
     """
 
     def __init__(
@@ -73,12 +73,12 @@ class Part(nn.Module):
         super().__init__()
         self.config, self.dtype = config, dtype
         # Set from outside where ranks share out the vocabulary.
-        self.vocabulary: Vocabulary = WholeVocabulary()
+        self.vocabulary: VocabShards = UnshardedVocab()
         shape, residual = config.model, config.residual
         self.layers = range(shape.depth) if layers is None else layers
         self.is_first, self.is_last = self.layers[0] == 0, self.layers[-1] == shape.depth - 1
         size = (shape.vocab_size, shape.width, shape.init_std)
-        reads_embedding = self.is_last and (shape.has_tied_embeddings or shape.prediction.depth > 0)
+        reads_embedding = self.is_last and (shape.has_tied_embeddings or shape.mtp.depth > 0)
         self.embed = Table(*size) if self.is_first or reads_embedding else None
         self.blocks, names = nn.ModuleList(), config.layers
         for layer in self.layers:
@@ -86,8 +86,8 @@ class Part(nn.Module):
         self.collapse = build_collapse(shape.width, residual) if self.is_last else None
         self.norm = build_norm(shape.width, residual) if self.is_last else None
         self.head = Table(*size) if self.is_last and not shape.has_tied_embeddings else None
-        ahead = range(shape.prediction.depth if self.is_last else 0)
-        self.predictions = nn.ModuleList(Prediction(config, index) for index in ahead)
+        offset = range(shape.mtp.depth if self.is_last else 0)
+        self.mtp = nn.ModuleList(MTPModule(config, index) for index in offset)
 
     def part_loss(
         self, stream: Float[Tensor, "B P *n D"] | None, targets: Int[Tensor, "B T"], sequence: Sequence
@@ -97,26 +97,26 @@ class Part(nn.Module):
         stream is what the part before made, None before the first. Losses that arise elsewhere are zero.
         load and entropy have rows for this part's mixtures of experts alone.
         """
-        stream, notes = self._run(stream, sequence)
+        stream, outputs = self._run(stream, sequence)
         if not self.is_last:
             zero = stream.new_zeros((), dtype=torch.promote_types(stream.dtype, torch.float32))
-            return stream, Losses(zero, zero, zero, *_collected(notes, zero))
+            return stream, Losses(zero, zero, zero, *_collected(outputs, zero))
         x = self._close(stream)
         cross_entropy, logit_z = self._cross_entropy(x, targets)
-        prediction = cross_entropy.new_zeros(())
-        for ahead, module in enumerate(self.predictions, 1):
-            assert isinstance(module, Prediction), f"{type(module)=}"
-            if sequence.later:
-                later = sequence.later[ahead - 1]
+        mtp = cross_entropy.new_zeros(())
+        for offset, module in enumerate(self.mtp, 1):
+            assert isinstance(module, MTPModule), f"{type(module)=}"
+            if sequence.shifted:
+                shifted = sequence.shifted[offset - 1]
             else:
-                later = later_in_rows(sequence.tokens, targets, sequence.document, ahead)
-            x, note = module(x, self._embed(later.tokens), sequence)
-            notes.append(note)
-            further, z = self._cross_entropy(x, later.targets)
-            prediction, logit_z = prediction + further, logit_z + z
-        coefficient = self.config.model.prediction.coefficient / max(1, len(self.predictions))
-        prediction = prediction * coefficient
-        return None, Losses(cross_entropy, prediction, logit_z, *_collected(notes, cross_entropy))
+                shifted = shift_rows(sequence.tokens, targets, sequence.document, offset)
+            x, aux = module(x, self._embed(shifted.tokens), sequence)
+            outputs.append(aux)
+            further, z = self._cross_entropy(x, shifted.targets)
+            mtp, logit_z = mtp + further, logit_z + z
+        coefficient = self.config.model.mtp.coefficient / max(1, len(self.mtp))
+        mtp = mtp * coefficient
+        return None, Losses(cross_entropy, mtp, logit_z, *_collected(outputs, cross_entropy))
 
     def _cross_entropy(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         form = LossForm(self.config.model.logit_cap, self.config.model.z_loss)
@@ -129,13 +129,13 @@ class Part(nn.Module):
         scale = self.config.model.embedding_scale
         return x if scale == 1.0 else x * scale
 
-    def _run(self, stream: Tensor | None, sequence: Sequence) -> tuple[Tensor, list[Notes]]:
+    def _run(self, stream: Tensor | None, sequence: Sequence) -> tuple[Tensor, list[AuxOutputs]]:
         x = open_streams(self._embed(sequence.tokens), self.config.residual) if stream is None else stream
-        carry, notes = Carry(), []
+        carry, outputs = Carry(), []
         for block in self.blocks:
-            x, carry, note = block(x, sequence, carry)
-            notes.append(note)
-        return x, notes
+            x, carry, aux = block(x, sequence, carry)
+            outputs.append(aux)
+        return x, outputs
 
     def _close(self, stream: Float[Tensor, "B P *n D"]) -> Float[Tensor, "B P D"]:
         assert self.norm is not None, f"{self.layers=}"
@@ -147,8 +147,8 @@ class Part(nn.Module):
         return table.weight.to(self.dtype)
 
     def routers(self) -> Iterator[Router]:
-        """The routers in order of depth, those of the predictions last."""
-        for block in [*self.blocks, *(module.block for module in self.predictions)]:
+        """The routers in order of depth, those of the MTP modules last."""
+        for block in [*self.blocks, *(module.block for module in self.mtp)]:
             assert isinstance(block, Block), f"{type(block)=}"
             if block.moe is not None:
                 yield block.moe.router
@@ -160,7 +160,7 @@ class Part(nn.Module):
                 router.update_bias(counts)
 
 
-class LanguageModel(Part):
+class LanguageModel(ModelPart):
     """A decoder over tokens: all of its layers."""
 
     def forward(self, tokens: Int[Tensor, "B T"], sequence: Sequence | None = None) -> Float[Tensor, "B T V"]:
@@ -178,19 +178,19 @@ class LanguageModel(Part):
 
 def loss_names(config: Architecture) -> list[str]:
     """The names of the auxiliary losses that a model has in training, sorted."""
-    ahead = config.model.prediction
-    layers = [*config.layers, *[Layer(ahead.mixer, ahead.ffn)] * ahead.depth]
+    offset = config.model.mtp
+    layers = [*config.layers, *[Layer(offset.mixer, offset.ffn)] * offset.depth]
     names = {name for layer in layers if layer.mixer != NONE for name in config.mixer[layer.mixer].losses}
     if any(layer.ffn not in (DENSE, NONE) for layer in layers):
         names |= {"balance", "router_z"}
     return sorted(names)
 
 
-def _collected(notes: list[Notes], like: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def _collected(outputs: list[AuxOutputs], like: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Auxiliary losses by name, loads and entropies of all layers."""
     auxiliary: dict[str, list[Tensor]] = {}
-    routings = [note.routing for note in notes if note.routing is not None]
-    for name, part in ((name, part) for note in notes for name, part in note.losses.items()):
+    routings = [aux.routing for aux in outputs if aux.routing is not None]
+    for name, part in ((name, part) for aux in outputs for name, part in aux.losses.items()):
         auxiliary.setdefault(name, []).append(part)
     if not routings:
         sums = {name: torch.stack(parts).sum() for name, parts in auxiliary.items()}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear, silu
 
 from kernels.norm import Gate, gated_rms_norm, rms_norm
-from model.peers import ALONE, Peers
+from model.tensor_shards import ALL_HEADS, HeadShards
 
 
 class Initial(NamedTuple):
@@ -27,7 +27,7 @@ class Initial(NamedTuple):
     a: float
     b: float = 0.0
 
-    def draw(self, shape: torch.Size, generator: torch.Generator) -> Float[Tensor, "..."]:
+    def sample(self, shape: torch.Size, generator: torch.Generator) -> Float[Tensor, "..."]:
         """Values in float32 on the generator's device."""
         out = torch.empty(shape, dtype=torch.float32, device=generator.device)
         if self.kind == "normal":
@@ -73,14 +73,14 @@ class RMSNorm(nn.Module):
         self.initial = {"weight": Initial("constant", 0.0 if is_zero_centered else 1.0)}
         self.eps, self.is_zero_centered = eps, is_zero_centered
 
-    def forward(self, x: Float[Tensor, "*N D"], peers: Peers = ALONE) -> Float[Tensor, "*N D"]:
+    def forward(self, x: Float[Tensor, "*N D"], head_shards: HeadShards = ALL_HEADS) -> Float[Tensor, "*N D"]:
         """Statistics and product in float32 at least; the result has the dtype of x.
 
-        With peers the root mean square is that of all shares.
+        With head_shards of several ranks the root mean square is that of all their shares.
         """
-        if peers.size > 1:
+        if head_shards.size > 1:
             weight = self.weight + 1.0 if self.is_zero_centered else self.weight
-            return (_normed(x, self.eps, peers) * weight).to(x.dtype)
+            return (_normed(x, self.eps, head_shards) * weight).to(x.dtype)
         return rms_norm(x, self.weight, self.eps, is_zero_centered=self.is_zero_centered)
 
 
@@ -95,22 +95,22 @@ class GatedRMSNorm(nn.Module):
         self.kind: Gate = kind
 
     def forward(
-        self, x: Float[Tensor, "*N D"], gate: Float[Tensor, "*N D"], peers: Peers = ALONE
+        self, x: Float[Tensor, "*N D"], gate: Float[Tensor, "*N D"], head_shards: HeadShards = ALL_HEADS
     ) -> Float[Tensor, "*N D"]:
         """Computed in float32 at least; the result has the dtype of the gate.
 
-        With peers the root mean square is that of all shares.
+        With head_shards of several ranks the root mean square is that of all their shares.
         """
-        if peers.size > 1:
-            wide = _normed(x, self.eps, peers)
+        if head_shards.size > 1:
+            wide = _normed(x, self.eps, head_shards)
             activated = silu(gate.to(wide.dtype)) if self.kind == "silu" else gate.to(wide.dtype).sigmoid()
             return (wide * self.weight * activated).to(gate.dtype)
         return gated_rms_norm(x, gate, self.weight[None], self.eps, kind=self.kind)
 
 
-def _normed(x: Float[Tensor, "*N D"], eps: float, peers: Peers) -> Float[Tensor, "*N D"]:
+def _normed(x: Float[Tensor, "*N D"], eps: float, head_shards: HeadShards) -> Float[Tensor, "*N D"]:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    mean = peers.sum(wide.square().sum(-1, keepdim=True)) / (x.shape[-1] * peers.size)
+    mean = head_shards.sum(wide.square().sum(-1, keepdim=True)) / (x.shape[-1] * head_shards.size)
     return wide * (mean + eps).rsqrt()
 
 

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 import model.mixers
 from conf.compose import Config
-from model.peers import ALONE, Peers
 from model.rotary import RotaryScaling, rotary_table
 from model.sequence_sharding import UNSHARDED, AttentionView, Compression, SequenceSharding
+from model.tensor_shards import ALL_HEADS, HeadShards
 
 
-class Later(NamedTuple):
-    """For each token the one so many places later in the row, and what is to be predicted there."""
+class ShiftedTokens(NamedTuple):
+    """For each token the one some tokens later in the row, and what is to be predicted there."""
 
     tokens: Int[Tensor, "B T"]
     targets: Int[Tensor, "B T"]
@@ -35,17 +35,17 @@ class Sequence:
     """The tokens, each one's position in its document, and the document's number in the row.
 
     document is None when each row is one document, which lets kernels skip masks. tokens are the ids, for
-    what goes by them. draw is a number in [0, 1), new for each training step and the same for all layers and
-    ranks, for what goes by chance; None outside training. sharding is how rows are sharded over ranks, where all else
-    is of this rank's tokens. later is what modules that predict further ahead read, where it does
-    not follow from these tokens alone.
+    what goes by them. uniform is a random number in [0, 1), new for each training step and the same for all
+    layers and ranks, for what goes by chance; None outside training. sharding says which tokens of the rows
+    are on this rank; all else is of this rank's tokens. shifted is what MTP modules read, where it does not
+    follow from these tokens alone.
     """
 
     position: Int[Tensor, "B T"]
     document: Int[Tensor, "B T"] | None
     tokens: Int[Tensor, "B T"]
-    draw: float | None = None
-    later: tuple["Later", ...] = ()
+    uniform: float | None = None
+    shifted: tuple[ShiftedTokens, ...] = ()
     _tables: dict[tuple[int, float, RotaryScaling | None], tuple[Tensor, Tensor]] = field(
         default_factory=dict, repr=False
     )
@@ -75,7 +75,7 @@ class Sequence:
         return self._tables[key]
 
 
-class Split(NamedTuple):
+class TPShard(NamedTuple):
     """How a parameter may be sharded over tensor-parallel ranks: along `dim`, between whole units of `unit`.
 
     `rows` are the lengths of the parts along `dim`, each cut by its own units; None is the whole dim.
@@ -121,7 +121,7 @@ class Mixer(nn.Module, ABC):
     """Mixes along the sequence; everything else in a block works on each token alone."""
 
     # Set from outside where other ranks hold other heads of the same tokens.
-    peers: Peers = ALONE
+    head_shards: HeadShards = ALL_HEADS
 
     # Methods that a compiler may take as one graph each; modules inside may name theirs too. They work on
     # tensors and each token alone, exchange nothing, and call no mixer kernel and no other module that needs
@@ -143,8 +143,8 @@ class MixerConfig(Config, ABC):
     """
 
     # Fields that count what tensor parallelism shares out, and those of which ranks may share one.
-    spread: ClassVar[tuple[str, ...]] = ()
-    shared: ClassVar[tuple[str, ...]] = ()
+    sharded_fields: ClassVar[tuple[str, ...]] = ()
+    replicable_fields: ClassVar[tuple[str, ...]] = ()
 
     def per_rank(self, degree: int) -> "MixerConfig":
         """The config of what one of `degree` ranks of the tensor axis computes.
@@ -153,21 +153,26 @@ class MixerConfig(Config, ABC):
         """
         legal = [n for n in range(1, self._most_ranks() + 1) if self._can_be_cut(n)]
         if degree not in legal:
-            counts = ", ".join(f"{name} {getattr(self, name)}" for name in (*self.spread, *self.shared))
+            counts = ", ".join(
+                f"{name} {getattr(self, name)}" for name in (*self.sharded_fields, *self.replicable_fields)
+            )
             raise ValueError(f"{degree} ranks cannot share {counts}; legal are {', '.join(map(str, legal))}")
-        parts = {name: max(1, getattr(self, name) // degree) for name in (*self.spread, *self.shared)}
+        parts = {
+            name: max(1, getattr(self, name) // degree)
+            for name in (*self.sharded_fields, *self.replicable_fields)
+        }
         return self.model_copy(update=parts)
 
-    def sharers(self, degree: int) -> int:
+    def kv_replicas(self, degree: int) -> int:
         """How many neighbouring ranks of `degree` have the same one of what ranks may share."""
-        return max([1, *(degree // getattr(self, name) for name in self.shared)])
+        return max([1, *(degree // getattr(self, name) for name in self.replicable_fields)])
 
     def _most_ranks(self) -> int:
-        return min((getattr(self, name) for name in self.spread), default=1)
+        return min((getattr(self, name) for name in self.sharded_fields), default=1)
 
     def _can_be_cut(self, degree: int) -> bool:
-        counts = (getattr(self, name) for name in self.shared)
-        is_even = all(getattr(self, name) % degree == 0 for name in self.spread)
+        counts = (getattr(self, name) for name in self.replicable_fields)
+        is_even = all(getattr(self, name) % degree == 0 for name in self.sharded_fields)
         return is_even and all(count % degree == 0 or degree % count == 0 for count in counts)
 
     @abstractmethod
@@ -195,7 +200,7 @@ class MixerConfig(Config, ABC):
         return 0
 
     @abstractmethod
-    def roles(self, width: int) -> Mapping[str, Split]:
+    def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """For each parameter name of the built module, how it may be sharded over tensor-parallel ranks."""
 
     @property

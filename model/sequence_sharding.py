@@ -1,9 +1,8 @@
 """How a mixer meets a row of tokens that may be sharded over ranks.
 
 One process holds whole rows, and everything here is the identity. Context parallelism puts another
-`SequenceSharding`
-into the `Sequence`: a rank then holds some chunks of each row, and what a mixer needs of the others comes
-through it. A mixer is written once, for both.
+`SequenceSharding` into the `Sequence`: a rank then holds some chunks of each row, and what a mixer needs of
+the others comes through it. A mixer is written once, for both.
 
 Letters: B rows, T tokens of a row on this rank, S tokens that a view reaches, X rows of a view.
 """

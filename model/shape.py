@@ -36,8 +36,8 @@ class ActivationConfig(Config):
         return self.limit if layer >= self.limit_from else None
 
 
-class PredictionConfig(Config):
-    """Multi-token prediction: modules behind the last layer that predict tokens further ahead."""
+class MTPConfig(Config):
+    """Multi-token prediction: modules behind the last layer that predict further tokens."""
 
     depth: int = Field(ge=0)
     coefficient: float = Field(ge=0)
@@ -59,7 +59,7 @@ class ModelConfig(Config):
     logit_cap: float | None = Field(gt=0)
     z_loss: float = Field(ge=0)
     init_std: float = Field(gt=0)
-    prediction: PredictionConfig
+    mtp: MTPConfig
 
 
 class ResidualConfig(Config):

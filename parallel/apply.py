@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from model.block import Block
 from model.config import Architecture
-from model.initial import draw, initial_values
-from model.language_model import LanguageModel, Part
+from model.initial import initial_values, sample
+from model.language_model import LanguageModel, ModelPart
 from model.linear import Initial
 from parallel.block.compile import Backend, Fuser
 from parallel.block.offload import Offload
@@ -49,7 +49,7 @@ class Parallel:
     Parameters have the names of the whole model. names are all that a checkpoint of the whole model holds.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[ModelPart, ...]
     placements: Mapping[str, Placement]
     runner: Runner
     names: frozenset[str]
@@ -120,14 +120,14 @@ def build_parallel(
     dtypes are those of the parameters and of the computation. backend is what compiles, where `parallel` asks
     for it.
     """
-    built, initials = arrange(config, dtypes, parallel, world, work, backend=backend)
+    built, initials = build_on_meta(config, dtypes, parallel, world, work, backend=backend)
     for part in built.parts:
         part.to_empty(device=world.device)
     _initialise(built, initials, seed)
     return built
 
 
-def arrange(
+def build_on_meta(
     config: Architecture,
     dtypes: tuple[torch.dtype, torch.dtype],
     parallel: ParallelConfig,
@@ -146,7 +146,7 @@ def arrange(
     kept = range(config.model.depth) if kept is None else kept
     with torch.device("meta"):
         whole = LanguageModel(config, dtypes[1], sorted(kept))
-        parts: list[Part] = [whole]
+        parts: list[ModelPart] = [whole]
         if plan is not None:
             cut = stage_layers(config, plan, work.tokens, parallel.pp_layout)
             layers = [[layer for layer in stage if layer in kept] for stage in cut]
@@ -175,7 +175,7 @@ def _dispatcher(parallel: ParallelConfig, world: World) -> Dispatcher:
 
 
 def _spread(
-    part: Part, config: Architecture, parallel: ParallelConfig, world: World, dispatcher: Dispatcher
+    part: ModelPart, config: Architecture, parallel: ParallelConfig, world: World, dispatcher: Dispatcher
 ) -> dict[str, Placement]:
     """Leaves this rank its share of a part, which stands on the meta device; gives the placements."""
     axes = world.axes
@@ -183,7 +183,7 @@ def _spread(
     if axes.tp.size > 1:
         placements = spread_tensors(part, config, axes.tp)
     placements |= spread_experts(part, axes, dispatcher)
-    keep_less(part, parallel)
+    apply_activation_memory(part, parallel)
     if world.size > 1 and parallel.data == "fsdp":
         frees, prefetch = parallel.reshard_after_forward, parallel.prefetch
         shard_data(part, axes, world.device.type, reshard_after_forward=frees, prefetch=prefetch)
@@ -194,11 +194,11 @@ def _spread(
     return placements
 
 
-def keep_less(part: Part, parallel: ParallelConfig) -> None:
+def apply_activation_memory(part: ModelPart, parallel: ParallelConfig) -> None:
     """Makes every block leave backward what `parallel` asks for. Mutates the blocks."""
     for block in part.modules():
         if isinstance(block, Block):
-            recompute(block, parallel.recomputed, draws=part.config.residual.dropout > 0)
+            recompute(block, parallel.recomputed, uses_rng=part.config.residual.dropout > 0)
             if parallel.offload == "activations":
                 block.run = Offload(block, block.run)
 
@@ -207,7 +207,7 @@ def keep_less(part: Part, parallel: ParallelConfig) -> None:
 def _initialise(built: Parallel, initials: Mapping[str, Initial], seed: int) -> None:
     for name, parameter in built.named_parameters():
         # Every rank draws the same values and keeps its part: no broadcast.
-        built.fill(name, parameter, draw(name, initials[name], built.placements[name].shape, seed))
+        built.fill(name, parameter, sample(name, initials[name], built.placements[name].shape, seed))
     for module in built.modules():
         _reset_buffers(module)
 

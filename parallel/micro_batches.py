@@ -69,7 +69,7 @@ class WholeModel:
 def objective_of(losses: Losses, denominators: Denominators) -> Float[Tensor, ""]:
     """What backward starts from: every loss over its global count."""
     targets = denominators.targets.clamp(min=1)
-    objective = (losses.cross_entropy + losses.prediction + losses.logit_z) / targets
+    objective = (losses.cross_entropy + losses.mtp + losses.logit_z) / targets
     for part in losses.auxiliary.values():
         objective = objective + part / denominators.tokens
     return objective

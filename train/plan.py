@@ -40,7 +40,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
 
 
 def parameters(counts: ModelCount) -> dict[str, int]:
-    """Parameter counts by what they are for; `total` and `active` leave out modules that predict ahead.
+    """Parameter counts by what they are for; `total` and `active` leave out MTP modules.
 
     So published systems are counted, which name these modules beside the total.
     """
@@ -54,7 +54,7 @@ def parameters(counts: ModelCount) -> dict[str, int]:
         "routed_experts": sum(layer.routed for layer in layers),
         "other_feed_forward": sum(layer.ffn_params for layer in layers),
         "norms": sum(layer.norm_params for layer in layers) + counts.norm,
-        "predictions": sum(layer.params for layer in counts.predictions),
+        "mtp": sum(layer.params for layer in counts.mtp_modules),
     }
 
 
@@ -66,7 +66,7 @@ def forward_flops(counts: ModelCount, context: int) -> dict[str, float]:
         for name, pair in flops.mixers.items()
         for part, value in pair._asdict().items()
     }
-    return by_mixer | {"feed_forward": flops.ffn, "head": flops.head, "predictions": flops.ahead}
+    return by_mixer | {"feed_forward": flops.ffn, "head": flops.head, "mtp": flops.mtp}
 
 
 def layer_row(counts: ModelCount, index: int, context: int) -> dict[str, Any]:

@@ -302,22 +302,22 @@ def attention_backward_queries(
     own, other = attention_starts(tl.program_id(0) % HALVES, K0, HALVES)
     group, line = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     groups = tl.num_programs(1)
-    first, last, ahead, head, is_row = attention_rows(tile, tokens, REPEAT, ROWS)
+    first, last, mtp, head, is_row = attention_rows(tile, tokens, REPEAT, ROWS)
     place = q + line * q_at[0] + group * REPEAT * q_at[2] + first * tl.cast(q_at[1], tl.int64)
-    place = place + (ahead * q_at[1] + head * q_at[2])
+    place = place + (mtp * q_at[1] + head * q_at[2])
     q0 = attention_tile(place, own, K0, KEY_DIM, K0 + K1 > KEY_DIM)
     q1 = q0
     if K1 > 0:
         q1 = attention_tile(place, other, K1, KEY_DIM, K0 + K1 > KEY_DIM)
     place = grad + line * grad_at[0] + group * REPEAT * grad_at[2] + first * tl.cast(grad_at[1], tl.int64)
-    place = place + (ahead * grad_at[1] + head * grad_at[2])
+    place = place + (mtp * grad_at[1] + head * grad_at[2])
     g0 = attention_tile(place, own, V0, VALUE_DIM, V0 + V1 > VALUE_DIM)
     g1 = g0
     if V1 > 0:
         g1 = attention_tile(place, V0 - own, V1, VALUE_DIM, V0 + V1 > VALUE_DIM)
     # Rows past the last may be past the end of these, too.
     index = (line * groups + group) * length + first * REPEAT
-    step = ahead * REPEAT + head
+    step = mtp * REPEAT + head
     lse = tl.load(scaled + index + step)
     delta = tl.load(deltas + index + step)
     acc0 = tl.zeros([ROWS, K0], tl.float32)
@@ -408,9 +408,9 @@ def attention_backward_queries(
             KEYS,
         )
     tile = attention_again(tile, tokens * REPEAT)
-    first, _, ahead, head, is_row = attention_rows(tile, tokens, REPEAT, ROWS)
+    first, _, mtp, head, is_row = attention_rows(tile, tokens, REPEAT, ROWS)
     index = ((line * tokens + first) * groups + group) * REPEAT
-    place = grad_q + index * KEY_DIM + (ahead * (groups * REPEAT) + head) * KEY_DIM
+    place = grad_q + index * KEY_DIM + (mtp * (groups * REPEAT) + head) * KEY_DIM
     attention_store(place, acc0 * scale, is_row, own, K0, KEY_DIM)
     if K1 > 0 and HALVES == 1:
         attention_store(place, acc1 * scale, is_row, K0, K1, KEY_DIM)

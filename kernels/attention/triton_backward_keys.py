@@ -82,17 +82,17 @@ def attention_backward_key_tiles(
         token = start // REPEAT
         if ROWS % REPEAT == 0:
             # `begin` and the step are whole tokens.
-            ahead, head = tl.arange(0, ROWS) // REPEAT, tl.arange(0, ROWS) % REPEAT
+            mtp, head = tl.arange(0, ROWS) // REPEAT, tl.arange(0, ROWS) % REPEAT
         else:
-            ahead, head = row // REPEAT - token, row % REPEAT
+            mtp, head = row // REPEAT - token, row % REPEAT
         # Past the end the last token stands in, with weights of zero.
-        ahead = tl.minimum(ahead, tokens - 1 - token)
-        line = q + token * tl.cast(q_at[1], tl.int64) + (ahead * q_at[1] + head * q_at[2])
+        mtp = tl.minimum(mtp, tokens - 1 - token)
+        line = q + token * tl.cast(q_at[1], tl.int64) + (mtp * q_at[1] + head * q_at[2])
         q0 = attention_tile(line, own, K0, KEY_DIM, K0 + K1 > KEY_DIM)
         q1 = q0
         if K1 > 0:
             q1 = attention_tile(line, other, K1, KEY_DIM, K0 + K1 > KEY_DIM)
-        line = grad + token * tl.cast(grad_at[1], tl.int64) + (ahead * grad_at[1] + head * grad_at[2])
+        line = grad + token * tl.cast(grad_at[1], tl.int64) + (mtp * grad_at[1] + head * grad_at[2])
         g0 = attention_tile(line, own, V0, VALUE_DIM, V0 + V1 > VALUE_DIM)
         g1 = g0
         if V1 > 0:

@@ -63,8 +63,8 @@ def attention_rows(tile, tokens, REPEAT: tl.constexpr, ROWS: tl.constexpr):
     row = tile * ROWS + tl.arange(0, ROWS)
     first = tile * ROWS // REPEAT
     last = tl.minimum((tile * ROWS + ROWS - 1) // REPEAT, tokens - 1)
-    ahead = tl.minimum(row // REPEAT, tokens - 1) - first
-    return first, last, ahead, row % REPEAT, row < tokens * REPEAT
+    mtp = tl.minimum(row // REPEAT, tokens - 1) - first
+    return first, last, mtp, row % REPEAT, row < tokens * REPEAT
 
 
 @triton.jit
@@ -79,8 +79,8 @@ def attention_again(number, bound):
 @triton.jit
 def attention_tokens(tile, use, tokens, REPEAT: tl.constexpr, ROWS: tl.constexpr):
     """The token of each row, computed anew for each `use`."""
-    first, _, ahead, _, _ = attention_rows(attention_again(tile, tokens * REPEAT + use), tokens, REPEAT, ROWS)
-    return first + ahead
+    first, _, mtp, _, _ = attention_rows(attention_again(tile, tokens * REPEAT + use), tokens, REPEAT, ROWS)
+    return first + mtp
 
 
 @triton.jit
@@ -346,9 +346,9 @@ def attention_forward(
     own, other = attention_starts(half, K0, HALVES)
     group, line = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     groups = tl.num_programs(1)
-    first, last, ahead, head, is_row = attention_rows(tile, tokens, REPEAT, ROWS)
+    first, last, mtp, head, is_row = attention_rows(tile, tokens, REPEAT, ROWS)
     place = q + line * q_at[0] + group * REPEAT * q_at[2] + first * tl.cast(q_at[1], tl.int64)
-    place = place + (ahead * q_at[1] + head * q_at[2])
+    place = place + (mtp * q_at[1] + head * q_at[2])
     q0 = attention_tile(place, own, K0, KEY_DIM, K0 + K1 > KEY_DIM)
     q1 = q0
     if K1 > 0:
@@ -443,7 +443,7 @@ def attention_forward(
             EDGE,
         )
     tile = attention_again(tile, tokens * REPEAT)
-    first, _, ahead, head, is_row = attention_rows(tile, tokens, REPEAT, ROWS)
+    first, _, mtp, head, is_row = attention_rows(tile, tokens, REPEAT, ROWS)
     peak = top * factor
     fade = tl.full([ROWS], 1.0, tl.float32)
     if SINKS:
@@ -457,7 +457,7 @@ def attention_forward(
     total = tl.where(is_seen, total, 1.0)
     wide = tl.where(is_seen, (peak + tl.log2(total)) / LOG2E, float("-inf"))
     index = ((line * tokens + first) * groups + group) * REPEAT
-    step = ahead * (groups * REPEAT) + head
+    step = mtp * (groups * REPEAT) + head
     tl.store(lse + index + step, wide, mask=is_row & (half == 0))
     if VALUES:
         share = tl.where(is_seen, fade / total, 0.0)

@@ -12,7 +12,7 @@ from kernels.linear_attention.trials import WIDE_NEWEST, small_tiles
 from kernels.trial import Setting, Subject, Trial, Work
 
 
-def draw_of(span: str) -> Callable[[Case, Setting], Trial]:
+def step_uniform(span: str) -> Callable[[Case, Setting], Trial]:
     """Draws inputs with a decay per head or per channel; documents where there are many tokens."""
 
     def draw(case: Case, setting: Setting) -> Trial:
@@ -61,6 +61,6 @@ def _kimi(tokens: int) -> Case:
 
 
 SUBJECTS = (
-    Subject("delta_rule.head", CASES, _qwen, draw_of("head"), work),
-    Subject("delta_rule.channel", CASES, _kimi, draw_of("channel"), work, WIDE_NEWEST),
+    Subject("delta_rule.head", CASES, _qwen, step_uniform("head"), work),
+    Subject("delta_rule.channel", CASES, _kimi, step_uniform("channel"), work, WIDE_NEWEST),
 )

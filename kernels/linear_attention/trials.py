@@ -16,7 +16,7 @@ def small_tiles(tokens: int) -> Tiles:
     return Tiles(16 if tokens < 64 else 32 if tokens < 100 else 64, 1, part, part, part, part)
 
 
-def draw_of(span: str) -> Callable[[Case, Setting], Trial]:
+def step_uniform(span: str) -> Callable[[Case, Setting], Trial]:
     """Draws inputs with a decay per head or per channel, or none; documents where there are many tokens."""
 
     def draw(case: Case, setting: Setting) -> Trial:
@@ -68,7 +68,7 @@ WIDE_NEWEST = {
     "linear_attention_backward_channel@3.9": "gradients through the gates of all channels of a chunk at once"
 }
 SUBJECTS = (
-    Subject("linear_attention.head", CASES, _mamba, draw_of("head"), work),
-    Subject("linear_attention.none", CASES, _lightning, draw_of("none"), work),
-    Subject("linear_attention.channel", CASES, _lightning, draw_of("channel"), work, WIDE_NEWEST),
+    Subject("linear_attention.head", CASES, _mamba, step_uniform("head"), work),
+    Subject("linear_attention.none", CASES, _lightning, step_uniform("none"), work),
+    Subject("linear_attention.channel", CASES, _lightning, step_uniform("channel"), work, WIDE_NEWEST),
 )

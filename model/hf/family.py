@@ -52,7 +52,7 @@ class Family:
     values that we build. read_more, write_more: what is not a plain value. pieces: where the tensors stand.
     aliases: other names of fields, to the names in pairs.
     ignored: patterns of tensors that carry nothing of the model, such as buffers that follow from the config.
-    prediction: the pattern of the tensors of modules that predict ahead, where {depth} is the number of
+    mtp: the pattern of the tensors of MTP modules, where {depth} is the number of
     layers; transformers drops these, and a directory without them loads without them.
     copies: names of tensors that repeat another one, to its name; written, and to be among those ignored.
     derived: tensors that follow from the config, but that transformers misses; written, and to be among those
@@ -76,7 +76,7 @@ class Family:
     write_more: Callable[[Architecture], dict[str, Any]] = _no_fields
     aliases: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
-    prediction: str | None = None
+    mtp: str | None = None
     copies: Callable[[Architecture], Mapping[str, str]] = _no_copies
     derived: Callable[[Architecture], Iterable[tuple[str, Tensor]]] = _nothing
     surplus: Callable[[Architecture], Iterable[str]] = _no_copies
@@ -88,7 +88,7 @@ class Family:
     def leaves_out(self, config: Architecture, names: Iterable[str]) -> set[str]:
         """Those of the names that belong to other parts."""
         depth = config.model.depth
-        beyond = "|".join(str(depth + ahead) for ahead in range(MOST_AHEAD))
+        beyond = "|".join(str(depth + mtp) for mtp in range(MAX_MTP_DEPTH))
         patterns = [pattern.replace("{beyond}", f"(?:{beyond})") for pattern in self.left_out]
         return {name for name in names if any(re.fullmatch(pattern, name) for pattern in patterns)}
 
@@ -152,7 +152,7 @@ class Family:
 
 _ABSENT = object()
 TIED = "tie_word_embeddings"
-MOST_AHEAD = 16
+MAX_MTP_DEPTH = 16
 
 
 def inside(

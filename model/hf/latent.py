@@ -22,7 +22,7 @@ from model.mixers.mla import LatentConfig
 
 Pairs = dict[str, str | tuple[str, Any]]
 FFNS = {"dense": "dense", "sparse": "moe"}
-# What repeats the model's own embedding and head in modules that predict ahead.
+# What repeats the model's own embedding and head in MTP modules.
 REPEATED = (r"model\.layers\.\d+\.(embed_tokens|shared_head\.head)\.weight",)
 # Fields that speak of training or of how experts are spread over devices.
 TRAINING = ("aux_loss_alpha", "seq_aux", "ep_size", "index_share_for_mtp_iteration")
@@ -61,7 +61,7 @@ SIGMOID: Pairs = {
 }
 PLAIN = (
     *("residual=pre_norm", "residual.has_zero_centered_norm=false"),
-    *("moe.has_shared_gate=false", "model.prediction.ffn=moe", "model.prediction.puts_hidden_first=false"),
+    *("moe.has_shared_gate=false", "model.mtp.ffn=moe", "model.mtp.puts_hidden_first=false"),
 )
 # Entries that no layer uses must fit too; these take fields from those that are set.
 UNUSED = ("mixer.dsa.rotary_dim=0", "mixer.dsa_shared.rotary_dim=0")
@@ -75,7 +75,7 @@ NOAUX = EXPECTS | {"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)}
 
 
 def common(fields: Fields, mixer: str, default_dense: int) -> list[str]:
-    """Shared experts, rotary, prediction and the layout of feed-forwards; mixers are all `mixer`."""
+    """Shared experts, rotary, MTP modules and the layout of feed-forwards; mixers are all `mixer`."""
     depth, heads = fields.take("num_hidden_layers"), fields.take("num_attention_heads")
     rotary, own = fields.take("qk_rope_head_dim"), fields.take("qk_nope_head_dim")
     fields.expect("num_key_value_heads", heads, None)
@@ -90,12 +90,12 @@ def common(fields: Fields, mixer: str, default_dense: int) -> list[str]:
     leading = fields.take("first_k_dense_replace", default_dense)
     kinds: list[str] = ["dense"] * min(leading, depth) + ["sparse"] * (depth - leading)
     kinds = fields.take("mlp_layer_types", None) or kinds
-    ahead = fields.take("num_nextn_predict_layers", None) or 0
+    mtp_depth = fields.take("num_nextn_predict_layers", None) or 0
     return [
         f"moe.shared_hidden={shared * fields.take('moe_intermediate_size')}",
         f"mixer.{mixer}.rotary_dim={rotary}",
-        f"model.prediction.depth={ahead}",
-        f"model.prediction.mixer={mixer}",
+        f"model.mtp.depth={mtp_depth}",
+        f"model.mtp.mixer={mixer}",
         *rotary_lines(fields, mixer, 1e4),
         *layout_lines([mixer] * depth, [FFNS.get(kind, kind) for kind in kinds]),
     ]
@@ -117,7 +117,7 @@ def write_common(config: Architecture, mixer: str) -> dict[str, Any]:
         "num_key_value_heads": latent.num_heads,
         "n_shared_experts": config.moe.shared_hidden // config.moe.hidden,
         "first_k_dense_replace": leading,
-        "num_nextn_predict_layers": config.model.prediction.depth,
+        "num_nextn_predict_layers": config.model.mtp.depth,
         "rope_parameters": rope_parameters(latent.rotary_theta, latent.rotary_scaling),
     }
 
@@ -145,27 +145,27 @@ def indexer_types(fields: Fields, depth: int) -> list[str]:
 
 
 def pieces(config: Architecture) -> Iterator[Piece]:
-    """Where every tensor stands; modules that predict ahead are further layers."""
+    """Where every tensor stands; MTP modules are further layers."""
     yield from skeleton(config)
     for index, layer in enumerate(config.layers):
         yield from layer_pieces(config, f"blocks.{index}.", f"model.layers.{index}.", layer)
-    ahead, depth = config.model.prediction, config.model.depth
-    for index in range(ahead.depth):
-        ours, theirs = f"predictions.{index}.", f"model.layers.{depth + index}."
+    mtp_depth, depth = config.model.mtp, config.model.depth
+    for index in range(mtp_depth.depth):
+        ours, theirs = f"mtp.{index}.", f"model.layers.{depth + index}."
         yield Piece(f"{ours}embed_norm.weight", f"{theirs}enorm.weight")
         yield Piece(f"{ours}hidden_norm.weight", f"{theirs}hnorm.weight")
         yield Piece(f"{ours}in_proj.weight", f"{theirs}eh_proj.weight")
         yield Piece(f"{ours}norm.weight", f"{theirs}shared_head.norm.weight")
-        yield from layer_pieces(config, f"{ours}block.", theirs, Layer(ahead.mixer, ahead.ffn))
+        yield from layer_pieces(config, f"{ours}block.", theirs, Layer(mtp_depth.mixer, mtp_depth.ffn))
 
 
 def copies(config: Architecture) -> dict[str, str]:
-    """Embedding and head, repeated in every module that predicts ahead."""
+    """Embedding and head, repeated in every MTP module."""
     shape = config.model
     embed = "model.embed_tokens.weight"
     head = embed if shape.has_tied_embeddings else "lm_head.weight"
     found = {}
-    for layer in range(shape.depth, shape.depth + shape.prediction.depth):
+    for layer in range(shape.depth, shape.depth + shape.mtp.depth):
         found[f"model.layers.{layer}.embed_tokens.weight"] = embed
         found[f"model.layers.{layer}.shared_head.head.weight"] = head
     return found
@@ -220,9 +220,9 @@ def indexer_pieces(ours: str, theirs: str, dsa: DsaConfig) -> Iterator[Piece]:
         yield Piece(f"{ours}index_norm.{kind}", f"{theirs}k_norm.{kind}")
 
 
-AHEAD: dict[str, Any] = {
+MTP_FIELDS: dict[str, Any] = {
     "ignored": REPEATED,
-    "prediction": r"model\.layers\.{depth}\..*",
+    "mtp": r"model\.layers\.{depth}\..*",
     "copies": copies,
     "aliases": {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"},
 }

@@ -23,8 +23,8 @@ def _read(fields: Fields) -> list[str]:
 
 def _write(config: Architecture) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
-    ahead = config.model.prediction
-    used = {layer.mixer for layer in config.layers} | ({ahead.mixer} if ahead.depth else set())
+    mtp = config.model.mtp
+    used = {layer.mixer for layer in config.layers} | ({mtp.mixer} if mtp.depth else set())
     tree["mixer"] = {name: entry for name, entry in tree["mixer"].items() if name in used}
     return {"architecture": tree}
 

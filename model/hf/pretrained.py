@@ -38,7 +38,7 @@ def open_pretrained(directory: str | Path, dtype: torch.dtype = torch.float32) -
     """The checkpoint in a directory, checked as a whole.
 
     Raises CheckpointError for missing, unexpected, misshaped or quantised tensors, lost experts, unknown
-    config fields, truncated files and pickles. Tensors of modules that predict ahead may be missing as a
+    config fields, truncated files and pickles. Tensors of MTP modules may be missing as a
     whole: transformers drops them; the model then has none, and says so.
     """
     hub = HubDirectory(Path(directory))
@@ -51,11 +51,9 @@ def open_pretrained(directory: str | Path, dtype: torch.dtype = torch.float32) -
         print(f"{hub.path}: leaves out {len(left_out)} tensors of other parts, such as {min(left_out)}")
     surplus = left_out | set(family.surplus(config))
     names = {name for name in forms.keys() - surplus if not _is_like(name, family.ignored)}
-    pattern = family.prediction and family.prediction.replace("{depth}", str(config.model.depth))
-    if pattern and config.model.prediction.depth and not any(re.fullmatch(pattern, name) for name in names):
-        print(
-            f"{hub.path}: has no tensors for model.prediction.depth={config.model.prediction.depth}; without"
-        )
+    pattern = family.mtp and family.mtp.replace("{depth}", str(config.model.depth))
+    if pattern and config.model.mtp.depth and not any(re.fullmatch(pattern, name) for name in names):
+        print(f"{hub.path}: has no tensors for model.mtp.depth={config.model.mtp.depth}; without")
         config = without_prediction(config)
     with torch.device("meta"):
         model = LanguageModel(config, dtype)
@@ -178,19 +176,19 @@ def used(config: Architecture) -> dict:
     """The architecture as plain values, without mixers and experts that no layer uses."""
     tree = config.model_dump(mode="json")
     tree["layers"] = [list(layer) for layer in config.layers]
-    ahead = config.model.prediction
-    names = {layer.mixer for layer in config.layers} | ({ahead.mixer} if ahead.depth else set())
-    ffns = {layer.ffn for layer in config.layers} | ({ahead.ffn} if ahead.depth else set())
+    mtp = config.model.mtp
+    names = {layer.mixer for layer in config.layers} | ({mtp.mixer} if mtp.depth else set())
+    ffns = {layer.ffn for layer in config.layers} | ({mtp.ffn} if mtp.depth else set())
     tree["mixer"] = {name: entry for name, entry in tree["mixer"].items() if name in names}
     del tree["layout"]
     if not ffns - {"dense", "none"}:
         del tree["moe"]
     if not ffns & {"dense", "shortcut"}:
         del tree["model"]["ffn_hidden"], tree["model"]["activation"]
-    if not ahead.depth:
-        del tree["model"]["prediction"]
+    if not mtp.depth:
+        del tree["model"]["mtp"]
     else:
-        del tree["model"]["prediction"]["coefficient"]
+        del tree["model"]["mtp"]["coefficient"]
     for name in ("balance_loss", "balance_scope", "z_loss", "bias_rate"):
         tree.get("moe", {}).pop(name, None)
     for mixer in tree["mixer"].values():
@@ -213,9 +211,9 @@ def difference(ours: object, theirs: object, key: str = "") -> str:
 
 
 def without_prediction(config: Architecture) -> Architecture:
-    """The same without modules that predict ahead."""
-    prediction = config.model.prediction.model_copy(update={"depth": 0})
-    return config.model_copy(update={"model": config.model.model_copy(update={"prediction": prediction})})
+    """The same without MTP modules."""
+    mtp = config.model.mtp.model_copy(update={"depth": 0})
+    return config.model_copy(update={"model": config.model.model_copy(update={"mtp": mtp})})
 
 
 def state_of(model: LanguageModel) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from kernels.attention import attention
 from kernels.norm import rms_norm
 from kernels.rotary import RotaryLayout, rotate
 from model.linear import Initial, Linear, RMSNorm
-from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
+from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, TPShard
 from model.rotary import RotaryScaling
 
 
@@ -20,7 +20,7 @@ class AttnConfig(MixerConfig):
     """Fields of grouped-query softmax attention."""
 
     kind: Literal["attn"] = "attn"
-    spread = ("num_heads",)
+    sharded_fields = ("num_heads",)
     shared = ("num_key_heads",)
     num_heads: int = Field(ge=1)
     num_key_heads: int = Field(ge=1)
@@ -109,22 +109,22 @@ class AttnConfig(MixerConfig):
         kept = queries + outputs + 2 * gate + keys + values + normed
         return element_bytes * kept + 4 * self.num_heads
 
-    def roles(self, width: int) -> Mapping[str, Split]:
+    def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Heads are the unit; a key head is shared by its group of query heads."""
-        roles = {
-            "in_proj.weight": Split(0, "heads", self._parts()),
-            "out_proj.weight": Split(1, "heads"),
+        tp_plan = {
+            "in_proj.weight": TPShard(0, "heads", self._parts()),
+            "out_proj.weight": TPShard(1, "heads"),
         }
         if self.has_bias:
-            roles["in_proj.bias"] = Split(0, "heads", self._parts())
+            tp_plan["in_proj.bias"] = TPShard(0, "heads", self._parts())
         if self.has_output_bias:
-            roles["out_proj.bias"] = Split(None)
+            tp_plan["out_proj.bias"] = TPShard(None)
         if self.has_sinks:
-            roles["sinks"] = Split(0, "heads")
+            tp_plan["sinks"] = TPShard(0, "heads")
         if any(self._normed()):
-            split = Split(0, "heads") if self.qk_norm == "all_heads" else Split(None)
-            roles |= {"q_norm.weight": split, "k_norm.weight": split}
-        return roles
+            split = TPShard(0, "heads") if self.qk_norm == "all_heads" else TPShard(None)
+            tp_plan |= {"q_norm.weight": split, "k_norm.weight": split}
+        return tp_plan
 
     @property
     def context(self) -> Context:
@@ -156,7 +156,7 @@ class Attn(Mixer):
         config = self.config
         q, gate, k, v = self.in_proj(x).split(self.parts, dim=-1)
         if config.qk_norm == "all_heads":
-            q, k = self.q_norm(q, self.peers), self.k_norm(k, self.peers)
+            q, k = self.q_norm(q, self.head_shards), self.k_norm(k, self.head_shards)
         table = None
         if config.rotary_dim:
             table = sequence.rotary_table(config.rotary_dim, config.rotary_theta, config.rotary_scaling)

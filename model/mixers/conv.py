@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from model.linear import Linear
-from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
+from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, TPShard
 from model.mixers.gdn import ConvWeight
 
 
@@ -16,7 +16,7 @@ class ConvConfig(MixerConfig):
     """Fields of the gated short convolution."""
 
     kind: Literal["conv"] = "conv"
-    spread = ("num_channels",)
+    sharded_fields = ("num_channels",)
     num_channels: int = Field(ge=1)
     conv_width: int = Field(ge=2)
 
@@ -40,12 +40,12 @@ class ConvConfig(MixerConfig):
         """Both gates, the input, its product with the first gate, and the convolution."""
         return 5 * self.num_channels * element_bytes
 
-    def roles(self, width: int) -> Mapping[str, Split]:
+    def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Channels are the unit: none meets another between the projections."""
         return {
-            "in_proj.weight": Split(0, "channels", (self.num_channels,) * 3),
-            "conv.weight": Split(0, "channels"),
-            "out_proj.weight": Split(1, "channels"),
+            "in_proj.weight": TPShard(0, "channels", (self.num_channels,) * 3),
+            "conv.weight": TPShard(0, "channels"),
+            "out_proj.weight": TPShard(1, "channels"),
         }
 
     @property

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from kernels.indexer import index_loss_of_chosen, index_select
 from kernels.rotary import rotate
 from model.linear import Linear
-from model.mixer import Context, Mixed, Sequence, Split
-from model.mixers.hca import Compressor, SharedKeyConfig, SharedKeyMixer, compressor_roles
+from model.mixer import Context, Mixed, Sequence, TPShard
+from model.mixers.hca import Compressor, SharedKeyConfig, SharedKeyMixer, compressor_tp_plan
 from model.sequence_sharding import Compression
 
 
@@ -52,11 +52,11 @@ class CsaConfig(SharedKeyConfig):
         pending = 4 * both * min(2 * self.compression, context)
         return element_bytes * (window + both * (context // self.compression) + pending)
 
-    def roles(self, width: int) -> Mapping[str, Split]:
+    def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """As without compression; compressor and indexer are every rank's."""
-        indexer = {f"indexer.{name}.weight": Split(None) for name in ("q_proj", "head_proj")}
-        compressors = compressor_roles("compressor") | compressor_roles("indexer.compressor")
-        return {**super().roles(width), **compressors, **indexer}
+        indexer = {f"indexer.{name}.weight": TPShard(None) for name in ("q_proj", "head_proj")}
+        compressors = compressor_tp_plan("compressor") | compressor_tp_plan("indexer.compressor")
+        return {**super().tp_plan(width), **compressors, **indexer}
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -125,5 +125,5 @@ class Csa(SharedKeyMixer):
         if not config.index_loss:
             return Mixed(out)
         # Ranks with other heads compute the same loss: each counts its share.
-        loss = index_loss_of_chosen(index_q, index_k, weight, selected, self.peers.sum(mass))
-        return Mixed(out, {"index": config.index_loss / self.peers.size * loss})
+        loss = index_loss_of_chosen(index_q, index_k, weight, selected, self.head_shards.sum(mass))
+        return Mixed(out, {"index": config.index_loss / self.head_shards.size * loss})

@@ -13,7 +13,7 @@ from kernels.indexer import index_loss, index_loss_of_chosen, index_select, pool
 from kernels.rotary import RotaryLayout, rotate
 from kernels.selected_attention import selected_attention, selected_attention_with_shares
 from model.linear import Initial, LayerNorm, Linear
-from model.mixer import Flops, Mixed, Sequence, Split
+from model.mixer import Flops, Mixed, Sequence, TPShard
 from model.mixers.mla import LatentConfig, LatentMixer, Latents
 from model.sequence_sharding import AttentionView
 
@@ -104,14 +104,14 @@ class DsaConfig(LatentConfig):
             return None
         return "reads" if self.index == "shared" else "makes"
 
-    def roles(self, width: int) -> Mapping[str, Split]:
+    def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Heads of the attention are the unit; every rank keeps the indexer whole."""
-        roles = dict(super().roles(width))
+        tp_plan = dict(super().tp_plan(width))
         if self.index == "own":
             names = ["index_q_proj.weight", "index_proj.weight", "index_norm.weight", "index_norm.bias"]
             names += ["index_places"] * (self.index_pool > 1)
-            roles |= {name: Split(None) for name in names}
-        return roles
+            tp_plan |= {name: TPShard(None) for name in names}
+        return tp_plan
 
 
 class Index(NamedTuple):
@@ -182,7 +182,7 @@ class Dsa(LatentMixer):
             shares = shares[..., : entries.shape[2] * self.config.index_pool]
             shares = shares.unflatten(2, (-1, self.config.index_pool)).sum(3)
         # Ranks with other heads compute the same loss: each counts its share.
-        loss = index_loss_of_chosen(index.q, index.k, index.weights, entries, self.peers.sum(shares))
+        loss = index_loss_of_chosen(index.q, index.k, index.weights, entries, self.head_shards.sum(shares))
         return Mixed(self._out(inside), {"index": self._index_loss * loss}, selection)
 
     def _dense(self, x: Tensor, latents: Latents, sequence: Sequence) -> Tensor | Mixed:
@@ -198,9 +198,9 @@ class Dsa(LatentMixer):
             index.q,
             index.k,
             index.weights,
-            self.peers.join(latents.q.detach(), 2),
-            self.peers.join(keys.detach(), 2),
-            self.peers.join(lse.detach(), 2),
+            self.head_shards.join(latents.q.detach(), 2),
+            self.head_shards.join(keys.detach(), 2),
+            self.head_shards.join(lse.detach(), 2),
             last=index.last,
             size=self.config.index_pool,
             **options,
@@ -209,7 +209,7 @@ class Dsa(LatentMixer):
 
     @property
     def _index_loss(self) -> float:
-        return self.config.index_loss / self.peers.size
+        return self.config.index_loss / self.head_shards.size
 
     def _index(self, x: Tensor, latents: Latents, sequence: Sequence) -> Index:
         config = self.config

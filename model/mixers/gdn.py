@@ -15,7 +15,7 @@ from torch.nn.functional import softplus
 from kernels.convolution import short_convolution
 from kernels.norm import unit_norm
 from model.linear import GatedRMSNorm, Initial, Linear, RMSNorm
-from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
+from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, TPShard
 from model.recurrence import DeltaRule
 
 
@@ -23,7 +23,7 @@ class GdnConfig(MixerConfig):
     """Fields of Gated DeltaNet."""
 
     kind: Literal["gdn"] = "gdn"
-    spread = ("num_value_heads",)
+    sharded_fields = ("num_value_heads",)
     shared = ("num_key_heads",)
     num_key_heads: int = Field(ge=1)
     num_value_heads: int = Field(ge=1)
@@ -83,16 +83,16 @@ class GdnConfig(MixerConfig):
         """What each token reads of the state that enters its chunk."""
         return self.num_value_heads * self.key_dim * element_bytes
 
-    def roles(self, width: int) -> Mapping[str, Split]:
+    def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Key heads are the unit; the value heads of a group go with their key head."""
-        roles = {
-            "in_proj.weight": Split(0, "key_heads", self._parts()),
-            "conv.weight": Split(0, "key_heads", self._parts()[:3]),
-            "out_norm.weight": Split(None),
-            "out_proj.weight": Split(1, "key_heads"),
+        tp_plan = {
+            "in_proj.weight": TPShard(0, "key_heads", self._parts()),
+            "conv.weight": TPShard(0, "key_heads", self._parts()[:3]),
+            "out_norm.weight": TPShard(None),
+            "out_proj.weight": TPShard(1, "key_heads"),
         }
-        decay = {"decay.log_rate": Split(0, "key_heads"), "decay.bias": Split(0, "key_heads")}
-        return roles | decay if self.has_decay else roles
+        decay = {"decay.log_rate": TPShard(0, "key_heads"), "decay.bias": TPShard(0, "key_heads")}
+        return tp_plan | decay if self.has_decay else tp_plan
 
     @property
     def context(self) -> Context:

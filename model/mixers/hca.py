@@ -19,7 +19,7 @@ from kernels.document_windows import Windows
 from kernels.norm import rms_norm
 from kernels.rotary import rotate
 from model.linear import Initial, Linear, RMSNorm
-from model.mixer import Context, Flops, Mixed, Mixer, MixerConfig, Sequence, Split
+from model.mixer import Context, Flops, Mixed, Mixer, MixerConfig, Sequence, TPShard
 from model.rotary import RotaryScaling, rotary_table
 from model.sequence_sharding import Compression
 
@@ -27,7 +27,7 @@ from model.sequence_sharding import Compression
 class SharedKeyConfig(MixerConfig):
     """Fields of attention with one shared key, low-rank queries and a grouped low-rank output."""
 
-    spread = ("num_heads", "output_groups")
+    sharded_fields = ("num_heads", "output_groups")
     num_heads: int = Field(ge=1)
     head_dim: int = Field(ge=2)
     query_rank: int = Field(ge=1)
@@ -81,16 +81,16 @@ class SharedKeyConfig(MixerConfig):
         kept = 4 * size + latent + 2 * self.query_rank + 3 * self.head_dim + compressing
         return element_bytes * kept + 8 * self.num_heads
 
-    def roles(self, width: int) -> Mapping[str, Split]:
+    def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Groups of heads that share an output latent are the unit; the key is every rank's."""
         return {
-            "in_proj.weight": Split(None),
-            "q_norm.weight": Split(None),
-            "q_proj.weight": Split(0, "output_groups"),
-            "kv_norm.weight": Split(None),
-            "sinks": Split(0, "output_groups"),
-            "group_proj.weight": Split(0, "output_groups"),
-            "out_proj.weight": Split(1, "output_groups"),
+            "in_proj.weight": TPShard(None),
+            "q_norm.weight": TPShard(None),
+            "q_proj.weight": TPShard(0, "output_groups"),
+            "kv_norm.weight": TPShard(None),
+            "sinks": TPShard(0, "output_groups"),
+            "group_proj.weight": TPShard(0, "output_groups"),
+            "out_proj.weight": TPShard(1, "output_groups"),
         }
 
 
@@ -123,10 +123,10 @@ class HcaConfig(SharedKeyConfig):
         pending = 2 * min(self.compression, context)
         return size * (min(self.window, context) + context // self.compression + pending)
 
-    def roles(self, width: int) -> Mapping[str, Split]:
+    def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """As without compression; the compressor is every rank's."""
-        roles = dict(super().roles(width))
-        return roles if self.compression is None else roles | compressor_roles("compressor")
+        tp_plan = dict(super().tp_plan(width))
+        return tp_plan if self.compression is None else tp_plan | compressor_tp_plan("compressor")
 
     @property
     def context(self) -> Context:
@@ -134,9 +134,9 @@ class HcaConfig(SharedKeyConfig):
         return Context("gather", max(self.window, self.compression or 1) - 1)
 
 
-def compressor_roles(name: str) -> dict[str, Split]:
+def compressor_tp_plan(name: str) -> dict[str, TPShard]:
     """Copies on every rank."""
-    return {f"{name}.{part}": Split(None) for part in ("in_proj.weight", "bias", "norm.weight")}
+    return {f"{name}.{part}": TPShard(None) for part in ("in_proj.weight", "bias", "norm.weight")}
 
 
 class Compressor(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from model.linear import GatedRMSNorm, Initial, Linear
-from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
+from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, TPShard
 from model.mixers.gdn import ConvWeight, delta_inputs
 from model.recurrence import DeltaRule
 
@@ -19,7 +19,7 @@ class KdaConfig(MixerConfig):
     """Fields of Kimi Delta Attention."""
 
     kind: Literal["kda"] = "kda"
-    spread = ("num_heads",)
+    sharded_fields = ("num_heads",)
     num_heads: int = Field(ge=1)
     key_dim: int = Field(ge=1)
     value_dim: int = Field(ge=1)
@@ -77,19 +77,19 @@ class KdaConfig(MixerConfig):
         """What each token reads of the state that enters its chunk."""
         return self.num_heads * self.key_dim * element_bytes
 
-    def roles(self, width: int) -> Mapping[str, Split]:
+    def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Heads are the unit; the narrow halves of the low-rank projections are copied."""
         return {
-            "in_proj.weight": Split(0, "heads", self._parts()),
-            "decay_down_proj.weight": Split(None),
-            "decay_up_proj.weight": Split(0, "heads"),
-            "gate_down_proj.weight": Split(None),
-            "gate_up_proj.weight": Split(0, "heads"),
-            "conv.weight": Split(0, "heads", self._parts()[:3]),
-            "decay.log_rate": Split(0, "heads"),
-            "decay.bias": Split(0, "heads"),
-            "out_norm.weight": Split(None),
-            "out_proj.weight": Split(1, "heads"),
+            "in_proj.weight": TPShard(0, "heads", self._parts()),
+            "decay_down_proj.weight": TPShard(None),
+            "decay_up_proj.weight": TPShard(0, "heads"),
+            "gate_down_proj.weight": TPShard(None),
+            "gate_up_proj.weight": TPShard(0, "heads"),
+            "conv.weight": TPShard(0, "heads", self._parts()[:3]),
+            "decay.log_rate": TPShard(0, "heads"),
+            "decay.bias": TPShard(0, "heads"),
+            "out_norm.weight": TPShard(None),
+            "out_proj.weight": TPShard(1, "heads"),
         }
 
     @property

@@ -11,16 +11,16 @@ from torch.nn.functional import logsigmoid, silu
 
 from kernels.rotary import rotate
 from model.linear import GatedRMSNorm, Initial, Linear, RMSNorm
-from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
-from model.peers import ALONE
+from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, TPShard
 from model.recurrence import LinearAttention
+from model.tensor_shards import ALL_HEADS
 
 
 class LightningConfig(MixerConfig):
     """Fields of linear attention with decay."""
 
     kind: Literal["lightning"] = "lightning"
-    spread = ("num_heads",)
+    sharded_fields = ("num_heads",)
     num_heads: int = Field(ge=1)
     key_dim: int = Field(ge=1)
     value_dim: int = Field(ge=1)
@@ -81,16 +81,16 @@ class LightningConfig(MixerConfig):
         mixed = copies * (2 * keys + values) + 2 * keys * (self.rotary_dim > 0)
         return element_bytes * (mixed + 2 * values + 2 * gate) + 4 * self._decay_biases()
 
-    def roles(self, width: int) -> Mapping[str, Split]:
+    def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Heads are the unit; the narrow half of a low-rank decay is copied."""
-        roles = {
-            "in_proj.weight": Split(0, "heads", self._parts()),
-            "out_norm.weight": Split(0, "heads") if self.norm == "all_heads" else Split(None),
-            "out_proj.weight": Split(1, "heads"),
+        tp_plan = {
+            "in_proj.weight": TPShard(0, "heads", self._parts()),
+            "out_norm.weight": TPShard(0, "heads") if self.norm == "all_heads" else TPShard(None),
+            "out_proj.weight": TPShard(1, "heads"),
         }
         if self.decay == "channel":
-            roles |= {"decay_down_proj.weight": Split(None), "decay_up_proj.weight": Split(0, "heads")}
-        return roles | ({"decay.bias": Split(0, "heads")} if self._decay_biases() else {})
+            tp_plan |= {"decay_down_proj.weight": TPShard(None), "decay_up_proj.weight": TPShard(0, "heads")}
+        return tp_plan | ({"decay.bias": TPShard(0, "heads")} if self._decay_biases() else {})
 
     @property
     def context(self) -> Context:
@@ -109,7 +109,7 @@ def fixed_log_decay(
     head = torch.arange(heads, device=like.device, dtype=torch.float64)
     if kind == "retnet":
         return torch.log1p(-(2.0 ** (-5.0 - head))).to(like.dtype)
-    # Modules that predict further ahead stand behind the last layer and share its decay.
+    # MTP modules stand behind the last layer and share its decay.
     place = min(layer, depth - 1) / (depth - 1 + 1e-5)
     return -(2.0 ** (-8.0 * (head + 1.0) / heads) * (1.0 - place + 1e-5)).to(like.dtype)
 
@@ -167,9 +167,9 @@ class Lightning(Mixer):
         inputs = (q, k, v, self._log_decay(x, rate))
         out = sequence.sharding.recur(LinearAttention(), inputs, sequence.position, sequence.document)
         out = out.flatten(-2) if config.norm == "all_heads" else out
-        peers = self.peers if config.norm == "all_heads" else ALONE
+        head_shards = self.head_shards if config.norm == "all_heads" else ALL_HEADS
         gates = () if config.output_gate == "none" else (gate.view(out.shape),)
-        out = self.out_norm(out, *gates, peers=peers)
+        out = self.out_norm(out, *gates, head_shards=head_shards)
         return self.out_proj(out.reshape(*x.shape[:2], -1))
 
     def _log_decay(
@@ -181,5 +181,5 @@ class Lightning(Mixer):
         if kind == "channel":
             return self.decay(self.decay_up_proj(self.decay_down_proj(x))).unflatten(-1, (heads, -1))
         wide = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
-        decay = fixed_log_decay(kind, heads * self.peers.size, self.layer, self.depth, wide)
-        return decay.view(-1, heads)[self.peers.rank].expand(*x.shape[:2], -1)
+        decay = fixed_log_decay(kind, heads * self.head_shards.size, self.layer, self.depth, wide)
+        return decay.view(-1, heads)[self.head_shards.rank].expand(*x.shape[:2], -1)

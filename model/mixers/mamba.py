@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
 from model.linear import Initial, Linear, RMSNorm
-from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
+from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, TPShard
 from model.mixers.gdn import ConvWeight
 from model.recurrence import SelectiveScan
 
@@ -19,7 +19,7 @@ class MambaConfig(MixerConfig):
     """Fields of Mamba."""
 
     kind: Literal["mamba"] = "mamba"
-    spread = ("num_channels",)
+    sharded_fields = ("num_channels",)
     num_channels: int = Field(ge=1)
     state_dim: int = Field(ge=1)
     dt_rank: int = Field(ge=1)
@@ -65,22 +65,22 @@ class MambaConfig(MixerConfig):
         """Convolution in and out, gate, output, gated output, and steps in float32."""
         return element_bytes * (5 * self.num_channels + 2 * sum(self._inner())) + 8 * self.num_channels
 
-    def roles(self, width: int) -> Mapping[str, Split]:
+    def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Channels are the unit; what all channels share, between them, is summed and copied."""
-        split = Split(0, "channels")
-        roles = {
-            "in_proj.weight": Split(0, "channels", (self.num_channels, self.num_channels)),
+        split = TPShard(0, "channels")
+        tp_plan = {
+            "in_proj.weight": TPShard(0, "channels", (self.num_channels, self.num_channels)),
             "conv.weight": split,
-            "x_proj.weight": Split(1, "channels"),
+            "x_proj.weight": TPShard(1, "channels"),
             "dt_proj.weight": split,
             "step.log_rate": split,
             "step.bias": split,
             "skip": split,
-            "out_proj.weight": Split(1, "channels"),
+            "out_proj.weight": TPShard(1, "channels"),
         }
         if self.has_inner_norm:
-            roles |= {f"{name}_norm.weight": Split(None) for name in ("dt", "k", "q")}
-        return roles | ({"conv.bias": split} if self.has_conv_bias else {})
+            tp_plan |= {f"{name}_norm.weight": TPShard(None) for name in ("dt", "k", "q")}
+        return tp_plan | ({"conv.bias": split} if self.has_conv_bias else {})
 
     @property
     def context(self) -> Context:
@@ -91,7 +91,7 @@ class MambaConfig(MixerConfig):
 class LogOfIndex(Initial):
     """log 1, log 2, ... along the last dim: rates that spread the memory of a channel (S4D-real)."""
 
-    def draw(self, shape: torch.Size, generator: torch.Generator) -> Float[Tensor, "..."]:
+    def sample(self, shape: torch.Size, generator: torch.Generator) -> Float[Tensor, "..."]:
         """Values in float32 on the generator's device; nothing is random."""
         return torch.arange(1, shape[-1] + 1, device=generator.device).float().log().expand(shape)
 
@@ -143,7 +143,7 @@ class Mamba(Mixer):
         config = self.config
         mixed, gate = self.in_proj(x).chunk(2, dim=-1)
         mixed = self.conv(mixed, sequence)
-        dt, k, q = self.peers.sum(self.x_proj(mixed)).split(config._inner(), dim=-1)
+        dt, k, q = self.head_shards.sum(self.x_proj(mixed)).split(config._inner(), dim=-1)
         if config.has_inner_norm:
             dt, k, q = self.dt_norm(dt), self.k_norm(k), self.q_norm(q)
         step, rate = self.step(self.dt_proj(dt))

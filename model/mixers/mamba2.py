@@ -14,17 +14,17 @@ from torch.nn.functional import silu, softplus
 
 from kernels.norm import gated_rms_norm
 from model.linear import Initial, Linear
-from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
+from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, TPShard
 from model.mixers.gdn import ConvWeight
-from model.peers import ALONE, Peers
 from model.recurrence import LinearAttention
+from model.tensor_shards import ALL_HEADS, HeadShards
 
 
 class Mamba2Config(MixerConfig):
     """Fields of Mamba-2."""
 
     kind: Literal["mamba2"] = "mamba2"
-    spread = ("num_heads",)
+    sharded_fields = ("num_heads",)
     shared = ("num_key_heads",)
     num_heads: int = Field(ge=1)
     num_key_heads: int = Field(ge=1)
@@ -80,20 +80,20 @@ class Mamba2Config(MixerConfig):
         states = 4 * values * self.key_dim // 128
         return element_bytes * (2 * self._mixed() + 4 * values) + 8 * self.num_heads + states
 
-    def roles(self, width: int) -> Mapping[str, Split]:
+    def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Heads are the unit; a key head is shared by its group of heads, whose norm is one."""
-        split = Split(0, "heads")
-        mixed = Split(0, "heads", self._parts()[1:4])
-        roles = {
-            "in_proj.weight": Split(0, "heads", self._parts()),
+        split = TPShard(0, "heads")
+        mixed = TPShard(0, "heads", self._parts()[1:4])
+        tp_plan = {
+            "in_proj.weight": TPShard(0, "heads", self._parts()),
             "conv.weight": mixed,
             "step.log_rate": split,
             "step.bias": split,
             "skip": split,
             "out_norm.weight": split,
-            "out_proj.weight": Split(1, "heads"),
+            "out_proj.weight": TPShard(1, "heads"),
         }
-        return roles | ({"conv.bias": mixed} if self.has_conv_bias else {})
+        return tp_plan | ({"conv.bias": mixed} if self.has_conv_bias else {})
 
     @property
     def context(self) -> Context:
@@ -135,25 +135,27 @@ class GatedGroupNorm(nn.Module):
         self.initial = {"weight": Initial("constant", 1.0)}
 
     def forward(
-        self, x: Float[Tensor, "B T X"], gate: Float[Tensor, "B T X"], peers: Peers = ALONE
+        self, x: Float[Tensor, "B T X"], gate: Float[Tensor, "B T X"], head_shards: HeadShards = ALL_HEADS
     ) -> Float[Tensor, "B T X"]:
         """Computed in float32 at least; the result has the dtype of the gate.
 
-        Where peers share a group the scale is that of all its channels.
+        Where ranks share a group the scale is that of all its channels.
         """
-        if peers.sharers > 1:
-            return self._shared(x, gate, peers)
+        if head_shards.kv_replicas > 1:
+            return self._shared(x, gate, head_shards)
         x, gate = (part.unflatten(-1, (self.groups, -1)) for part in (x, gate))
         weight = self.weight.view(self.groups, -1)
         return gated_rms_norm(x, gate, weight, self.eps, kind="silu", gates_first=True).flatten(-2)
 
     def _shared(
-        self, x: Float[Tensor, "B T X"], gate: Float[Tensor, "B T X"], peers: Peers
+        self, x: Float[Tensor, "B T X"], gate: Float[Tensor, "B T X"], head_shards: HeadShards
     ) -> Float[Tensor, "B T X"]:
         # All channels here are of one group.
         dtype = torch.promote_types(gate.dtype, torch.float32)
         wide = x.to(dtype) * silu(gate.to(dtype))
-        mean = peers.sum_group(wide.square().sum(-1, keepdim=True)) / (wide.shape[-1] * peers.sharers)
+        mean = head_shards.sum_kv_replicas(wide.square().sum(-1, keepdim=True)) / (
+            wide.shape[-1] * head_shards.kv_replicas
+        )
         return (wide * (mean + self.eps).rsqrt() * self.weight.to(dtype)).to(gate.dtype)
 
 
@@ -184,4 +186,4 @@ class Mamba2(Mixer):
         inputs = (q, k, written, log_decay)
         out = sequence.sharding.recur(LinearAttention(), inputs, sequence.position, sequence.document)
         out = out + v * self.skip.to(x.dtype)[:, None]
-        return self.out_proj(self.out_norm(out.flatten(-2), gate, self.peers))
+        return self.out_proj(self.out_norm(out.flatten(-2), gate, self.head_shards))

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.attention import attention
 from kernels.rotary import RotaryLayout, rotate
 from model.linear import Linear, RMSNorm
-from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
+from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, TPShard
 from model.rotary import RotaryScaling
 from model.sequence_sharding import AttentionView
 
@@ -19,7 +19,7 @@ from model.sequence_sharding import AttentionView
 class LatentConfig(MixerConfig):
     """Fields of every attention over a latent."""
 
-    spread = ("num_heads",)
+    sharded_fields = ("num_heads",)
     num_heads: int = Field(ge=1)
     query_latent_dim: int | None = Field(ge=1)
     latent_dim: int = Field(ge=1)
@@ -87,16 +87,16 @@ class LatentConfig(MixerConfig):
         kept = latents + 2 * self._queries() + self._up()[0] + 2 * self._up()[1]
         return element_bytes * kept + 4 * self.num_heads
 
-    def roles(self, width: int) -> Mapping[str, Split]:
+    def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Heads are the unit; every rank keeps the latents whole."""
-        roles = {
-            "down_proj.weight": Split(None),
-            "q_proj.weight": Split(0, "heads"),
-            "kv_norm.weight": Split(None),
-            "kv_proj.weight": Split(0, "heads", self._up()),
-            "out_proj.weight": Split(1, "heads"),
+        tp_plan = {
+            "down_proj.weight": TPShard(None),
+            "q_proj.weight": TPShard(0, "heads"),
+            "kv_norm.weight": TPShard(None),
+            "kv_proj.weight": TPShard(0, "heads", self._up()),
+            "out_proj.weight": TPShard(1, "heads"),
         }
-        return roles if self.query_latent_dim is None else roles | {"q_norm.weight": Split(None)}
+        return tp_plan if self.query_latent_dim is None else tp_plan | {"q_norm.weight": TPShard(None)}
 
     @property
     def context(self) -> Context:

@@ -11,14 +11,14 @@ from kernels.block_attention import block_attention
 from kernels.block_selection import select_by_mean
 from kernels.rotary import rotate
 from model.linear import Linear
-from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
+from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, TPShard
 
 
 class MobaConfig(MixerConfig):
     """Fields of mixture of block attention."""
 
     kind: Literal["moba"] = "moba"
-    spread = ("num_heads",)
+    sharded_fields = ("num_heads",)
     shared = ("num_key_heads",)
     num_heads: int = Field(ge=1)
     num_key_heads: int = Field(ge=1)
@@ -68,9 +68,9 @@ class MobaConfig(MixerConfig):
         queries, keys, values = self._parts()
         return element_bytes * (2 * queries + keys + values) + self.num_heads * (4 + 8 * self.num_blocks)
 
-    def roles(self, width: int) -> Mapping[str, Split]:
+    def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Heads are the unit; a key head is shared by its group of query heads."""
-        return {"in_proj.weight": Split(0, "heads", self._parts()), "out_proj.weight": Split(1, "heads")}
+        return {"in_proj.weight": TPShard(0, "heads", self._parts()), "out_proj.weight": TPShard(1, "heads")}
 
     @property
     def context(self) -> Context:

@@ -13,7 +13,7 @@ from kernels.block_selection import select_by_peak
 from kernels.rotary import rotate
 from kernels.selection_loss import selection_loss
 from model.linear import Linear, RMSNorm
-from model.mixer import Context, Flops, Mixed, Mixer, MixerConfig, Sequence, Split
+from model.mixer import Context, Flops, Mixed, Mixer, MixerConfig, Sequence, TPShard
 from model.mixers.moba import keys_seen
 
 
@@ -21,7 +21,7 @@ class MsaConfig(MixerConfig):
     """Fields of block-sparse attention with an indexer."""
 
     kind: Literal["msa"] = "msa"
-    spread = ("num_heads",)
+    sharded_fields = ("num_heads",)
     shared = ("num_key_heads",)
     num_heads: int = Field(ge=1)
     num_key_heads: int = Field(ge=1)
@@ -80,15 +80,15 @@ class MsaConfig(MixerConfig):
         chosen = self.num_key_heads * self.num_blocks * (16 + element_bytes * self.index_dim)
         return element_bytes * (3 * queries + 2 * keys + values + 2 * index) + 4 * self.num_heads + chosen
 
-    def roles(self, width: int) -> Mapping[str, Split]:
+    def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Heads are the unit; a key head and its index head are shared by a group of query heads."""
         norms = ("q_norm", "k_norm", "indexer.q_norm", "indexer.k_norm")
         return {
-            "in_proj.weight": Split(0, "heads", self._parts()),
-            "indexer.q_proj.weight": Split(0, "heads"),
-            "indexer.k_proj.weight": Split(None),
-            "out_proj.weight": Split(1, "heads"),
-        } | {f"{name}.weight": Split(None) for name in norms}
+            "in_proj.weight": TPShard(0, "heads", self._parts()),
+            "indexer.q_proj.weight": TPShard(0, "heads"),
+            "indexer.k_proj.weight": TPShard(None),
+            "out_proj.weight": TPShard(1, "heads"),
+        } | {f"{name}.weight": TPShard(None) for name in norms}
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -161,7 +161,10 @@ class Msa(Mixer):
         scores = _scores_at(index_q, index_k, peaks) * config.index_dim**-0.5
         is_seen = torch.nn.functional.pad(selected >= 0, (1, 0), value=True)
         # Sharers of a key head have the same index head and choice: each counts its share of one loss.
-        loss = selection_loss(scores, self.peers.sum_group(mass.detach()), is_seen) / self.peers.sharers
+        loss = (
+            selection_loss(scores, self.head_shards.sum_kv_replicas(mass.detach()), is_seen)
+            / self.head_shards.kv_replicas
+        )
         return Mixed(out, {"index": config.index_loss * loss})
 
 

@@ -14,9 +14,9 @@ from kernels.compress import mean_compress, mlp_compress
 from kernels.compressed_attention import Choice, entry_attention
 from kernels.document_windows import Windows, document_windows
 from kernels.rotary import rotate
-from model.choice import select_with_peers
+from model.block_choice import select_across_shards
 from model.linear import Initial, Linear
-from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, Split
+from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, TPShard
 from model.mixers.moba import keys_seen
 from model.sequence_sharding import Compression
 
@@ -25,7 +25,7 @@ class NsaConfig(MixerConfig):
     """Fields of native sparse attention."""
 
     kind: Literal["nsa"] = "nsa"
-    spread = ("num_heads",)
+    sharded_fields = ("num_heads",)
     shared = ("num_key_heads",)
     num_heads: int = Field(ge=1)
     num_key_heads: int = Field(ge=1)
@@ -114,16 +114,18 @@ class NsaConfig(MixerConfig):
         chosen = 8 * self.num_key_heads * self.num_blocks
         return element_bytes * (sum(self._parts()) + 4 * values + entries) + 12 * self.num_heads + chosen
 
-    def roles(self, width: int) -> Mapping[str, Split]:
+    def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Heads are the unit; a key head and its compressor are shared by a group of query heads."""
-        roles = {
-            "in_proj.weight": Split(0, "heads", self._parts()),
-            "out_proj.weight": Split(1, "heads"),
+        tp_plan = {
+            "in_proj.weight": TPShard(0, "heads", self._parts()),
+            "out_proj.weight": TPShard(1, "heads"),
         }
         if self.compressor == "mean":
-            return roles
+            return tp_plan
         names = ("place", "first", "second")
-        return roles | {f"{part}.{name}": Split(0, "heads") for part in ("phi_k", "phi_v") for name in names}
+        return tp_plan | {
+            f"{part}.{name}": TPShard(0, "heads") for part in ("phi_k", "phi_v") for name in names
+        }
 
     @property
     def context(self) -> Context:
@@ -201,11 +203,13 @@ class Nsa(Mixer):
         entry_k = _entries(keys[0], made, self.phi_k)
         entry_v = _entries(values[0], made, self.phi_v)
         # Heads that are not all here choose together, in a step of its own.
-        is_shared = self.peers.sharers > 1
+        is_shared = self.head_shards.kv_replicas > 1
         alone = Choice(count=0, initial=0, local=0) if is_shared else choice
         compressed, selected = entry_attention(q, entry_k, entry_v, **windows, **alone, **options)
         if is_shared:
-            selected = select_with_peers(q, entry_k, view, self.peers, **windows, scale=scale, choice=choice)
+            selected = select_across_shards(
+                q, entry_k, view, self.head_shards, **windows, scale=scale, choice=choice
+            )
         k, v = view.keys(keys[1]), view.keys(values[1])
         chosen, _ = block_attention(q, k, v, selected, block=config.block, **options)
         view = sequence.view(config.window - 1)

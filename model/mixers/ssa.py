@@ -14,9 +14,9 @@ from kernels.compress import mean_compress
 from kernels.compressed_attention import Choice
 from kernels.document_windows import document_windows
 from kernels.rotary import rotate
-from model.choice import select_with_peers
+from model.block_choice import select_across_shards
 from model.linear import Linear
-from model.mixer import Context, Flops, Mixed, Mixer, MixerConfig, Sequence, Split
+from model.mixer import Context, Flops, Mixed, Mixer, MixerConfig, Sequence, TPShard
 from model.mixers.moba import keys_seen
 from model.sequence_sharding import AttentionView
 
@@ -25,7 +25,7 @@ class SsaConfig(MixerConfig):
     """Fields of sparse attention trained along with full attention."""
 
     kind: Literal["ssa"] = "ssa"
-    spread = ("num_heads",)
+    sharded_fields = ("num_heads",)
     shared = ("num_key_heads",)
     num_heads: int = Field(ge=1)
     num_key_heads: int = Field(ge=1)
@@ -83,9 +83,9 @@ class SsaConfig(MixerConfig):
         chosen = 8 * self.num_key_heads * self.num_blocks
         return element_bytes * (5 * queries + keys + values + gates) + 8 * self.num_heads + chosen
 
-    def roles(self, width: int) -> Mapping[str, Split]:
+    def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Heads are the unit; a key head is shared by its group of query heads."""
-        return {"in_proj.weight": Split(0, "heads", self._parts()), "out_proj.weight": Split(1, "heads")}
+        return {"in_proj.weight": TPShard(0, "heads", self._parts()), "out_proj.weight": TPShard(1, "heads")}
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -108,7 +108,7 @@ class Ssa(Mixer):
         self.out_proj = Linear(self.parts[0], width, out_std)
 
     def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"] | Mixed:
-        """The stream that the sequence draws, and the alignment of both; without a draw, the config's."""
+        """The stream that `sequence.uniform` picks, and the alignment of both; without it, the config's."""
         config = self.config
         q, k, v, gate = self.in_proj(x).split(self.parts, dim=-1)
         q, k, v = (part.unflatten(-1, (-1, config.head_dim)) for part in (q, k, v))
@@ -118,12 +118,14 @@ class Ssa(Mixer):
             q, k = rotate(q, *table), rotate(k, *table)
         view = sequence.view()
         k, v = view.keys(k), view.keys(v)
-        if sequence.draw is None:
+        if sequence.uniform is None:
             stream = self._full if config.stream == "full" else self._sparse
             return self.out_proj((gate * stream(q, k, v, view)).flatten(-2))
         full, sparse = (gate * stream(q, k, v, view) for stream in (self._full, self._sparse))
-        drawn = sparse if sequence.draw < config.sparse_share else full
-        losses = {"alignment": config.alignment_loss / (self.depth * self.peers.size) * _apart(full, sparse)}
+        drawn = sparse if sequence.uniform < config.sparse_share else full
+        losses = {
+            "alignment": config.alignment_loss / (self.depth * self.head_shards.size) * _apart(full, sparse)
+        }
         return Mixed(self.out_proj(drawn.flatten(-2)), losses)
 
     def _full(self, q: Tensor, k: Tensor, v: Tensor, view: AttentionView) -> Tensor:
@@ -134,11 +136,11 @@ class Ssa(Mixer):
         config = self.config
         options = {"position": view.position, "places": view.places, "scale": config.head_dim**-0.5}
         blocks = document_windows(view.position, config.block, config.block)
-        selected = select_with_peers(
+        selected = select_across_shards(
             q,
             mean_compress(k, blocks),
             view,
-            self.peers,
+            self.head_shards,
             entries=blocks,
             blocks=blocks,
             scale=options["scale"],

@@ -80,7 +80,7 @@ class Router(nn.Module):
         self.row_parts = 1
         self.sum_row_load: Callable[[Tensor], Tensor] = _as_is
         # What becomes of a choice; set from outside while the same tokens pass once more.
-        self.settle: Callable[[Tensor], Tensor] = _as_is
+        self.replay_routing: Callable[[Tensor], Tensor] = _as_is
 
     @torch.no_grad()
     def reset_buffers(self) -> None:
@@ -93,7 +93,7 @@ class Router(nn.Module):
     def forward(self, x: Float[Tensor, "B T D"], tokens: Int[Tensor, "B T"]) -> Choice:
         """The choice for all tokens, rows one after the other."""
         logits, scores, experts = self._rank(x, tokens)
-        experts = experts if self.is_hashed else self.settle(experts)
+        experts = experts if self.is_hashed else self.replay_routing(experts)
         weights, sums = self._weigh(logits, scores, experts)
         return Choice(experts.flatten(0, 1), weights.flatten(0, 1), self._routing(sums))
 

@@ -26,12 +26,12 @@ from parallel.config.regions import FULL, ffn_region
 class Recompute:
     """Runs a function now and once more in backward.
 
-    router chooses experts in it, None where there are none. draws: whether the function draws random numbers;
-    then the second time it draws the same.
+    router chooses experts in it, None where there are none. uses_rng: whether the function draws random
+    numbers; then the second time it draws the same.
     """
 
     router: Router | None
-    draws: bool
+    uses_rng: bool
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         """What the function gives for args, of which tensors are kept, and no other tensor."""
@@ -39,7 +39,7 @@ class Recompute:
             return function(*args)
         contexts = partial(_contexts, self.router)
         return checkpoint(
-            function, *args, use_reentrant=False, preserve_rng_state=self.draws, context_fn=contexts
+            function, *args, use_reentrant=False, preserve_rng_state=self.uses_rng, context_fn=contexts
         )
 
 
@@ -55,28 +55,28 @@ def _contexts(router: Router | None) -> tuple[AbstractContextManager[None], Abst
 
 
 @contextmanager
-def _settled_by(router: Router | None, settle: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _settled_by(router: Router | None, replay_routing: Callable[[Tensor], Tensor]) -> Iterator[None]:
     if router is None:
         yield
         return
-    before, router.settle = router.settle, settle
+    before, router.replay_routing = router.replay_routing, replay_routing
     try:
         yield
     finally:
-        router.settle = before
+        router.replay_routing = before
 
 
-def recompute(block: Block, names: Collection[str], *, draws: bool) -> None:
+def recompute(block: Block, names: Collection[str], *, uses_rng: bool) -> None:
     """Makes regions of what `names` name of the block. Mutates the block, not its parameters or their names.
 
-    names as `parallel.recompute` has them; draws as in `Recompute`.
+    names as `parallel.recompute` has them; uses_rng as in `Recompute`.
     """
     router = None if block.moe is None else block.moe.router
     if FULL in names:
-        block.run = Recompute(router, draws)
+        block.run = Recompute(router, uses_rng)
         return
     mixer, ffn = block.names
     if mixer != NONE and mixer in names:
-        block.run_mixer = Recompute(None, draws)
+        block.run_mixer = Recompute(None, uses_rng)
     if ffn != NONE and ffn_region(ffn) in names:
-        block.run_ffn = Recompute(router, draws)
+        block.run_ffn = Recompute(router, uses_rng)

@@ -197,15 +197,15 @@ def tensor_violations(config: "Architecture", degree: int) -> list[Violation]:
         return []
     found = []
     names = dict.fromkeys(layer.mixer for layer in config.layers if layer.mixer in config.mixer)
-    ahead = config.model.prediction
-    names |= {ahead.mixer: None} if ahead.depth else {}
+    mtp = config.model.mtp
+    names |= {mtp.mixer: None} if mtp.depth else {}
     for name in names:
         try:
             config.mixer[name].per_rank(degree)
         except ValueError as error:
             found.append(Violation("parallel.tp", f"mixer.{name}: {error}"))
     sizes = {"model.vocab_size": config.model.vocab_size}
-    kinds = {layer.ffn for layer in config.layers} | ({ahead.ffn} if ahead.depth else set())
+    kinds = {layer.ffn for layer in config.layers} | ({mtp.ffn} if mtp.depth else set())
     if kinds & {"dense", "shortcut"}:
         sizes["model.ffn_hidden"] = config.model.ffn_hidden
     if kinds - {"dense", "none"} and config.moe.shared_hidden:

@@ -5,8 +5,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from data.loader import Batch
-from model.mixer import Later, Sequence
-from model.prediction import later_in_rows
+from model.mixer import Sequence, ShiftedTokens
+from model.mtp import shift_rows
 from model.recurrence import Recurrence
 from model.sequence_sharding import SequenceSharding
 from parallel.context.chunks import cut_row, join_chunks, split_chunks, tails_before
@@ -56,22 +56,22 @@ class HeadTailSharding(HeadTailViews, SequenceSharding):
         return self.restore(out)
 
 
-def cut_rows(batch: Batch, axis: Axis, *, draw: float | None = None, predicted: int = 0) -> MicroBatch:
-    """This rank's tokens of the rows of a batch. predicted: how many modules predict further ahead.
+def cut_rows(batch: Batch, axis: Axis, *, uniform: float | None = None, mtp_depth: int = 0) -> MicroBatch:
+    """This rank's tokens of the rows of a batch. mtp_depth: how many MTP modules there are.
 
     Raises ValueError where a row does not have a multiple of 2 R tokens.
     """
     if axis.size == 1:
-        return MicroBatch(batch.targets, Sequence(batch.position, batch.document, batch.tokens, draw))
-    every = (later_in_rows(batch.tokens, batch.targets, batch.document, n) for n in range(1, predicted + 1))
-    later = tuple(Later(cut_row(one.tokens, axis), cut_row(one.targets, axis)) for one in every)
+        return MicroBatch(batch.targets, Sequence(batch.position, batch.document, batch.tokens, uniform))
+    every = (shift_rows(batch.tokens, batch.targets, batch.document, n) for n in range(1, mtp_depth + 1))
+    shifted = tuple(ShiftedTokens(cut_row(one.tokens, axis), cut_row(one.targets, axis)) for one in every)
     position, document, tokens = (cut_row(x, axis) for x in (batch.position, batch.document, batch.tokens))
     sequence = Sequence(
         position,
         document,
         tokens,
-        draw,
-        later,
+        uniform,
+        shifted,
         sharding=HeadTailSharding(axis, batch.position, batch.document),
     )
     return MicroBatch(cut_row(batch.targets, axis), sequence)

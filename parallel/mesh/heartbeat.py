@@ -166,7 +166,7 @@ class Watch:
         return f"{named}{more}: {what}; silent for {seconds:g} s"
 
     def _silent(self, seconds: float) -> list[int]:
-        """Peers whose beat has stood still for so long."""
+        """HeadShards whose beat has stood still for so long."""
         now = time.monotonic()
         beats = self._own.multi_get([f"beat/{peer}" for peer in self._heard])
         for peer, beat in zip(self._heard, beats, strict=True):

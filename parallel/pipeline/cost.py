@@ -41,7 +41,7 @@ def layer_costs(config: Architecture, context: int) -> list[Cost]:
     moved = OPERATIONS_PER_BYTE * shape.width
     costs[0] = sum_costs([costs[0], Cost(4 * moved, 0.0, 10 * moved)])
     head = 2.0 * shape.width * shape.vocab_size
-    ends = [_layer_cost(config, layer, context) for layer in counts.predictions]
+    ends = [_layer_cost(config, layer, context) for layer in counts.mtp_modules]
     ends += [Cost(head, head, head)] * (1 + len(ends))
     costs[-1] = sum_costs([costs[-1], *ends])
     return costs
@@ -62,7 +62,7 @@ def stage_costs(config: Architecture, stages: Sequence[range], context: int) -> 
     """The cost of each stage per token."""
     layers = layer_costs(config, context)
     costs = [sum_costs([layers[layer] for layer in stage]) for stage in stages]
-    if config.model.prediction.depth:
-        # A stage with modules that predict ahead does all of backward at once.
+    if config.model.mtp.depth:
+        # A stage with MTP modules does all of backward at once.
         costs[-1] = Cost(costs[-1].forward, costs[-1].input + costs[-1].weight, 0.0)
     return costs

@@ -3,8 +3,8 @@
 Layers of a hybrid model differ, and by how much depends on the context length: at 128K tokens a layer of full
 attention outweighs many linear ones, at 4K it does not. So the best cut depends on it too.
 
-A stage has a layer at least. The embedding goes with the first layer; last norm, head and modules that
-predict ahead go with the last.
+A stage has a layer at least. The embedding goes with the first layer; last norm, head and MTP modules
+go with the last.
 """
 
 import math

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from conf.errors import ConfigError
 from model.config import Architecture
-from model.language_model import Losses, Part, loss_names
+from model.language_model import Losses, ModelPart, loss_names
 from model.layout import DENSE, MOE, NONE
 from parallel.config.pipeline import Plan, plan_violations
 from parallel.mesh.axes import Axis
@@ -26,7 +26,7 @@ from parallel.micro_batches import Denominators, MicroBatch, added, objective_of
 from parallel.pipeline.schedules import build_schedule
 
 
-class Stage(Part):
+class Stage(ModelPart):
     """The part of a model that one stage of a pipeline runs. Its forward takes the place of a micro-batch.
 
     `rows` are where its mixtures of experts stand among the `total` of the model.
@@ -34,9 +34,9 @@ class Stage(Part):
 
     def __init__(self, config: Architecture, dtype: torch.dtype, layers: Items[int]) -> None:
         super().__init__(config, dtype, layers)
-        ahead = config.model.prediction
+        mtp = config.model.mtp
         has_experts = [layer.ffn not in (DENSE, NONE) for layer in config.layers]
-        has_experts += [ahead.ffn == MOE] * ahead.depth
+        has_experts += [mtp.ffn == MOE] * mtp.depth
         own = [*layers, *(range(config.model.depth, len(has_experts)) if self.is_last else ())]
         self.rows = [sum(has_experts[:index]) for index in own if has_experts[index]]
         self.total = sum(has_experts)
@@ -96,7 +96,7 @@ class _Tie(torch.autograd.Function):
 
 
 def _nothing_left() -> Callable[[], None]:
-    # Weights that several branches share, as those of the head where modules predict ahead, defeat torch's
+    # Weights that several branches share, as those of the head where there are MTP modules, defeat torch's
     # split of backward. Such a stage does all of it when the gradient of its input is due, nothing after.
     return lambda: None
 
@@ -153,7 +153,7 @@ class Pipeline:
                     input_args=() if stage.is_first else (stream,),
                     output_args=(objective if stage.is_last else stream,),
                     group=axis.group,
-                    dw_builder=_nothing_left if stage.predictions else None,
+                    dw_builder=_nothing_left if stage.mtp else None,
                 )
                 for index, stage in zip(plan.stages_of(axis.rank), stages, strict=True)
             ],
@@ -213,7 +213,7 @@ class Pipeline:
     def _sum_copies(self) -> None:
         # Both ends of the pipeline step the same table by the same gradient.
         model = self.stages[0].config.model
-        if not (model.has_tied_embeddings or model.prediction.depth):
+        if not (model.has_tied_embeddings or model.mtp.depth):
             return
         ends = [stage.embed.weight for stage in self.stages if stage.embed is not None]
         # A frozen table has none, at either end.

@@ -84,10 +84,10 @@ def action_order(plan: Plan) -> list[list[Action]]:
 def _one_forward_one_backward(plan: Plan, rank: int) -> list[Action]:
     # torch 2.13 keeps no list of what this schedule runs; the one that it prints starts the last rank at
     # micro-batch 1.
-    ahead = min(plan.micro_batches, plan.degree - rank)
-    order = [Action(rank, "forward", index) for index in range(ahead)]
+    warmup = min(plan.micro_batches, plan.degree - rank)
+    order = [Action(rank, "forward", index) for index in range(warmup)]
     for index in range(plan.micro_batches):
         order.append(Action(rank, "backward", index))
-        if ahead + index < plan.micro_batches:
-            order.append(Action(rank, "forward", ahead + index))
+        if warmup + index < plan.micro_batches:
+            order.append(Action(rank, "forward", warmup + index))
     return order

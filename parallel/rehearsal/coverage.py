@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard
 
 from model.config import Architecture
-from model.language_model import Part
+from model.language_model import ModelPart
 from parallel.apply import Parallel
 from parallel.mesh.axes import Axes
 from parallel.shard.expert import expert_placement
@@ -71,7 +71,7 @@ def _dense_placements(config: Architecture, built: Parallel, axes: Axes, place: 
     found: dict[str, Placement] = {}
     for part in built.parts:
         with torch.device("meta"):
-            model = Part(config, layers=part.layers)
+            model = ModelPart(config, layers=part.layers)
         found |= spread_tensors(model, config, replace(axes.tp, rank=place))
     return found
 

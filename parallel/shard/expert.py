@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from model.language_model import Part
-from model.mixer import Split
+from model.language_model import ModelPart
+from model.mixer import TPShard
 from model.moe.dispatch import Compute, Dispatch, Meanwhile
 from model.moe.layer import Experts
 from parallel.mesh.axes import Axes, Axis
@@ -79,7 +79,7 @@ class AllToAll:
 Dispatcher: TypeAlias = Callable[[Axis, int, bool], Dispatch]
 
 
-def spread_experts(model: Part, axes: Axes, dispatcher: Dispatcher = AllToAll) -> dict[str, Placement]:
+def spread_experts(model: ModelPart, axes: Axes, dispatcher: Dispatcher = AllToAll) -> dict[str, Placement]:
     """Leaves this rank its experts of every layer. Mutates the model; gives their placements by name."""
     placements = {}
     axis = axes.ep
@@ -102,6 +102,6 @@ def spread_experts(model: Part, axes: Axes, dispatcher: Dispatcher = AllToAll) -
 def expert_placement(shape: torch.Size, rank: int, degree: int) -> Placement:
     """Where the experts of one of `degree` ranks lie in a parameter of all experts."""
     part = torch.Size((shape[0] // degree, *shape[1:]))
-    split = Split(0, "experts")
+    split = TPShard(0, "experts")
     found = placed(shape, split, split, part, rank, degree) if degree > 1 else undivided(shape)
     return replace(found, is_expert=True)

@@ -15,14 +15,14 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import Shard
 
-from model.language_model import LanguageModel, Part
+from model.language_model import LanguageModel, ModelPart
 from model.moe.layer import Experts
 from model.residual import Residual
 from parallel.mesh.axes import Axes, Axis
 
 
 def shard_data(
-    model: Part, axes: Axes, device_type: str, *, reshard_after_forward: bool, prefetch: int = 0
+    model: ModelPart, axes: Axes, device_type: str, *, reshard_after_forward: bool, prefetch: int = 0
 ) -> None:
     """Shards experts, then each block, then what is left. Mutates the model: parameters become DTensors.
 
@@ -63,7 +63,7 @@ def shard_data(
         if isinstance(module, Residual) and isinstance(module, FSDPModule):
             register_fsdp_forward_method(module, "read")
 
-    for block in [*model.blocks, *model.predictions]:
+    for block in [*model.blocks, *model.mtp]:
         if low.param_dtype != full.param_dtype:
             for module in list(block.modules()):
                 if getattr(module, "needs_full_precision", False):

@@ -11,19 +11,19 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import _disable_current_modes
 
-from model.mixer import Split
+from model.mixer import TPShard
 
 
 class Box(NamedTuple):
     """A block of numbers: its corner in the part, its corner in the whole, and its sizes.
 
-    sharers: so many neighbours along the tensor axis hold the same block.
+    kv_replicas: so many neighbours along the tensor axis hold the same block.
     """
 
     part: tuple[int, ...]
     whole: tuple[int, ...]
     sizes: tuple[int, ...]
-    sharers: int = 1
+    kv_replicas: int = 1
 
     def of_part(self, x: Tensor) -> Tensor:
         """The block of a rank's part, as a view."""
@@ -55,14 +55,14 @@ class Placement:
         return part
 
 
-def undivided(shape: torch.Size, sharers: int = 1) -> Placement:
+def undivided(shape: torch.Size, kv_replicas: int = 1) -> Placement:
     """The whole parameter on every rank."""
     corner = (0,) * len(shape)
-    return Placement(shape, (Box(corner, corner, tuple(shape), sharers),))
+    return Placement(shape, (Box(corner, corner, tuple(shape), kv_replicas),))
 
 
 def placed(
-    shape: torch.Size, whole: Split, part: Split, part_shape: torch.Size, rank: int, degree: int
+    shape: torch.Size, whole: TPShard, part: TPShard, part_shape: torch.Size, rank: int, degree: int
 ) -> Placement:
     """The placement of a rank's part, from the splits of the whole parameter and of the part.
 
@@ -111,5 +111,5 @@ def held_boxes(x: Tensor, placement: Placement) -> Iterator[tuple[Tensor, Box]]:
             shift = [a - b for a, b in zip(low, box.part, strict=True)]
             whole = tuple(a + b for a, b in zip(box.whole, shift, strict=True))
             inside = tuple(a - b for a, b in zip(low, corner, strict=True))
-            found = Box(inside, whole, sizes, box.sharers)
+            found = Box(inside, whole, sizes, box.kv_replicas)
             yield found.of_part(held), found

@@ -15,21 +15,21 @@ from torch import Tensor, nn
 from model.block import Block
 from model.config import Architecture
 from model.ffn import FeedForward
-from model.language_model import Part
+from model.language_model import ModelPart
 from model.linear import Linear
-from model.mixer import Mixed, Split
+from model.mixer import Mixed, TPShard
 from parallel.mesh.axes import Axis
 from parallel.mesh.collectives import gather, gathered, reduce_scatter, sum_neighbours, sum_over
 from parallel.shard.shard_map import Placement, held_boxes, placed, undivided
-from parallel.shard.vocabulary import CutVocabulary
+from parallel.shard.vocabulary import ShardedVocab
 
 
 @dataclass(frozen=True)
-class TensorPeers:
+class TensorHeadShards:
     """The ranks that hold the other heads of a mixer."""
 
     axis: Axis
-    sharers: int
+    kv_replicas: int
 
     @property
     def rank(self) -> int:
@@ -45,16 +45,16 @@ class TensorPeers:
         """x summed over the shares; so is its gradient."""
         return sum_over(x, self.axis)
 
-    def sum_group(self, x: Tensor) -> Tensor:
+    def sum_kv_replicas(self, x: Tensor) -> Tensor:
         """x summed over the neighbours that share a key head; so is its gradient."""
-        return sum_neighbours(x, self.axis, self.sharers)
+        return sum_neighbours(x, self.axis, self.kv_replicas)
 
     def join(self, x: Tensor, dim: int) -> Tensor:
         """The x of all shares along a dim, in order, without a gradient."""
         return gathered(x, self.axis, dim)
 
 
-def spread_tensors(model: Part, config: Architecture, axis: Axis) -> dict[str, Placement]:
+def spread_tensors(model: ModelPart, config: Architecture, axis: Axis) -> dict[str, Placement]:
     """Leaves this rank its heads, hidden units, and rows of the vocabulary. Mutates the model.
 
     The model must stand on the meta device. Gives the placements of all parameters but routed experts.
@@ -65,7 +65,7 @@ def spread_tensors(model: Part, config: Architecture, axis: Axis) -> dict[str, P
     for prefix, block in model.named_modules():
         if isinstance(block, Block):
             placements |= _spread_block(prefix, block, config, axis)
-    model.vocabulary = CutVocabulary(axis)
+    model.vocabulary = ShardedVocab(axis)
     tables = {"embed": model.embed, "head": model.head}
     for name, table in tables.items():
         if table is None:
@@ -74,7 +74,7 @@ def spread_tensors(model: Part, config: Architecture, axis: Axis) -> dict[str, P
         if whole.shape[0] % axis.size:
             raise ValueError(f"{axis.name}: {axis.size} ranks do not divide {whole.shape[0]} rows of {key}")
         part = torch.Size((whole.shape[0] // axis.size, whole.shape[1]))
-        placements[key] = placed(whole.shape, Split(0), Split(0), part, axis.rank, axis.size)
+        placements[key] = placed(whole.shape, TPShard(0), TPShard(0), part, axis.rank, axis.size)
         table.weight = nn.Parameter(whole.new_empty(part))
     return placements
 
@@ -85,11 +85,11 @@ def _spread_block(prefix: str, block: Block, config: Architecture, axis: Axis) -
     if block.mixer is not None:
         whole, entry = block.mixer, config.mixer[block.names.mixer]
         parts = entry.per_rank(axis.size)
-        splits, part_splits = entry.roles(width), parts.roles(width)
+        splits, part_splits = entry.tp_plan(width), parts.tp_plan(width)
         with torch.device("meta"):
             block.mixer = parts.build(width, block.layer, config.model.depth, config.model.init_std)
         block.mixer.to(next(whole.parameters()).dtype)
-        block.mixer.peers = TensorPeers(axis, entry.sharers(axis.size))
+        block.mixer.head_shards = TensorHeadShards(axis, entry.kv_replicas(axis.size))
         for name, parameter in block.mixer.named_parameters():
             shape = whole.get_parameter(name).shape
             found = placed(shape, splits[name], part_splits[name], parameter.shape, axis.rank, axis.size)
@@ -120,8 +120,8 @@ def _spread_ffn(prefix: str, ffn: FeedForward, axis: Axis) -> dict[str, Placemen
     part = hidden // axis.size
     placements = {}
     for name, split, own in (
-        ("gate_up", Split(0, "units", (hidden,) * halves), Split(0, "units", (part,) * halves)),
-        ("down", Split(1, "units"), Split(1, "units")),
+        ("gate_up", TPShard(0, "units", (hidden,) * halves), TPShard(0, "units", (part,) * halves)),
+        ("down", TPShard(1, "units"), TPShard(1, "units")),
     ):
         linear = getattr(ffn, name)
         shape, sizes = linear.weight.shape, list(linear.weight.shape)
@@ -184,10 +184,10 @@ def sum_shared_gradients(
         if parameter.grad is None:
             continue
         for block, box in held_boxes(parameter.grad, placements[name]):
-            if box.sharers > 1:
+            if box.kv_replicas > 1:
                 # Neighbours that share a block meet in one slot of their own.
-                meeting = block.new_zeros(axis.size // box.sharers, block.numel())
-                own = meeting[axis.rank // box.sharers]
+                meeting = block.new_zeros(axis.size // box.kv_replicas, block.numel())
+                own = meeting[axis.rank // box.kv_replicas]
                 own.copy_(block.flatten())
                 slots.setdefault(block.dtype, []).append((block, meeting))
     for pairs in slots.values():

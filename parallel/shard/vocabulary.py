@@ -18,7 +18,7 @@ CHUNK_TOKENS = 1024
 
 
 @dataclass(frozen=True)
-class CutVocabulary:
+class ShardedVocab:
     """Each rank has the rows of one part of the vocabulary, in order, and one part of the tokens."""
 
     axis: Axis

@@ -131,7 +131,7 @@ def test_another_document_changes_nothing_bit_for_bit(config: MixerConfig, dtype
 
 
 def test_says_which_losses_it_has(config: MixerConfig) -> None:
-    mixed = run(build(config, torch.float32), torch.randn(1, 70, WIDTH), replace(packed(1, 70), draw=0.5))
+    mixed = run(build(config, torch.float32), torch.randn(1, 70, WIDTH), replace(packed(1, 70), uniform=0.5))
     assert tuple(mixed.losses or ()) == config.losses
 
 
@@ -152,10 +152,10 @@ def test_builds_on_meta_and_counts_itself(config: MixerConfig) -> None:
 
 
 def test_every_parameter_says_how_it_splits(config: MixerConfig) -> None:
-    mixer, roles = build(config), config.roles(WIDTH)
+    mixer, tp_plan = build(config), config.tp_plan(WIDTH)
     parameters = dict(mixer.named_parameters())
-    assert set(roles) == set(parameters)
-    for name, split in roles.items():
+    assert set(tp_plan) == set(parameters)
+    for name, split in tp_plan.items():
         if split.dim is not None and split.rows is not None:
             assert sum(split.rows) == parameters[name].shape[split.dim], name
 

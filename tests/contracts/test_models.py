@@ -52,8 +52,8 @@ FORMS = {
     **{f"residual={name}": [f"residual={name}", "model.depth=2"] for name in RESIDUALS},
     "layer_norm": ["residual.norm=layer", "residual.has_zero_centered_norm=false", "model.depth=2"],
     "tied": ["model.has_tied_embeddings=true", "model.embedding_scale=5.0", "model.logit_cap=3.0"],
-    "ahead": ["model.prediction.depth=2", "model.depth=2", "layout.pattern=attn"],
-    "ahead_hidden_first": ["model.prediction.depth=1", "model.prediction.puts_hidden_first=true"],
+    "mtp": ["model.mtp.depth=2", "model.depth=2", "layout.pattern=attn"],
+    "mtp_hidden_first": ["model.mtp.depth=1", "model.mtp.puts_hidden_first=true"],
 }
 
 
@@ -63,7 +63,7 @@ def config(request: pytest.FixtureRequest) -> Architecture:
 
 
 def total_of(losses: Losses) -> torch.Tensor:
-    return losses.cross_entropy + losses.prediction + sum(losses.auxiliary.values())
+    return losses.cross_entropy + losses.mtp + sum(losses.auxiliary.values())
 
 
 def test_no_logits_depend_on_a_later_token(config: Architecture) -> None:
@@ -78,10 +78,10 @@ def test_no_logits_depend_on_a_later_token(config: Architecture) -> None:
 
 
 def test_packed_documents_equal_separate_ones(config: Architecture) -> None:
-    # The balance of a row is not that of its documents; modules ahead route what lies behind an end.
+    # The balance of a row is not that of its documents; MTP modules route what lies behind an end.
     moe = config.moe.model_copy(update={"balance_loss": 0.0})
-    ahead = config.model.prediction
-    z_loss = 0.0 if ahead.depth else config.moe.z_loss
+    mtp = config.model.mtp
+    z_loss = 0.0 if mtp.depth else config.moe.z_loss
     config = config.model_copy(update={"moe": moe.model_copy(update={"z_loss": z_loss})})
     model = random_model(config, torch.float64)
     sizes, tokens = [11, 1, 18], torch.randint(64, (1, 30))
@@ -92,7 +92,7 @@ def test_packed_documents_equal_separate_ones(config: Architecture) -> None:
     together = model.loss(tokens, targets, Sequence(position, document, tokens, 0.3))
     packed = torch.autograd.grad(total_of(together), parameters, allow_unused=True)
     apart = [
-        model.loss(part, target, replace(Sequence.whole(part), draw=0.3))
+        model.loss(part, target, replace(Sequence.whole(part), uniform=0.3))
         for part, target in zip(tokens.split(sizes, 1), targets.split(sizes, 1), strict=True)
     ]
     separate = torch.autograd.grad(sum(total_of(losses) for losses in apart), parameters, allow_unused=True)
@@ -122,8 +122,8 @@ def trains_every_parameter(config: Architecture) -> None:
     document = torch.zeros_like(tokens)
     seen: set[str] = set()
     # The draws are such that what goes by chance goes both ways.
-    for draw in (0.2, 0.8):
-        losses = model.loss(tokens, tokens.roll(-1, 1), Sequence(position, document, tokens, draw))
+    for uniform in (0.2, 0.8):
+        losses = model.loss(tokens, tokens.roll(-1, 1), Sequence(position, document, tokens, uniform))
         optimizer.zero_grad()
         total_of(losses).backward()
         optimizer.step()
@@ -151,8 +151,8 @@ ffns = st.lists(st.sampled_from(["moe", "dense", "hash", "none", "shortcut dense
     experts=st.sampled_from(sorted(EXPERTS)),
     residual=st.sampled_from(RESIDUALS),
     depth=st.integers(1, 6),
-    ahead=st.integers(0, 2),
-    ahead_mixer=st.sampled_from(MIXERS),
+    mtp=st.integers(0, 2),
+    mtp_mixer=st.sampled_from(MIXERS),
 )
 def test_any_interleave_builds_counts_and_trains(
     mixers: list[str],
@@ -160,14 +160,14 @@ def test_any_interleave_builds_counts_and_trains(
     experts: str,
     residual: str,
     depth: int,
-    ahead: int,
-    ahead_mixer: str,
+    mtp: int,
+    mtp_mixer: str,
 ) -> None:
     lines = [line for line in EXPERTS[experts] if not line.startswith("layout")]
     overrides = [
         *(f"residual={residual}", *lines, "moe.balance_loss=0.01", f"model.depth={depth}"),
         *(f"layout.pattern={' '.join(mixers)}", f"layout.ffn.pattern={' '.join(ffns)}"),
-        *(f"model.prediction.depth={ahead}", f"model.prediction.mixer={ahead_mixer}"),
+        *(f"model.mtp.depth={mtp}", f"model.mtp.mixer={mtp_mixer}"),
     ]
     try:
         config = small_architecture(overrides)
@@ -177,7 +177,7 @@ def test_any_interleave_builds_counts_and_trains(
         trains_every_parameter(config)
         return
     # What does not fit says which line of the layout it is; nothing else may be wrong with these.
-    assert said.startswith(("layout", "model.prediction.mixer")), said
+    assert said.startswith(("layout", "model.mtp.mixer")), said
     assume(False)
 
 
@@ -185,5 +185,5 @@ def test_any_interleave_builds_counts_and_trains(
 def test_shared_keys_need_a_layer_that_chose_them(layout: str) -> None:
     with pytest.raises(ConfigError, match=r"layer \d, dsa_shared, shares the keys .* put one of dsa"):
         compose([f"layout.pattern={layout}", "layout.first=", "layout.last="], Architecture)
-    with pytest.raises(ConfigError, match=r"model.prediction.mixer: dsa_shared"):
-        compose(["model.prediction.depth=1", "model.prediction.mixer=dsa_shared"], Architecture)
+    with pytest.raises(ConfigError, match=r"model.mtp.mixer: dsa_shared"):
+        compose(["model.mtp.depth=1", "model.mtp.mixer=dsa_shared"], Architecture)

@@ -76,7 +76,7 @@ def test_a_step_moves_what_is_not_frozen(recipe: str) -> None:
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     ids = torch.randint(4096, (1, 90))
     parts = model.loss(ids, ids.roll(-1, 1), Sequence.whole(ids))
-    loss = (parts.cross_entropy + parts.prediction + sum(parts.auxiliary.values())) / 90
+    loss = (parts.cross_entropy + parts.mtp + sum(parts.auxiliary.values())) / 90
     loss.backward()
     optimizer.step()
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}

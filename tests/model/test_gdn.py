@@ -21,7 +21,7 @@ def test_every_form_equals_its_equations(has_decay: bool, has_output_gate: bool)
     randomise(mixer)
     weights = dict(mixer.named_parameters())
     assert sum(p.numel() for p in weights.values()) == gdn.count_params(width)
-    assert set(gdn.roles(width)) == set(weights)
+    assert set(gdn.tp_plan(width)) == set(weights)
     x = torch.randn(1, tokens, width, dtype=torch.float64, requires_grad=True)
 
     key_heads, heads, keys, values = gdn.num_key_heads, gdn.num_value_heads, gdn.key_dim, gdn.value_dim

@@ -155,8 +155,8 @@ def test_other_forms_equal_the_sum_over_pairs(form: str, starts: float) -> None:
 
 def test_prediction_modules_decay_like_the_last_layer() -> None:
     config, x = config_of(), torch.randn(1, 50, 32)
-    last, ahead = config.build(32, 3, 4, 0.02), config.build(32, 5, 4, 0.02)
+    last, mtp = config.build(32, 3, 4, 0.02), config.build(32, 5, 4, 0.02)
     randomise(last)
-    ahead.load_state_dict(last.state_dict())
+    mtp.load_state_dict(last.state_dict())
     sequence = Sequence.whole(torch.zeros(1, 50, dtype=torch.long))
-    assert torch.equal(last(x, sequence), ahead(x, sequence))
+    assert torch.equal(last(x, sequence), mtp(x, sequence))

@@ -119,14 +119,14 @@ def test_balance_loss_is_least_for_an_even_router_and_trains_it() -> None:
 
 
 def test_losses_are_sums_over_rows() -> None:
-    config = small_architecture(["moe.z_loss=0.01", "model.prediction.depth=2"])
+    config = small_architecture(["moe.z_loss=0.01", "model.mtp.depth=2"])
     model = random_model(config, torch.float64)
     ids = torch.randint(config.model.vocab_size, (4, 33))
     targets = ids.roll(-1, 1)
     whole = model.loss(ids, targets)
     parts = [model.loss(ids[i : i + 2], targets[i : i + 2]) for i in (0, 2)]
     assert set(whole.auxiliary) == {"balance", "router_z"}
-    assert whole.prediction > 0
+    assert whole.mtp > 0
     for together, *apart in zip(whole.parts(), *(part.parts() for part in parts), strict=True):
         assert torch.allclose(together, sum(apart), rtol=1e-12, atol=0)
 
@@ -300,14 +300,14 @@ def test_a_shortcut_joins_one_layer_later() -> None:
 
 
 def test_prediction_ahead_sees_only_its_own_document() -> None:
-    config = small_architecture(["model.prediction.depth=2", "model.prediction.ffn=dense"])
+    config = small_architecture(["model.mtp.depth=2", "model.mtp.ffn=dense"])
     model = random_model(config, torch.float64)
     ids = torch.randint(64, (1, 30))
     document = (torch.arange(30) >= 17).long()[None]
     position = torch.cat([torch.arange(17), torch.arange(13)])[None]
     targets = ids.roll(-1, 1)
     targets[0, [16, 29]] = -100
-    whole = model.loss(ids, targets, Sequence(position, document, ids)).prediction
-    parts = [model.loss(ids[:, a:b], targets[:, a:b]).prediction for a, b in ((0, 17), (17, 30))]
+    whole = model.loss(ids, targets, Sequence(position, document, ids)).mtp
+    parts = [model.loss(ids[:, a:b], targets[:, a:b]).mtp for a, b in ((0, 17), (17, 30))]
     assert whole > 0
     assert torch.allclose(whole, sum(parts), rtol=1e-10)

@@ -98,11 +98,11 @@ def test_forms_equal_their_definitions() -> None:
 
 @pytest.mark.parametrize("kind", ["pre_norm", "sandwich", "scaled_post_norm", "hyper"])
 def test_a_model_with_each_form_trains_every_parameter(kind: str) -> None:
-    config = small_architecture([f"residual={kind}", "model.prediction.depth=2"])
+    config = small_architecture([f"residual={kind}", "model.mtp.depth=2"])
     model = random_model(config, torch.float64)
     tokens = torch.randint(config.model.vocab_size, (2, 20))
     losses = model.loss(tokens, tokens.roll(-1, 1))
-    (losses.cross_entropy + losses.prediction + sum(losses.auxiliary.values())).backward()
+    (losses.cross_entropy + losses.mtp + sum(losses.auxiliary.values())).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name

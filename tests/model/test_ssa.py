@@ -73,22 +73,22 @@ def smooth_l1(a: Tensor, b: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "fields", [{}, {"stream": "full", "num_key_heads": 4, "block": 3}, {"num_blocks": 3}]
 )
-def test_equals_the_direct_form(draw: float | None, fields: dict) -> None:
+def test_equals_the_direct_form(uniform: float | None, fields: dict) -> None:
     config, mixer = build(**fields)
     x = torch.randn(1, 33, WIDTH, dtype=torch.float64, requires_grad=True)
     with torch.no_grad():
         mixer.in_proj.weight *= 3  # far enough apart for both pieces of the loss
     sequence = Sequence.whole(x[..., 0].long())
-    mixed = mixer(x, Sequence(sequence.position, None, sequence.tokens, draw))
+    mixed = mixer(x, Sequence(sequence.position, None, sequence.tokens, uniform))
     mixed = mixed if isinstance(mixed, Mixed) else Mixed(mixed)
     weights = {name: p.detach().clone().requires_grad_() for name, p in mixer.named_parameters()}
     their_x = x.detach().clone().requires_grad_()
     full, sparse = streams(config, weights, their_x[0])
-    is_sparse = config.stream == "sparse" if draw is None else draw < 0.5
+    is_sparse = config.stream == "sparse" if uniform is None else uniform < 0.5
     expected = (sparse if is_sparse else full).flatten(1) @ weights["out_proj.weight"].T
     weight = torch.randn_like(expected)
     ours, theirs = (mixed.out[0] * weight).sum(), (expected * weight).sum()
-    if draw is None:
+    if uniform is None:
         assert mixed.losses is None
     else:
         both = smooth_l1(full, sparse.detach()) + smooth_l1(sparse, full.detach())
@@ -111,14 +111,14 @@ def test_equal_streams_have_no_alignment_loss() -> None:
 def test_the_share_of_sparse_steps_is_that_of_the_config() -> None:
     x = torch.randn(1, 40, WIDTH, dtype=torch.float64)
     sequence = Sequence.whole(x[..., 0].long())
-    for share, draw, is_sparse in (
+    for share, uniform, is_sparse in (
         (0.0, 0.0, False),
         (1.0, 0.999, True),
         (0.3, 0.31, False),
         (0.3, 0.29, True),
     ):
         config, mixer = build(sparse_share=share)
-        drawn = mixer(x, Sequence(sequence.position, None, sequence.tokens, draw)).out
+        drawn = mixer(x, Sequence(sequence.position, None, sequence.tokens, uniform)).out
         other = config.model_copy(update={"stream": "sparse" if is_sparse else "full"}).build(
             WIDTH, 0, 4, 0.02
         )

@@ -11,7 +11,7 @@ from model.language_model import LanguageModel
 from model.mixer import Sequence
 
 # Billions of parameters, in all and active with embedding and head, of transformers' classes in published
-# sizes, modules that predict ahead left out. Two classes lack a head, which is added here: Step-3.5 0.53,
+# sizes, MTP modules left out. Two classes lack a head, which is added here: Step-3.5 0.53,
 # GLM-5.3 0.63. LongCat-Flash: 741.05 less the 180.39 of zero experts, which have no weights. NSA's model has
 # no such class: 27 B is what its paper says.
 PUBLISHED = {
@@ -87,7 +87,7 @@ def test_a_small_system_learns_with_every_parameter(name: str) -> None:
     for step in range(4):
         parts = model.loss(ids, ids.roll(-1, 1), Sequence(position, document, ids, step / 4))
         optimizer.zero_grad()
-        ((parts.cross_entropy + parts.prediction + sum(parts.auxiliary.values())) / 96).backward()
+        ((parts.cross_entropy + parts.mtp + sum(parts.auxiliary.values())) / 96).backward()
         seen |= {key for key, p in model.named_parameters() if p.grad is not None and p.grad.any()}
         optimizer.step()
         losses.append(parts.cross_entropy.item())

@@ -17,7 +17,7 @@ from parallel.mesh.axes import Axes, open_axes
 from parallel.mesh.world import World
 from parallel.shard.shard_map import held_boxes
 from parallel.shard.shard_view import Stored
-from parallel.shard.tensor import TensorPeers
+from parallel.shard.tensor import TensorHeadShards
 from tests.parallel.layouts import EVEN, value_of
 from tests.train.runs import overrides_of
 from train.config.load import load_config
@@ -68,10 +68,10 @@ class Forgetful(Parallel):
         """Does nothing."""
 
 
-class Deaf(TensorPeers):
+class Deaf(TensorHeadShards):
     """Goes by its own query heads of a key head alone."""
 
-    def sum_group(self, x: Tensor) -> Tensor:
+    def sum_kv_replicas(self, x: Tensor) -> Tensor:
         """x itself."""
         return x
 
@@ -143,8 +143,8 @@ def run(job: Job, world: World) -> Run:
         state.built = Forgetful(**vars(state.built))
     for module in state.built.modules():
         if job.fault == "sums of a group" and isinstance(module, Mixer):
-            assert isinstance(module.peers, TensorPeers), f"{module.peers=}"
-            module.peers = Deaf(module.peers.axis, module.peers.sharers)
+            assert isinstance(module.head_shards, TensorHeadShards), f"{module.head_shards=}"
+            module.head_shards = Deaf(module.head_shards.axis, module.head_shards.kv_replicas)
     rows, _ = config.rank_rows(world.axes.rows.size)
     numbers, loads, samples = [], [], []
     for _ in range(STEPS):

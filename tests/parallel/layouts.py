@@ -15,13 +15,13 @@ from conf.compose import compose, group_options
 from data.loader import Batch
 from model.block import Block
 from model.config import Architecture
-from model.initial import draw, initial_values
+from model.initial import initial_values, sample
 from model.language_model import LanguageModel, Losses
 from model.linear import Initial
 from model.mixer import Mixer, Sequence
 from model.moe.layer import Experts
 from model.moe.router import Router
-from model.peers import ALONE
+from model.tensor_shards import ALL_HEADS
 from parallel.apply import Parallel, Work, build_parallel
 from parallel.block.compile import Backend
 from parallel.block.offload import Offload
@@ -37,7 +37,7 @@ from tests.architectures import SMALL
 ROWS, TOKENS = 4, 32
 SEED = 5
 # As in training: some mixers then have losses of their own.
-DRAW = 0.3
+UNIFORM = 0.3
 # Counts that two and four ranks can share, and enough of every kind of layer.
 EVEN = (
     "mixer.mla.num_heads=4",
@@ -78,7 +78,9 @@ def architecture_of(overrides: Items[str] = (), mixers: Items[str] | None = None
 def value_of(name: str, initial: Initial, shape: torch.Size) -> Tensor:
     """The whole of a parameter: near its first value, and never constant."""
     generator = torch.Generator().manual_seed(sum(name.encode()) + 7 * len(name))
-    return draw(name, initial, shape, SEED).double() + 0.1 * torch.randn(shape, generator=generator).double()
+    return (
+        sample(name, initial, shape, SEED).double() + 0.1 * torch.randn(shape, generator=generator).double()
+    )
 
 
 class Result(NamedTuple):
@@ -90,7 +92,7 @@ class Result(NamedTuple):
 
 def objective_of(losses: Losses, targets: int) -> Tensor:
     """The number whose gradient a step takes."""
-    total = (losses.cross_entropy + losses.prediction + losses.logit_z) / targets
+    total = (losses.cross_entropy + losses.mtp + losses.logit_z) / targets
     return total + sum(losses.auxiliary.values(), total.new_zeros(())) / (ROWS * TOKENS)
 
 
@@ -107,7 +109,7 @@ def alone(config: Architecture) -> Result:
         for name, parameter in model.named_parameters():
             parameter.copy_(value_of(name, initial_values(model)[name], parameter.shape))
     batch = batch_of(config.model.vocab_size)
-    sequence = Sequence(batch.position, batch.document, batch.tokens, draw=DRAW)
+    sequence = Sequence(batch.position, batch.document, batch.tokens, uniform=UNIFORM)
     losses = model.loss(batch.tokens, batch.targets, sequence)
     objective_of(losses, int((batch.targets != -100).sum())).backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -172,7 +174,7 @@ def on_rank(
     denominators = Denominators((batch.targets != -100).sum(), batch.tokens.numel())
     own = slice(world.axes.rows.rank, None, world.axes.rows.size)
     rows = [part[own].split(micro_of(degrees)) for part in batch]
-    batches = [cut_rows(Batch(*parts), world.axes.cp, draw=DRAW) for parts in zip(*rows, strict=True)]
+    batches = [cut_rows(Batch(*parts), world.axes.cp, uniform=UNIFORM) for parts in zip(*rows, strict=True)]
     losses = built.runner.step(batches, denominators)
     if fault != "gradients of copies":
         built.sum_shared_gradients(world.axes)
@@ -199,7 +201,7 @@ def break_it(built: Parallel, fault: str) -> None:
         if fault == "load of a row" and isinstance(module, Router):
             module.sum_row_load = lambda load: load
         if fault == "share of a decay" and isinstance(module, Mixer):
-            module.peers = ALONE
+            module.head_shards = ALL_HEADS
         if fault == "order of experts" and isinstance(module, Experts):
             with torch.no_grad():
                 gate_up = module.gate_up

@@ -45,7 +45,7 @@ from train.rehearse import rehearse
 MIXERS = group_options("mixer")
 COMPILE = {"compile": True}
 FEW = ("gdn", "csa")
-STREAMS = ("residual=hyper", "model.prediction.depth=1", "layout.ffn.pattern=shortcut dense")
+STREAMS = ("residual=hyper", "model.mtp.depth=1", "layout.ffn.pattern=shortcut dense")
 LIMIT = 1e-12
 WIDE = (torch.float64, torch.float64)
 # Capture, joint graph of forward and backward, no code.
@@ -287,7 +287,7 @@ def narrow_rank(rank: int, size: int, config: Architecture) -> tuple[float, floa
             batch = batch_of(config.model.vocab_size)
             rows = Batch(*(part[rank::size] for part in batch))
             counts = Denominators((batch.targets != -100).sum(), batch.tokens.numel())
-            losses = built.runner.step([cut_rows(rows, world.axes.cp, draw=0.3)], counts)
+            losses = built.runner.step([cut_rows(rows, world.axes.cp, uniform=0.3)], counts)
             assert bool(keys) == (graphs() > 0)
             alone = (isinstance(fused.owner, FSDPModule) for fused in fused_methods(built.modules()))
             assert any(alone) == bool(keys)

@@ -27,7 +27,7 @@ class Setting(NamedTuple):
 
     name: str
     fields: Mapping[str, Any] = {}
-    draw: float | None = None
+    uniform: float | None = None
 
     def build(self) -> Mixer:
         config = _entries()[self.name]
@@ -64,8 +64,8 @@ SETTINGS = (
     Setting("msa", {"num_local_blocks": 2}),
     Setting("ssa"),
     Setting("ssa", {"stream": "full"}),
-    Setting("ssa", draw=0.1),
-    Setting("ssa", draw=0.9),
+    Setting("ssa", uniform=0.1),
+    Setting("ssa", uniform=0.9),
     Setting("nsa"),
     Setting("nsa", {"compressor": "mean", "has_shared_keys": True, "window": 17}),
     Setting("nsa", {"entry_length": 8, "entry_stride": 2, "block": 8}),
@@ -128,8 +128,8 @@ BROKEN: dict[str, tuple[str, Any]] = {
 
 def results(setting: Setting, documents: str, axis: Axis | None) -> dict[str, Tensor]:
     """Of the whole rows, gathered where they are cut; losses and gradients of weights are this rank's."""
-    mixer, draw = setting.build(), torch.Generator().manual_seed(2)
-    x, weight = (torch.randn(2, TOKENS, WIDTH, generator=draw).double() for _ in range(2))
+    mixer, uniform = setting.build(), torch.Generator().manual_seed(2)
+    x, weight = (torch.randn(2, TOKENS, WIDTH, generator=uniform).double() for _ in range(2))
     position, document = packed(documents)
     selection = nearest(position)
     cut = (
@@ -143,7 +143,7 @@ def results(setting: Setting, documents: str, axis: Axis | None) -> dict[str, Te
         )
     x = x.requires_grad_()
     sequence = Sequence(
-        position, None if documents == "one" else document, position, setting.draw, sharding=cut
+        position, None if documents == "one" else document, position, setting.uniform, sharding=cut
     )
     mixed = mixer(x, sequence, selection) if mixer.shares_selection else mixer(x, sequence)
     mixed = Mixed(mixed) if isinstance(mixed, Tensor) else mixed

@@ -19,7 +19,7 @@ from conf.errors import ConfigError
 from kernels.cross_entropy import IGNORED
 from model.config import Architecture
 from model.initial import initial_values
-from model.language_model import LanguageModel, Losses, Part
+from model.language_model import LanguageModel, Losses, ModelPart
 from model.mixer import Sequence as Tokens
 from model.mixers.lightning import Lightning
 from parallel.config.degrees import Degrees
@@ -38,7 +38,7 @@ SHARDED = ("1f1b", "zero_bubble_v")
 LIMIT = 1e-12
 
 EXPERTS = ("moe.balance_loss=0.3", "moe.z_loss=0.2", "model.z_loss=0.1")
-AHEAD = ("model.prediction.depth=2", "model.prediction.coefficient=0.7")
+MTP = ("model.mtp.depth=2", "model.mtp.coefficient=0.7")
 MODELS = {
     "hybrid": (
         *EXPERTS,
@@ -47,11 +47,11 @@ MODELS = {
         "model.has_tied_embeddings=true",
     ),
     "streams": (
-        *(*EXPERTS, *AHEAD, "model.prediction.mixer=csa"),
+        *(*EXPERTS, *MTP, "model.mtp.mixer=csa"),
         *("layout.pattern=csa hca", "residual=hyper", "layout.ffn.first=2*hash"),
     ),
     "shared": (*EXPERTS, "layout.pattern=dsa dsa_shared", "residual=scaled_post_norm"),
-    "shortcut": (*EXPERTS, *AHEAD, "layout.pattern=lightning kda", "layout.ffn.pattern=shortcut dense"),
+    "shortcut": (*EXPERTS, *MTP, "layout.pattern=lightning kda", "layout.ffn.pattern=shortcut dense"),
     "dense": ("layout.pattern=mamba2 swa", "layout.ffn.pattern=dense", "model.embedding_scale=3.0"),
 }
 # Where the later stages begin. Unequal, and never between layers that belong together.
@@ -370,11 +370,11 @@ def test_parts_have_the_names_and_first_values_of_the_whole() -> None:
     initials = initial_values(LanguageModel(config))
     seen: set[str] = set()
     for layers in layers_of((1, 4, 5), 8):
-        part = Part(config, layers=layers)
+        part = ModelPart(config, layers=layers)
         shapes = {key: parameter.shape for key, parameter in part.named_parameters()}
         assert shapes.items() <= whole.items()
         assert initial_values(part).items() <= initials.items()
-        # Modules that predict ahead read the embedding at the other end too.
+        # MTP modules read the embedding at the other end too.
         assert seen & shapes.keys() == ({"embed.weight"} if layers.stop == 8 else set())
         seen |= shapes.keys()
     assert seen == whole.keys()

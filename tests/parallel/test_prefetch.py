@@ -62,7 +62,7 @@ def gathers(
             mixer = block.get_submodule("mixer")
             mixer.register_forward_hook(lambda *_: begun(forward))
             mixer.register_full_backward_pre_hook(lambda *_: begun(backward))
-        built.runner.step([cut_rows(rows, world.axes.cp, draw=0.3)], counts)
+        built.runner.step([cut_rows(rows, world.axes.cp, uniform=0.3)], counts)
     return forward, backward
 
 

@@ -46,8 +46,8 @@ KEEPING = {
 # Four ranks of all mixers take their time; one of each kind of exchange does for the rest.
 LAYOUT_MIXERS = {"offload beside recompute": ("gdn", "csa", "attn", "dsa", "dsa_shared")}
 # Every way that blocks hand something on: chosen keys, losses of their own, an output that joins a layer
-# later, several streams, and modules that predict ahead.
-HYPER = ("residual=hyper", "model.prediction.depth=1", "layout.ffn.pattern=shortcut dense")
+# later, several streams, and MTP modules.
+HYPER = ("residual=hyper", "model.mtp.depth=1", "layout.ffn.pattern=shortcut dense")
 
 
 def whole(config: Architecture, keys: Mapping[str, Any]) -> LanguageModel:

@@ -35,7 +35,7 @@ CHAIN = (
 EACH = 1  # steps in a layout
 # One rank has both ends of the pipeline, and so the shared table twice.
 TIED = (
-    *("model.has_tied_embeddings=true", "parallel.pp_schedule=zero_bubble_v", "model.prediction.depth=1"),
+    *("model.has_tied_embeddings=true", "parallel.pp_schedule=zero_bubble_v", "model.mtp.depth=1"),
     *("residual=hyper", "model.depth=4"),
 )
 

@@ -116,10 +116,10 @@ def test_costs_are_the_counted_operations(name: str) -> None:
     counts, width = count(config), config.model.width
     flops = counts.forward_flops(4096)
     around = sum(layer.norm_params for layer in counts.layers)
-    around += sum(layer.norm_params - 2 * width**2 for layer in counts.predictions)
+    around += sum(layer.norm_params - 2 * width**2 for layer in counts.mtp_modules)
     embedding = 4 * OPERATIONS_PER_BYTE * width
     forward = sum(cost.forward for cost in layer_costs(config, 4096))
-    assert forward == pytest.approx(flops.total + flops.ahead + 2 * around + embedding, rel=1e-12)
+    assert forward == pytest.approx(flops.total + flops.mtp + 2 * around + embedding, rel=1e-12)
 
 
 def test_the_best_cut_depends_on_the_context() -> None:

@@ -32,7 +32,7 @@ FROZEN = {
 WARM_UP = ("recipe=dsa_warmup", "optim.clip_norm=0.00001", "train.steps=4", "train.global_batch=4")
 # Groups of the optimizer with fewer numbers than ranks, or not as many times as many.
 TINY = "optim.lr_scales={blocks.0.mixer.decay.log_rate:0.5,blocks.1.mixer.q_norm.weight:0.25}"
-AHEAD = ("model.prediction.depth=1", "model.has_tied_embeddings=true")
+MTP = ("model.mtp.depth=1", "model.has_tied_embeddings=true")
 
 
 def zero_runs(
@@ -89,7 +89,7 @@ def test_streams_predictions_and_recomputing(short_documents: Path) -> None:
     def config(*more: str) -> RunConfig:
         return config_of("gdn attn", "float32", short_documents, *EXPERTS, *more)
 
-    streams = {"streams": config("residual=hyper", *AHEAD), "sandwich": config("residual=sandwich", *AHEAD)}
+    streams = {"streams": config("residual=hyper", *MTP), "sandwich": config("residual=sandwich", *MTP)}
     check(streams, FORMS, 2)
     again = {name: config(f"parallel.recompute={name}") for name in ("full", "gdn moe")}
     check(again, {form: zero for form, zero in FORMS.items() if zero.stage < 3}, 2)

@@ -33,7 +33,7 @@ BEFORE, AFTER = 2, 2  # steps before and after the save
 FROZEN = "blocks.0.mixer."
 # What a checkpoint or a start could forget shows: draws of dropout, biases of experts, a table used twice.
 KEYS = (
-    *("moe=sigmoid", "moe.bias_rate=0.05", "model.has_tied_embeddings=true", "model.prediction.depth=1"),
+    *("moe=sigmoid", "moe.bias_rate=0.05", "model.has_tied_embeddings=true", "model.mtp.depth=1"),
     *(f"optim.lr_scales={{*norm*:0.5,{FROZEN}*:0.0}}", "residual.dropout=0.1", "train.steps=9"),
 )
 # One process makes what all look at.
@@ -91,7 +91,7 @@ def train(
 
 def held_out(state: TrainState, loader: Loader, world: World) -> float:
     """Loss of five windows, so that a rank of two has none in the last round."""
-    return evaluate(state.built.runner, loader, world, rows=5, micro_batch=1, predicted=1).loss
+    return evaluate(state.built.runner, loader, world, rows=5, micro_batch=1, mtp_depth=1).loss
 
 
 def parts_of(state: TrainState) -> list[Part]:

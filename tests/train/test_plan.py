@@ -23,7 +23,7 @@ PUBLISHED = {
     "qwen3_30b_a3b": (30.53e9, 3.35e9, 23.05e9),
     "qwen3_235b_a22b": (235.09e9, 22.19e9, 148.0e9),
     "mixtral_8x7b": (46.70e9, 12.88e9, None),
-    # Modules that predict ahead stand beside the total: 11.6e9 here, 10.0e9 in GLM-5.
+    # MTP modules stand beside the total: 11.6e9 here, 10.0e9 in GLM-5.
     "deepseek_v3": (671.03e9, 37.55e9, None),
     "glm_5": (743.91e9, 41.78e9, None),
 }

@@ -56,11 +56,11 @@ LAYOUTS = {
     ),
     "cp2-tp2": ("parallel.cp=2", "parallel.tp=2", "mixer.nsa.num_key_heads=1"),
 }
-# Layers of three kinds, one to four of each, and a module that predicts ahead. In the pipelines more
+# Layers of three kinds, one to four of each, and a MTP module. In the pipelines more
 # micro-batches than are played.
 MANY = (
     *("layout.pattern=gdn mla", "model.depth=8", "layout.ffn.first=dense"),
-    *("model.prediction.depth=1", "model.prediction.mixer=mla"),
+    *("model.mtp.depth=1", "model.mtp.mixer=mla"),
 )
 PIPELINES = {
     schedule: ("parallel.pp=2", f"parallel.pp_schedule={schedule}", "train.micro_batch=1", *keys)

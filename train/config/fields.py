@@ -195,7 +195,7 @@ def run_violations(config: "RunDraft | RunConfig", world_size: int) -> list[Viol
     compute = config.precision.compute
     found += deepep_violations(config.parallel, world_size, config.model.width, config.moe, compute)
     mixers = {layer.mixer for layer in expand_layers(config.layout, config.model.depth, config.mixer)}
-    mixers |= {config.model.prediction.mixer} if config.model.prediction.depth else set()
+    mixers |= {config.model.mtp.mixer} if config.model.mtp.depth else set()
     found += region_violations(config.parallel.recompute, mixers)
     found += compile_violations(config.parallel, config.kernels.forms())
     # However the rest is cut, a layout that is possible leaves this many ranks with rows of their own.

@@ -131,9 +131,9 @@ def memory_of(config: RunConfig, degrees: Degrees, share: Share) -> Memory:
     counts = count(architecture)
     stored, computed = _BYTES[config.precision.parameters], _BYTES[config.precision.compute]
     shards = degrees.dp_shard * degrees.cp * degrees.tp
-    ahead = architecture.model.prediction
+    mtp = architecture.model.mtp
     # Where a pipeline ends in another place than it begins, the embedding may be needed at both.
-    has_copy = degrees.pp > 1 and (architecture.model.has_tied_embeddings or ahead.depth > 0)
+    has_copy = degrees.pp > 1 and (architecture.model.has_tied_embeddings or mtp.depth > 0)
     tables = counts.embedding * (share.is_first + (has_copy and share.is_last))
     tables += (counts.head + counts.norm) * share.is_last
     layers = [counts.layers[layer] for stage in share.stages for layer in stage]
@@ -198,9 +198,9 @@ def _tokens(config: RunConfig, degrees: Degrees) -> int:
 
 def _activations(config: RunConfig, degrees: Degrees, share: Share) -> tuple[int, int]:
     """Bytes that wait for backward, and those of the part that is there again at a time."""
-    architecture, ahead = config.architecture, config.model.prediction
+    architecture, mtp = config.architecture, config.model.mtp
     names = [[architecture.layers[layer] for layer in stage] for stage in share.stages]
-    names[-1] += [Layer(ahead.mixer, ahead.ffn)] * (ahead.depth if share.is_last else 0)
+    names[-1] += [Layer(mtp.mixer, mtp.ffn)] * (mtp.depth if share.is_last else 0)
     stages = [
         [
             kept_bytes(

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.default_planner import create_default_local_sa
 from data.loader import Batch
 from model.language_model import Losses
 from model.moe.layer import Experts
-from parallel.apply import Parallel, Work, arrange
+from parallel.apply import Parallel, Work, build_on_meta
 from parallel.config.degrees import ORDER, Degrees, coordinates
 from parallel.context.sharding import cut_rows
 from parallel.mesh.axes import Axes
@@ -153,7 +153,7 @@ def built_for(
         parallel = parallel.model_copy(update={"pp_layout": write_layout(architecture, cut)})
         work = work._replace(micro_batches=micro_batches)
     with stand_in(parallel, rank, size) as world:
-        yield arrange(architecture, dtypes, parallel, world, work, layers, Link)[0], world
+        yield build_on_meta(architecture, dtypes, parallel, world, work, layers, Link)[0], world
 
 
 def places(degrees: Degrees, rank: int) -> dict[str, int]:
@@ -340,7 +340,7 @@ def micro_batch(config: RunConfig, world: World) -> MicroBatch:
     _, micro = config.rank_rows(world.axes.rows.size)
     numbers = torch.zeros(micro, config.data.sequence_length, dtype=torch.long)
     batch = Batch(*[numbers] * len(Batch._fields))
-    return cut_rows(batch, world.axes.cp, draw=0.5, predicted=config.model.prediction.depth)
+    return cut_rows(batch, world.axes.cp, uniform=0.5, mtp_depth=config.model.mtp.depth)
 
 
 def update(state: TrainState, config: RunConfig, world: World, losses: Losses) -> None:

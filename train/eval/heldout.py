@@ -22,11 +22,11 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    runner: Runner, loader: Loader, world: World, *, rows: int, micro_batch: int, predicted: int = 0
+    runner: Runner, loader: Loader, world: World, *, rows: int, micro_batch: int, mtp_depth: int = 0
 ) -> Evaluation:
     """The loss over the first `rows` held-out windows, shared out over the ranks.
 
-    The dataset must hold out at least one document. predicted: how many modules predict further ahead.
+    The dataset must hold out at least one document. mtp_depth: how many MTP modules there are.
     """
     rows = min(rows, loader.held_out_rows)
     totals = torch.zeros(2, dtype=torch.float64, device=world.device)
@@ -38,7 +38,7 @@ def evaluate(
         batch = to_device(loader.held_out(first, micro_batch), world.device)
         targets = batch.targets.clone()
         targets[max(0, rows - first) :] = IGNORED
-        own = cut_rows(batch._replace(targets=targets), world.axes.cp, predicted=predicted)
+        own = cut_rows(batch._replace(targets=targets), world.axes.cp, mtp_depth=mtp_depth)
         totals[0] += runner.score(own).double()
         # Ranks that share rows have losses of their own tokens and layers, and one count.
         totals[1] += (targets != IGNORED).sum() * (world.axes.row.rank == 0 and world.axes.pp.rank == 0)

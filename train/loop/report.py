@@ -28,8 +28,8 @@ def finish(state: TrainState, loader: Loader, tracker: Tracker, config: RunConfi
     if loader.held_out_rows:
         _, micro = config.rank_rows(world.axes.rows.size)
         rows = min(config.train.final_rows or loader.held_out_rows, loader.held_out_rows)
-        ahead, runner = config.model.prediction.depth, state.built.runner
-        held_out = evaluate(runner, loader, world, rows=rows, micro_batch=micro, predicted=ahead)
+        mtp_depth, runner = config.model.mtp.depth, state.built.runner
+        held_out = evaluate(runner, loader, world, rows=rows, micro_batch=micro, mtp_depth=mtp_depth)
         tracker.log_evaluation(state.step, held_out._asdict())
     # Generation wants all layers, whole, and rows of any length.
     model = state.built.whole if world.axes.row.size == 1 else None

@@ -100,7 +100,7 @@ def train(
     meter = Meter(config, world.device, world.size)
     rows, micro = config.rank_rows(world.axes.rows.size)
     first = world.axes.rows.rank * rows
-    ahead = config.model.prediction.depth
+    mtp_depth = config.model.mtp.depth
     upcoming = loader.prefetch(state.cursor + first, rows)
     while state.step < config.train.steps:
         meter.start_step()
@@ -110,14 +110,14 @@ def train(
         meter.end_data()
         samples = digest_samples(batch, world)
         result = train_step(state, batch, config, world)
-        tracker.log(state.step, step_metrics(state, result, meter, samples, is_predicting=ahead > 0))
+        tracker.log(state.step, step_metrics(state, result, meter, samples, has_mtp=mtp_depth > 0))
         check_numerics(state, result, config)
 
         is_last = state.step == config.train.steps
         has_held_out = loader.held_out_rows > 0
         if has_held_out and state.step % config.train.evaluate_every == 0 and not is_last:
             windows, runner = config.train.evaluate_rows, state.built.runner
-            held_out = evaluate(runner, loader, world, rows=windows, micro_batch=micro, predicted=ahead)
+            held_out = evaluate(runner, loader, world, rows=windows, micro_batch=micro, mtp_depth=mtp_depth)
             tracker.log_evaluation(state.step, held_out._asdict())
         must_stop = is_requested(interrupt, world) and not is_last
         if is_last or must_stop or state.step % config.checkpoint.every == 0:
@@ -247,7 +247,7 @@ def check_numerics(state: TrainState, result: StepResult, config: RunConfig) -> 
 
 
 def step_metrics(
-    state: TrainState, result: StepResult, meter: Meter, samples: str, *, is_predicting: bool
+    state: TrainState, result: StepResult, meter: Meter, samples: str, *, has_mtp: bool
 ) -> dict[str, Any]:
     """One line of metrics.jsonl, and the panels made from it."""
     seconds = meter.end_step()
@@ -267,8 +267,8 @@ def step_metrics(
         "data/tokens": state.tokens,
         "data/sequences": state.cursor,
     }
-    if is_predicting:
-        metrics["loss/prediction"] = result.prediction
+    if has_mtp:
+        metrics["loss/mtp"] = result.mtp
     for layer, (load, entropy) in enumerate(zip(result.load, result.entropy, strict=True)):
         metrics[f"router/max_violation_{layer}"] = float(load.max() / load.mean() - 1)
         metrics[f"router/idle_experts_{layer}"] = int((load == 0).sum())

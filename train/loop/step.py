@@ -20,13 +20,13 @@ from train.optim.schedule import lr_factor
 class StepResult(NamedTuple):
     """What one step did, the same on every rank.
 
-    loss is nats per target, prediction that of the tokens further ahead, auxiliary the other losses by name,
+    loss is nats per target, mtp that of the MTP modules, auxiliary the other losses by name,
     per token, coefficients included, all over the global batch. load [layers E] counts tokens per expert,
     entropy [layers] is nats per token.
     """
 
     loss: float
-    prediction: float
+    mtp: float
     auxiliary: dict[str, float]
     grad_norm: float
     lr: float
@@ -45,7 +45,7 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World)
     batch = to_device(batch, world.device)
     tokens = config.train.global_batch * batch.tokens.shape[1]
     _, micro = config.rank_rows(axes.rows.size)
-    options = {"draw": draw_of(config.train.seed, state.step), "predicted": config.model.prediction.depth}
+    options = {"draw": step_uniform(config.train.seed, state.step), "predicted": config.model.mtp.depth}
     batches = [
         cut_rows(Batch(*(part[start : start + micro] for part in batch)), axes.cp, **options)
         for start in range(0, batch.tokens.shape[0], micro)
@@ -68,7 +68,7 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World)
         auxiliary["logit_z"] = float(total.logit_z) / max(1, count)
     return StepResult(
         loss=loss,
-        prediction=float(total.prediction) / max(1, count),
+        mtp=float(total.mtp) / max(1, count),
         auxiliary=auxiliary,
         grad_norm=norm,
         lr=lr,
@@ -87,7 +87,7 @@ def summed_over_ranks(losses: Losses, world: World) -> Losses:
     return losses.with_parts([piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)])
 
 
-def draw_of(seed: int, step: int) -> float:
+def step_uniform(seed: int, step: int) -> float:
     """A number in [0, 1) that all layers, ranks and micro-batches of a step share."""
     return xxhash.xxh3_64_intdigest(f"{seed}/{step}".encode()) / 2**64
 

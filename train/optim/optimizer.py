@@ -69,7 +69,7 @@ def gradient_norm(built: Parallel, world: World) -> Tensor:
     for name, parameter in built.counted_parameters():
         if parameter.grad is not None:
             for block, box in held_boxes(parameter.grad, built.placements[name]):
-                blocks.setdefault(box.sharers, []).append(block)
+                blocks.setdefault(box.kv_replicas, []).append(block)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for sharers, parts in blocks.items():
         total += torch.nn.utils.get_total_norm(parts).double().square() / sharers

@@ -56,7 +56,7 @@ PAIRS: Pairs = SIZES | {
 }
 FIXED = (
     *("moe=sigmoid", "moe.score=sqrt_softplus", "residual=hyper", "model.activation.kind=swiglu"),
-    "model.prediction.depth=0",
+    "model.mtp.depth=0",
 )
 EXPECTS = {
     "hidden_act": ("silu",),
@@ -73,7 +73,7 @@ EXPECTS = {
 def read_more(fields: Fields) -> list[str]:
     """Layout, compression, shared experts and the two rotaries."""
     depth = fields.take("num_hidden_layers")
-    # The experts' size by another name; modules that predict ahead, which are of another form than ours;
+    # The experts' size by another name; MTP modules, which are of another form than ours;
     # a format of tensors, which the tensors tell.
     for name in ("intermediate_size", "num_nextn_predict_layers", "expert_dtype", "router_aux_loss_coef"):
         fields.take(name, None)
@@ -282,7 +282,7 @@ FAMILIES = (
         write_more=write_more,
         aliases={"num_local_experts": "n_routed_experts"},
         instead=(pieces_saved, pieces_saved_renamed),
-        # Modules that predict ahead run on all streams, ours on one.
+        # MTP modules run on all streams, ours on one.
         left_out=(r"mtp\..*",),
     ),
 )

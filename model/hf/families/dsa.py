@@ -7,7 +7,7 @@ from model.config import Architecture
 from model.hf.family import Family
 from model.hf.fields import Fields
 from model.hf.latent import (
-    AHEAD,
+    MTP_FIELDS,
     NOAUX,
     PLAIN,
     SIGMOID,
@@ -72,7 +72,7 @@ FAMILIES = (
         expects=NOAUX | {"mlp_bias": (False,)},
         read_more=read_dsa("half_split"),
         write_more=write_v32,
-        **AHEAD,
+        **MTP_FIELDS,
     ),
     Family(
         "glm_moe_dsa",
@@ -83,6 +83,6 @@ FAMILIES = (
         expects=NOAUX | {"mlp_bias": (False,)},
         read_more=read_glm_dsa,
         write_more=write_glm_dsa,
-        **AHEAD,
+        **MTP_FIELDS,
     ),
 )

@@ -1,6 +1,6 @@
 """GLM-5.3-Flash, its language model: Kimi Delta Attention, sparse attention over pooled keys, four streams.
 
-The tower for images and the layer behind the last, which predicts ahead, are left out of what is read, and
+The tower for images and the MTP layer behind the last are left out of what is read, and
 loading says so. transformers has the language model with a head only inside the whole model.
 """
 
@@ -64,7 +64,7 @@ FIXED = (
     *("residual=hyper", "residual.has_zero_centered_norm=false", "residual.has_learned_collapse=false"),
     *("moe=sigmoid", "moe.has_shared_gate=false", "mixer.dsa_pooled.latent_eps=${residual.norm_eps}"),
 )
-# Nothing is rotated, and prediction is not built; the loss coefficient is of training.
+# Nothing is rotated, and multi-token prediction is not built; the loss coefficient is of training.
 UNUSED = (
     *("head_dim", "rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor"),
     *("num_nextn_predict_layers", "router_aux_loss_coef"),

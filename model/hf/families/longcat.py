@@ -40,7 +40,7 @@ PAIRS: dict[str, str | tuple[str, Any]] = {
 FIXED = (
     *("moe=softmax", "moe.shared_hidden=0", "moe.has_shared_gate=false", *UNUSED),
     *("moe.has_normalized_weights=false", "residual=pre_norm", "residual.has_zero_centered_norm=false"),
-    *("mixer.mla.has_latent_scale=true", "model.prediction.depth=0"),
+    *("mixer.mla.has_latent_scale=true", "model.mtp.depth=0"),
 )
 EXPECTS = {
     "hidden_act": ("silu",),
@@ -126,7 +126,7 @@ FAMILIES = (
             "moe_intermediate_size": "expert_ffn_hidden_size",
         },
         surplus=surplus,
-        # The config.json does not say what the module that predicts ahead is made of.
+        # The config.json does not say what the MTP module is made of.
         left_out=(r"model\.mtp\..*",),
     ),
 )

@@ -9,8 +9,8 @@ from model.config import Architecture
 from model.hf.family import Family, Nested, inside
 from model.hf.fields import Fields
 from model.hf.latent import (
-    AHEAD,
     EXPECTS,
+    MTP_FIELDS,
     NOAUX,
     PLAIN,
     REPEATED,
@@ -27,7 +27,7 @@ from model.hf.latent import (
 
 
 def read_v2(fields: Fields) -> list[str]:
-    """Groups count only where the method asks for them; prediction is not known."""
+    """Groups count only where the method asks for them; multi-token prediction is not known."""
     method = fields.take("topk_method", "greedy")
     groups, kept = fields.take("n_group", None), fields.take("topk_group", None)
     if method == "greedy":
@@ -78,7 +78,7 @@ DEEPSEEK_V3 = Family(
     expects=NOAUX,
     read_more=read_v3(3),
     write_more=write_v3,
-    **AHEAD,
+    **MTP_FIELDS,
 )
 # The language model of Kimi K2.5, which transformers calls deepseek_v3 and the hub kimi_k2.
 KIMI_K25 = inside(
@@ -96,7 +96,7 @@ KIMI_K25 = inside(
     {"": "language_model."},
     left_out=(r"(model\.)?(vision_tower|mm_projector)\..*",),
     ignored=tuple(r"language_model\." + pattern for pattern in REPEATED),
-    prediction=r"language_model\.model\.layers\.{depth}\..*",
+    mtp=r"language_model\.model\.layers\.{depth}\..*",
     copies=lambda config: {
         f"language_model.{name}": f"language_model.{source}" for name, source in copies(config).items()
     },
@@ -126,6 +126,6 @@ FAMILIES = (
         expects=NOAUX,
         read_more=read_v3(1),
         write_more=write_v3_by_layer,
-        **AHEAD,
+        **MTP_FIELDS,
     ),
 )

@@ -1,6 +1,6 @@
 """Qwen3.5 with experts, its text model: Qwen3-Next with plain projections, alone or inside the whole model.
 
-The hub has the routed experts of the model fused and those of the module that predicts ahead one by one;
+The hub has the routed experts of the model fused and those of the MTP module one by one;
 transformers writes all of them one by one. Both ways are read, for each layer on its own.
 """
 
@@ -12,8 +12,8 @@ from model.config import Architecture
 from model.hf.families.qwen3_next import (
     EXPECTS,
     FIXED,
+    MTP,
     PAIRS,
-    PREDICTION,
     layer_pieces,
     places,
     prediction_pieces,
@@ -28,11 +28,11 @@ from model.mixers.gdn import GdnConfig
 
 OWN_FIELDS = ("intermediate_size", "norm_topk_prob")
 FUSED = ("gate_up_proj", "down_proj")
-AHEAD = "predictions."
+MTP_PREFIX = "mtp."
 
 
 def read_more(fields: Fields) -> list[str]:
-    """Layout, rotary and the module that predicts ahead."""
+    """Layout, rotary and the MTP module."""
     # No layer is dense, and states are kept in float32 while decoding.
     for name in ("intermediate_size", "mamba_ssm_dtype"):
         fields.take(name, None)
@@ -42,18 +42,18 @@ def read_more(fields: Fields) -> list[str]:
     fields.expect("attn_output_gate", True)
     return [
         *read_mixers(fields, ["moe"] * fields.take("num_hidden_layers")),
-        *lines({"model": {"prediction": PREDICTION}}),
-        f"model.prediction.depth={fields.take('mtp_num_hidden_layers', 0)}",
+        *lines({"model": {"mtp": MTP}}),
+        f"model.mtp.depth={fields.take('mtp_num_hidden_layers', 0)}",
     ]
 
 
 def write_more(config: Architecture) -> dict[str, Any]:
-    """Layout, rotary with the sections of image positions, and the module that predicts ahead."""
+    """Layout, rotary with the sections of image positions, and the MTP module."""
     half = attn_of(config).rotary_dim // 2
     sections = [(half + 2) // 3, (half + 1) // 3, half // 3]
     return {
         **write_mixers(config, mrope_interleaved=True, mrope_section=sections),
-        "mtp_num_hidden_layers": config.model.prediction.depth,
+        "mtp_num_hidden_layers": config.model.mtp.depth,
         "mtp_use_dedicated_embeddings": False,
     }
 
@@ -63,14 +63,14 @@ def pieces(config: Architecture) -> Iterator[Piece]:
     yield from skeleton(config)
     for ours, theirs, layer in places(config):
         yield from layer_pieces(ours, theirs, layer, config, plain_gdn_pieces)
-        yield from expert_pieces(config, ours, theirs, is_fused=not ours.startswith(AHEAD))
+        yield from expert_pieces(config, ours, theirs, is_fused=not ours.startswith(MTP_PREFIX))
     yield from prediction_pieces(config)
 
 
 def other_experts(config: Architecture) -> Iterator[Piece]:
     """Routed experts in the form that `pieces` does not have."""
     for ours, theirs, _ in places(config):
-        yield from expert_pieces(config, ours, theirs, is_fused=ours.startswith(AHEAD))
+        yield from expert_pieces(config, ours, theirs, is_fused=ours.startswith(MTP_PREFIX))
 
 
 def expert_pieces(config: Architecture, ours: str, theirs: str, *, is_fused: bool) -> Iterator[Piece]:
@@ -101,7 +101,7 @@ TEXT = Family(
     expects=EXPECTS | {"norm_topk_prob": (True,)},
     read_more=read_more,
     write_more=write_more,
-    prediction=r"mtp\..*",
+    mtp=r"mtp\..*",
     # Qwen3-Next's numbers in another order.
     is_second=True,
     instead=(other_experts,),

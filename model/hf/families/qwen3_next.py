@@ -49,12 +49,12 @@ FIXED = (
     *("moe=softmax", "residual=pre_norm", "residual.has_zero_centered_norm=true"),
     *("mixer.attn.qk_norm=head", "mixer.attn.output_gate=channel", "moe.has_shared_gate=true"),
 )
-PREDICTION = {"mixer": "attn", "ffn": "moe", "puts_hidden_first": False}
+MTP = {"mixer": "attn", "ffn": "moe", "puts_hidden_first": False}
 EXPECTS = {"hidden_act": ("silu",), "attention_bias": (False,), "attention_dropout": (0.0,)}
 
 
 def read_more(fields: Fields) -> list[str]:
-    """Layout, rotary and the module that predicts ahead, which the config need not mention."""
+    """Layout, rotary and the MTP module, which the config need not mention."""
     depth = fields.take("num_hidden_layers")
     dense, sparse_step = fields.take("mlp_only_layers", None) or [], fields.take("decoder_sparse_step", 1)
     ffns = ["dense" if i in dense or (i + 1) % sparse_step else "moe" for i in range(depth)]
@@ -62,8 +62,8 @@ def read_more(fields: Fields) -> list[str]:
     fields.expect("num_nextn_predict_layers", 1, 0)
     return [
         *read_mixers(fields, ffns),
-        *lines({"model": {"prediction": PREDICTION}}),
-        f"model.prediction.depth={fields.take('num_nextn_predict_layers', 1)}",
+        *lines({"model": {"mtp": MTP}}),
+        f"model.mtp.depth={fields.take('num_nextn_predict_layers', 1)}",
     ]
 
 
@@ -82,11 +82,11 @@ def read_mixers(fields: Fields, ffns: list[str]) -> list[str]:
 
 
 def write_more(config: Architecture) -> dict[str, Any]:
-    """Layout, rotary and the module that predicts ahead."""
+    """Layout, rotary and the MTP module."""
     return {
         **write_mixers(config),
         "mlp_only_layers": [i for i, layer in enumerate(config.layers) if layer.ffn == "dense"],
-        "num_nextn_predict_layers": config.model.prediction.depth,
+        "num_nextn_predict_layers": config.model.mtp.depth,
     }
 
 
@@ -112,20 +112,20 @@ def pieces(config: Architecture) -> Iterator[Piece]:
 
 
 def places(config: Architecture) -> Iterator[tuple[str, str, Layer]]:
-    """Every layer, also those that predict ahead: how its tensors start, ours and theirs."""
+    """Every layer, also of MTP modules: how its tensors start, ours and theirs."""
     for index, layer in enumerate(config.layers):
         yield f"blocks.{index}.", f"model.layers.{index}.", layer
-    ahead = config.model.prediction
-    for index in range(ahead.depth):
-        yield f"predictions.{index}.block.", f"mtp.layers.{index}.", Layer(ahead.mixer, ahead.ffn)
+    mtp = config.model.mtp
+    for index in range(mtp.depth):
+        yield f"mtp.{index}.block.", f"mtp.layers.{index}.", Layer(mtp.mixer, mtp.ffn)
 
 
 def prediction_pieces(config: Architecture) -> Iterator[Piece]:
-    """What stands around the layer that predicts ahead; embedding and head are the model's own."""
+    """What stands around the layer of an MTP module; embedding and head are the model's own."""
     names = {"embed_norm": "pre_fc_norm_embedding", "hidden_norm": "pre_fc_norm_hidden"}
-    for index in range(config.model.prediction.depth):
+    for index in range(config.model.mtp.depth):
         for mine, name in (names | {"in_proj": "fc", "norm": "norm"}).items():
-            yield Piece(f"predictions.{index}.{mine}.weight", f"mtp.{name}.weight")
+            yield Piece(f"mtp.{index}.{mine}.weight", f"mtp.{name}.weight")
 
 
 def layer_pieces(
@@ -202,6 +202,6 @@ FAMILIES = (
         expects=EXPECTS,
         read_more=read_more,
         write_more=write_more,
-        prediction=r"mtp\..*",
+        mtp=r"mtp\..*",
     ),
 )

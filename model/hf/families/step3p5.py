@@ -64,7 +64,7 @@ PUBLISHED = {
     "use_bidirectional_attention": (False, None),
     "gating": (True, "per-head"),
 }
-# Of modules that predict ahead, which are left out; of layers by a step, which moe_layers_enum replaces.
+# Of MTP modules, which are left out; of layers by a step, which moe_layers_enum replaces.
 UNREAD = (
     *("num_nextn_predict_layers", "mtp_layer_types", "mtp_mlp_layer_types", "max_seq_len"),
     *("need_fp32_gate", "moe_every_n_layer", "moe_layer_offset"),
@@ -106,7 +106,7 @@ def read_more(fields: Fields) -> list[str]:
 
 
 def by_layer(fields: Fields, name: str, depth: int) -> Any:
-    """A list cut to the layers, as published ones go on with modules that predict ahead; else the value."""
+    """A list cut to the layers, as published ones go on with MTP modules; else the value."""
     values = fields.take(name, None)
     return values[:depth] if isinstance(values, list) else values
 
@@ -233,7 +233,7 @@ def pieces(config: Architecture) -> Iterator[Piece]:
         yield from feed_forward(f"{ours}shared.", shared, moe.shared_hidden, activation)
 
 
-AHEAD = r"model\.layers\.{beyond}\..*"
+MTP_TENSORS = r"model\.layers\.{beyond}\..*"
 TEXT = Family(
     "step3p5",
     "Step3p5ForCausalLM",
@@ -244,7 +244,7 @@ TEXT = Family(
     read_more=read_more,
     write_more=write_more,
     aliases=ALIASES,
-    left_out=(AHEAD,),
+    left_out=(MTP_TENSORS,),
 )
 VISION = (r"(model\.)?vision_model\..*", r"vit_large_projector\..*", r"model\.multi_modal_projector\..*")
 BESIDE = Nested(
@@ -263,6 +263,6 @@ FAMILIES = (
         "Step3p7ForConditionalGeneration",
         BESIDE,
         {"": ""},
-        left_out=(AHEAD, *VISION),
+        left_out=(MTP_TENSORS, *VISION),
     ),
 )

@@ -1,4 +1,4 @@
-"""Modules that predict ahead, of the families of latent attention."""
+"""MTP modules, of the families of latent attention."""
 
 import json
 from pathlib import Path
@@ -27,9 +27,9 @@ MIXERS = {
 
 
 def model_of(model_type: str) -> LanguageModel:
-    ahead = ["model.prediction.depth=2", f"model.prediction.mixer={MIXERS[model_type][0][-3:]}"]
-    sizes = ["moe.shared_hidden=16", "model.prediction.coefficient=0.1"]
-    config = small_architecture([*PLAIN, *MIXERS[model_type], *ahead, *sizes])
+    mtp = ["model.mtp.depth=2", f"model.mtp.mixer={MIXERS[model_type][0][-3:]}"]
+    sizes = ["moe.shared_hidden=16", "model.mtp.coefficient=0.1"]
+    config = small_architecture([*PLAIN, *MIXERS[model_type], *mtp, *sizes])
     return random_model(config, torch.float32)
 
 
@@ -38,7 +38,7 @@ def test_modules_that_predict_ahead_are_kept(model_type: str, tmp_path: Path) ->
     model = model_of(model_type)
     save_pretrained(model, tmp_path / "x", model_type=model_type)
     again = load_pretrained(tmp_path / "x")
-    assert again.config.model.prediction.depth == 2
+    assert again.config.model.mtp.depth == 2
     for (key, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(a, b), key
 
@@ -73,8 +73,8 @@ def test_a_directory_without_them_loads_without_them(
     }
     save_file(kept, path, metadata={"format": "pt"})
     again = load_pretrained(tmp_path / "x")
-    assert again.config.model.prediction.depth == 0
-    assert "has no tensors for model.prediction.depth=2" in capsys.readouterr().out
+    assert again.config.model.mtp.depth == 0
+    assert "has no tensors for model.mtp.depth=2" in capsys.readouterr().out
     tokens = torch.randint(64, (1, 9))
     assert torch.equal(again(tokens), model(tokens))
 

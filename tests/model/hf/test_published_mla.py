@@ -57,9 +57,9 @@ def test_every_tensor_has_a_name(system: str) -> None:
     mapped = Mapped(family.pieces(config), ours)
     assert all(name.endswith("router.bias") for name in mapped.uncovered)
     assert mapped.by_theirs.keys() >= set(NAMES.get(system, ()))
-    pattern = (family.prediction or "").replace("{depth}", "6")
-    ahead = {name for name in mapped.by_theirs if re.fullmatch(pattern, name)}
-    assert bool(ahead) == bool(config.model.prediction.depth)
+    pattern = (family.mtp or "").replace("{depth}", "6")
+    mtp_names = {name for name in mapped.by_theirs if re.fullmatch(pattern, name)}
+    assert bool(mtp_names) == bool(config.model.mtp.depth)
 
 
 def read(family: Family, fields: dict[str, Any]) -> Architecture:

@@ -197,8 +197,8 @@ def test_config_of_the_hub_is_the_published_system(system: str) -> None:
     found = used(compose(family.read(fields), Architecture))
     fields.finish()
     expected = used(compose([f"model={system}"], Architecture))
-    found["model"].pop("prediction", None)
-    expected["model"].pop("prediction", None)
+    found["model"].pop("mtp", None)
+    expected["model"].pop("mtp", None)
     assert not difference(expected, found)
 
 

@@ -1,4 +1,4 @@
-"""Qwen3-Next and Qwen3.5: the module that predicts ahead, and all names under which tensors are found."""
+"""Qwen3-Next and Qwen3.5: the MTP module, and all names under which tensors are found."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +15,9 @@ from model.language_model import LanguageModel
 from tests.architectures import random_model, small_architecture
 
 TYPES = ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_moe")
-WITH_PREDICTION = [
+WITH_MTP = [
     *("moe=softmax", "residual=pre_norm", "layout.pattern=gdn attn", "layout.ffn.pattern=moe"),
-    *("model.depth=2", "model.prediction.depth=1", "moe.num_experts=4"),
+    *("model.depth=2", "model.mtp.depth=1", "moe.num_experts=4"),
 ]
 
 
@@ -47,13 +47,13 @@ def assert_same(first: LanguageModel, second: LanguageModel) -> None:
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_prediction_is_written_and_read_back(model_type: str, tmp_path: Path) -> None:
-    model = written(tmp_path / "hub", model_type, WITH_PREDICTION)
+    model = written(tmp_path / "hub", model_type, WITH_MTP)
     names = load_file(tmp_path / "hub" / SINGLE).keys()
     around = {"fc.weight", "pre_fc_norm_embedding.weight", "pre_fc_norm_hidden.weight", "norm.weight"}
     assert {f"mtp.{name}" for name in around} <= names
     assert "mtp.layers.0.mlp.experts.3.gate_proj.weight" in names
     again = load_pretrained(tmp_path / "hub")
-    assert again.config.model.prediction.depth == 1
+    assert again.config.model.mtp.depth == 1
     assert_same(model, again)
 
 
@@ -61,12 +61,12 @@ def test_prediction_is_written_and_read_back(model_type: str, tmp_path: Path) ->
 def test_prediction_may_be_missing(
     model_type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = written(tmp_path / "hub", model_type, WITH_PREDICTION)
+    model = written(tmp_path / "hub", model_type, WITH_MTP)
     change(tmp_path / "hub", lambda name, tensor: {} if name.startswith("mtp.") else {name: tensor})
     again = load_pretrained(tmp_path / "hub")
-    assert "has no tensors for model.prediction.depth=1" in capsys.readouterr().out
-    assert again.config.model.prediction.depth == 0
-    assert not again.predictions
+    assert "has no tensors for model.mtp.depth=1" in capsys.readouterr().out
+    assert again.config.model.mtp.depth == 0
+    assert not again.mtp
     tokens = torch.randint(64, (2, 9))
     assert torch.equal(model(tokens), again(tokens))
 
@@ -85,7 +85,7 @@ def other_form(name: str, tensor: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("model_type", TYPES[1:])
 @pytest.mark.parametrize("layers", ["0", "01"])
 def test_experts_are_read_fused_and_apart(model_type: str, layers: str, tmp_path: Path) -> None:
-    model = written(tmp_path / "hub", model_type, WITH_PREDICTION)
+    model = written(tmp_path / "hub", model_type, WITH_MTP)
     chosen = tuple(f"layers.{layer}.mlp.experts." for layer in layers)
     change(
         tmp_path / "hub",
@@ -95,7 +95,7 @@ def test_experts_are_read_fused_and_apart(model_type: str, layers: str, tmp_path
 
 
 def test_text_model_is_read_under_the_names_of_the_whole(tmp_path: Path) -> None:
-    model = written(tmp_path / "hub", "qwen3_5_moe_text", WITH_PREDICTION)
+    model = written(tmp_path / "hub", "qwen3_5_moe_text", WITH_MTP)
     change(
         tmp_path / "hub",
         lambda name, x: {f"model.language_model.{name[6:]}" if name.startswith("model.") else name: x},
@@ -104,7 +104,7 @@ def test_text_model_is_read_under_the_names_of_the_whole(tmp_path: Path) -> None
 
 
 def test_vision_is_left_out_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = written(tmp_path / "hub", "qwen3_5_moe", WITH_PREDICTION)
+    model = written(tmp_path / "hub", "qwen3_5_moe", WITH_MTP)
     tower = {"model.visual.patch_embed.proj.weight": torch.ones(2)}
     change(tmp_path / "hub", lambda name, x: {name: x} | (tower if name == "lm_head.weight" else {}))
     assert_same(model, load_pretrained(tmp_path / "hub"))
@@ -112,7 +112,7 @@ def test_vision_is_left_out_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_lost_expert_is_missed(tmp_path: Path) -> None:
-    written(tmp_path / "hub", "qwen3_5_moe_text", WITH_PREDICTION)
+    written(tmp_path / "hub", "qwen3_5_moe_text", WITH_MTP)
     change(tmp_path / "hub", lambda name, x: {} if "mtp.layers.0.mlp.experts.2." in name else {name: x})
     with pytest.raises(CheckpointError, match="missing tensors"):
         load_pretrained(tmp_path / "hub")

@@ -12,26 +12,26 @@ from torch import Tensor
 from kernels.compressed_attention import Choice, entry_importance, select_by_entries
 from kernels.document_windows import Windows
 from kernels.places import at_places, queries_at_once, query_tokens
-from model.peers import Peers
 from model.sequence_sharding import AttentionView
+from model.tensor_shards import HeadShards
 
 # Numbers of attention to blocks that a slab of queries may hold: bounds memory, not the result.
 SLAB = 1 << 24
 
 
 @torch.no_grad()
-def select_with_peers(
+def select_across_shards(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B N G K"],
     view: AttentionView,
-    peers: Peers,
+    head_shards: HeadShards,
     *,
     entries: Windows,
     blocks: Windows,
     scale: float,
     choice: Choice,
 ) -> Int[Tensor, "B T G n"]:
-    """`select_by_entries` over all query heads of a key head, here and at the peers that share it.
+    """`select_by_entries` over all query heads of a key head, on this rank and on those that replicate it.
 
     Equations 9 and 10 of Native Sparse Attention, arXiv 2502.11089: a group of heads makes one choice.
     """
@@ -41,7 +41,7 @@ def select_with_peers(
         "position": view.position,
         "scale": scale,
     }
-    if peers.sharers == 1:
+    if head_shards.kv_replicas == 1:
         return select_by_entries(q, k, **options, **choice, places=view.places)
     rows, tokens = q.shape[:2]
     token = query_tokens(view.places, tokens, q).expand(rows, -1)
@@ -51,6 +51,6 @@ def select_with_peers(
     for start in range(0, tokens, size):
         own = slice(start, start + size)
         scores = entry_importance(q[:, own], k, **options, places=token[:, own])
-        scores = peers.sum_group(scores)
+        scores = head_shards.sum_kv_replicas(scores)
         chosen.append(blocks.choose(scores, position[:, own], token[:, own], **choice))
     return torch.cat(chosen, dim=1)

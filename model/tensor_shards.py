@@ -10,7 +10,7 @@ from kernels.cross_entropy import Form, linear_cross_entropy
 
 
 @runtime_checkable
-class Peers(Protocol):
+class HeadShards(Protocol):
     """Who has the other heads of a mixer that is cut over ranks."""
 
     @property
@@ -24,7 +24,7 @@ class Peers(Protocol):
         ...
 
     @property
-    def sharers(self) -> int:
+    def kv_replicas(self) -> int:
         """How many neighbouring shares have the same key head, each with other query heads of its group."""
         ...
 
@@ -32,8 +32,8 @@ class Peers(Protocol):
         """x summed over the shares; so is its gradient."""
         ...
 
-    def sum_group(self, x: Tensor) -> Tensor:
-        """x summed over the sharers of a key head; so is its gradient. All shares must call."""
+    def sum_kv_replicas(self, x: Tensor) -> Tensor:
+        """x summed over the ranks that replicate a key head; so is its gradient. All shares must call."""
         ...
 
     def join(self, x: Tensor, dim: int) -> Tensor:
@@ -41,16 +41,16 @@ class Peers(Protocol):
         ...
 
 
-class Alone:
+class AllHeads:
     """All heads are here."""
 
-    rank, size, sharers = 0, 1, 1
+    rank, size, kv_replicas = 0, 1, 1
 
     def sum(self, x: Tensor) -> Tensor:
         """x itself."""
         return x
 
-    def sum_group(self, x: Tensor) -> Tensor:
+    def sum_kv_replicas(self, x: Tensor) -> Tensor:
         """x itself."""
         return x
 
@@ -59,11 +59,11 @@ class Alone:
         return x
 
 
-ALONE = Alone()
+ALL_HEADS = AllHeads()
 
 
 @runtime_checkable
-class Vocabulary(Protocol):
+class VocabShards(Protocol):
     """How tokens become vectors, and hidden states losses."""
 
     def embed(self, tokens: Int[Tensor, "B T"], weight: Float[Tensor, "M D"]) -> Float[Tensor, "B P D"]:
@@ -77,7 +77,7 @@ class Vocabulary(Protocol):
         ...
 
 
-class WholeVocabulary:
+class UnshardedVocab:
     """All tokens and the whole vocabulary are here."""
 
     def embed(self, tokens: Tensor, weight: Tensor) -> Tensor:

@@ -8,20 +8,20 @@ from torch import Tensor
 
 from kernels.compressed_attention import Choice, entry_importance, select_by_entries
 from kernels.document_windows import document_windows
-from model.choice import select_with_peers
+from model.block_choice import select_across_shards
 from model.mixer import Sequence
-from model.peers import Alone
+from model.tensor_shards import AllHeads
 
 
 @dataclass
-class Sharer(Alone):
+class Replica(AllHeads):
     """Shares each key head with another, who has attention `other` to blocks; slabs come in order."""
 
     other: Tensor
-    sharers: int = 2
+    kv_replicas: int = 2
     seen: int = 0
 
-    def sum_group(self, x: Tensor) -> Tensor:
+    def sum_kv_replicas(self, x: Tensor) -> Tensor:
         part = self.other[:, self.seen : self.seen + x.shape[1]]
         self.seen += x.shape[1]
         return x + part
@@ -29,7 +29,7 @@ class Sharer(Alone):
 
 @pytest.mark.parametrize("slab", [1, 100, 1 << 24])
 def test_heads_of_two_sharers_choose_as_all_of_them(slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.choice.SLAB", slab)
+    monkeypatch.setattr("model.block_choice.SLAB", slab)
     view = Sequence.whole(torch.zeros(2, 60, dtype=torch.long)).view()
     entries, blocks = (document_windows(view.position, length, stride) for length, stride in ((4, 2), (4, 4)))
     q = torch.randn(2, 60, 6, 8, dtype=torch.float64)
@@ -37,9 +37,9 @@ def test_heads_of_two_sharers_choose_as_all_of_them(slab: int, monkeypatch: pyte
     options = {"entries": entries, "blocks": blocks, "scale": 0.4}
     choice = Choice(count=3, initial=1, local=1)
     expected = select_by_entries(q, k, position=view.position, **options, **choice)
-    assert torch.equal(select_with_peers(q, k, view, Alone(), **options, choice=choice), expected)
+    assert torch.equal(select_across_shards(q, k, view, AllHeads(), **options, choice=choice), expected)
     other = entry_importance(q[:, :, 2:], k, position=view.position, **options)
-    found = select_with_peers(q[:, :, :2], k, view, Sharer(other), **options, choice=choice)
+    found = select_across_shards(q[:, :, :2], k, view, Replica(other), **options, choice=choice)
     assert torch.equal(found, expected)
     own = select_by_entries(q[:, :, :2], k, position=view.position, **options, **choice)
     assert not torch.equal(own, expected)
