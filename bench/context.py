@@ -42,7 +42,7 @@ class Sent(NamedTuple):
     dtype: torch.dtype
 
 
-class Watch(TorchDispatchMode):
+class Heartbeat(TorchDispatchMode):
     """Keeps every all-to-all that is called under it."""
 
     def __init__(self) -> None:
@@ -81,10 +81,10 @@ class Cost(NamedTuple):
     exchanges: float
 
 
-def measure(rank: int, size: int, place: str, jobs: list[Job]) -> list[Cost]:
+def measure(rank: int, size: int, store: str, jobs: list[Job]) -> list[Cost]:
     """The costs of this rank."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{place}", rank=rank, world_size=size)
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=size)
     axis = open_axes(Degrees(cp=size), rank).cp
     costs = [measure_one(axis, job) for job in jobs]
     dist.destroy_process_group()
@@ -99,7 +99,7 @@ def measure_one(axis: Axis, job: Job) -> Cost:
     cut = Chunks(axis, whole.position, None)
     sequence = Sequence(cut_row(whole.position, axis), None, cut_row(whole.tokens, axis), sharding=cut)
     x = torch.randn(1, job.tokens // axis.size, WIDTH, requires_grad=True)
-    with Watch() as watch:
+    with Heartbeat() as watch:
         step(mixer, x, sequence)
     seconds = [timed(axis, lambda: step(mixer, x, sequence)) for _ in range(REPEATS)]
     alone = [timed(axis, lambda: replay(watch.sent, axis)) for _ in range(REPEATS)]

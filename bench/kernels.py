@@ -127,10 +127,10 @@ def plot(rows: list[dict[str, Any]], device: str, path: Path) -> None:
 
     names = sorted({row["subject"] for row in rows if "share" in row})
     figure = Figure(figsize=(12, max(3.0, 0.35 * len(names) + 1.5)), layout="constrained")
-    for place, title in enumerate(("forward", "backward")):
-        axes = figure.add_subplot(1, 2, place + 1)
+    for column, title in enumerate(("forward", "backward")):
+        axes = figure.add_subplot(1, 2, column + 1)
         for marker, tokens in zip("o^sD", TOKENS, strict=True):
-            found = {r["subject"]: r["share"][place] for r in rows if r["tokens"] == tokens and "share" in r}
+            found = {r["subject"]: r["share"][column] for r in rows if r["tokens"] == tokens and "share" in r}
             kept = {name: value for name, value in found.items() if value is not None}
             axes.plot(
                 [100 * x for x in kept.values()], [names.index(n) for n in kept], marker, label=f"{tokens:,}"

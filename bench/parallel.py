@@ -34,7 +34,7 @@ from model.config import Architecture
 from parallel.config.degrees import Degrees
 from parallel.mesh.axes import open_axes
 from parallel.mesh.world import World
-from parallel.rehearsal.collective_trace import Collective, Traffic
+from parallel.rehearsal.collective_trace import Collective, CollectiveTrace
 from train.config.load import load_config
 from train.config.run_config import RunConfig
 from train.loop.run import build_state
@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> None:
         degrees = LAYOUTS[name]
         keys = [f"parallel.{axis}={degree}" for axis, degree in zip(degrees._fields, degrees, strict=True)]
         # One micro-batch, and two where a pipeline wants them.
-        keys.append(f"train.micro_batch={4 // degrees.rows // degrees.pp}")
+        keys.append(f"train.micro_batch={4 // degrees.batch // degrees.pp}")
         config = load_config([*MODEL, *keys, *more], degrees.size)
         costs = on_ranks(config, [degrees] * degrees.size, rounds)
         rows[name] = described(costs, least_bytes(config, degrees), rows.get(APART))
@@ -105,21 +105,21 @@ def on_ranks(config: RunConfig, degrees: Sequence[Degrees], rounds: int) -> list
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(len(degrees), context) as pool:
         jobs = []
         for number, each in enumerate(degrees):
-            rank, place = (number, "store") if each.size > 1 else (0, str(number))
-            jobs.append(pool.submit(measure, rank, each, f"{folder}/{place}", config, rounds))
+            rank, store = (number, "store") if each.size > 1 else (0, str(number))
+            jobs.append(pool.submit(measure, rank, each, f"{folder}/{store}", config, rounds))
         return [job.result() for job in jobs]
 
 
-def measure(rank: int, degrees: Degrees, place: str, config: RunConfig, rounds: int) -> Cost:
+def measure(rank: int, degrees: Degrees, store: str, config: RunConfig, rounds: int) -> Cost:
     """The costs of this rank."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{place}", rank=rank, world_size=degrees.size)
+    dist.init_process_group("gloo", f"file://{store}", rank=rank, world_size=degrees.size)
     world = World(rank, degrees.size, torch.device("cpu"), open_axes(degrees, rank))
     state, batch = build_state(config, world), batch_of(config, world)
     train_step(state, batch, config, world)
-    with Traffic() as traffic:
+    with CollectiveTrace() as trace:
         train_step(state, batch, config, world)
-    found = Counter(traffic.taken())
+    found = Counter(trace.taken())
     steps = [timed(lambda: step(state, batch, config, world)) for _ in range(rounds)]
     joint, links = agreed(found)
     alone = (
@@ -135,9 +135,9 @@ def measure(rank: int, degrees: Degrees, place: str, config: RunConfig, rounds: 
 
 def batch_of(config: RunConfig, world: World) -> Batch:
     """Random tokens for the rows of this rank, one document each."""
-    rows, _ = config.rank_rows(world.axes.rows.size)
+    rows, _ = config.rank_rows(world.axes.batch.size)
     shape = (rows, config.data.sequence_length)
-    generator = torch.Generator().manual_seed(world.axes.rows.rank)
+    generator = torch.Generator().manual_seed(world.axes.batch.rank)
     tokens = torch.randint(config.model.vocab_size, shape, generator=generator)
     position = torch.arange(shape[1]).expand(shape).contiguous()
     return Batch(tokens, tokens.roll(-1, 1), torch.zeros_like(tokens), position, torch.arange(rows))

@@ -16,7 +16,7 @@ from bench import readme
 from conf.compose import compose
 from conf.errors import exit_on_error
 from model.config import Architecture
-from parallel.config.pipeline import KINDS, Plan
+from parallel.config.pipeline import SCHEDULE_KINDS, PipelinePlan
 from parallel.pipeline.cost import stage_costs
 from parallel.pipeline.partition import equal_layers, joined_layers, stage_layers, write_layout
 from parallel.pipeline.timeline import Timeline, simulate
@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
     model: str
     context: int
-    plan: Plan
+    plan: PipelinePlan
     stage_balance: tuple[float, float]
     rank_balance: tuple[float, float]
     bubble: tuple[float, float]
@@ -61,7 +61,10 @@ def main(arguments: list[str]) -> None:
     given = dict(argument.split("=", 1) for argument in arguments)
     degree, micro_batches = int(given.get("degree", "8")), int(given.get("micro_batches", "32"))
     names = given["only"].split(",") if "only" in given else MODELS
-    plans = [Plan(name, degree, kind.chunks[1] or 2, micro_batches) for name, kind in KINDS.items()]
+    plans = [
+        PipelinePlan(name, degree, kind.chunks[1] or 2, micro_batches)
+        for name, kind in SCHEDULE_KINDS.items()
+    ]
     rows, shown = [], {}
     for name in names:
         config = compose([f"model={name}"], Architecture)
@@ -82,7 +85,7 @@ def main(arguments: list[str]) -> None:
         draw(shown, RESULTS / "pipeline.png")
 
 
-def measure(name: str, config: Architecture, context: int, plan: Plan) -> tuple[Row, Timeline]:
+def measure(name: str, config: Architecture, context: int, plan: PipelinePlan) -> tuple[Row, Timeline]:
     """Both cuts simulated, and the timeline of ours."""
     cuts = (
         stage_layers(config, plan, context),

@@ -47,7 +47,7 @@ def row(name: str) -> str:
 
 def shown(degrees: Degrees) -> str:
     """The degrees above one; experts last, whose ranks are among the others."""
-    named = {"pp": degrees.pp, "dp": degrees.rows, "cp": degrees.cp, "tp": degrees.tp, "ep": degrees.ep}
+    named = {"pp": degrees.pp, "dp": degrees.batch, "cp": degrees.cp, "tp": degrees.tp, "ep": degrees.ep}
     return " ".join(f"{axis} {degree}" for axis, degree in named.items() if degree > 1)
 
 

@@ -122,7 +122,7 @@ def _is_referred(composed: "DictConfig", key: str) -> bool:
 
 
 def _open_references(composed: "DictConfig", key: str) -> None:
-    """Puts a copy in the place of every reference to a node on the way to a key. Mutates composed."""
+    """Replaces every reference by a copy of the node to a node on the way to a key. Mutates composed."""
     from omegaconf import OmegaConf
 
     for node, name in _references(composed, key):

@@ -87,7 +87,7 @@ def as_storage_error(error: OSError, path: str | os.PathLike[str]) -> StorageErr
 def exit_on_error() -> Iterator[None]:
     """Turn a WeftError, or a full or read-only disk, into lines on stderr and its exit code.
 
-    Raises SystemExit in their place; every other exception passes through with its traceback.
+    Raises SystemExit instead; every other exception passes through with its traceback.
     """
     try:
         yield

@@ -201,9 +201,9 @@ class Loader:
         if not tokens.size or (tokens.min() >= 0 and tokens.max() < limit):
             return
         row, column = np.argwhere((tokens < 0) | (tokens >= limit))[0]
-        place, found = int(starts[row] + column), int(tokens[row, column])
+        index, found = int(starts[row] + column), int(tokens[row, column])
         raise DataError(
-            f"{file.bin_path}: token {place} (byte {place * file.dtype.itemsize}) is {found}, "
+            f"{file.bin_path}: token {index} (byte {index * file.dtype.itemsize}) is {found}, "
             f"expected 0 to {limit - 1}; prepare or copy the dataset again"
         )
 

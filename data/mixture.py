@@ -25,7 +25,7 @@ class Mixture:
         begin: int = 0,
         consumed: Mapping[str, int] | None = None,
     ) -> None:
-        """`weights` by corpus name need not sum to one; a corpus is known by its place among them.
+        """`weights` by corpus name need not sum to one; a corpus is known by its index among them.
         `begin` is the first index that this mixture serves, and `consumed` how many sequences each corpus
         has served before: a new stage goes on where the last one stopped.
 
@@ -50,20 +50,20 @@ class Mixture:
         Raises ValueError for an index before `begin`.
         """
         relative = self._relative(indices)
-        blocks, places = relative // BLOCK, relative % BLOCK
+        blocks, positions = relative // BLOCK, relative % BLOCK
         corpora, turns = np.empty_like(relative), np.empty_like(relative)
         for block in np.unique(blocks):
             chosen = blocks == block
             order, ranks = self._block(int(block))
-            corpora[chosen] = order[places[chosen]]
-            turns[chosen] = ranks[places[chosen]]
+            corpora[chosen] = order[positions[chosen]]
+            turns[chosen] = ranks[positions[chosen]]
         return corpora, self._consumed[corpora] + blocks * self.counts[corpora] + turns
 
     def consumed(self, index: int) -> dict[str, int]:
         """Sequences that each corpus has served before `index`, earlier stages included."""
-        block, place = divmod(int(self._relative(np.array([index], np.int64))[0]), BLOCK)
+        block, position = divmod(int(self._relative(np.array([index], np.int64))[0]), BLOCK)
         order, _ = self._block(block)
-        partial = np.bincount(order[:place], minlength=len(self.counts))
+        partial = np.bincount(order[:position], minlength=len(self.counts))
         total = self._consumed + block * self.counts + partial
         return dict(zip(self.names, total.tolist(), strict=True))
 

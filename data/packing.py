@@ -45,11 +45,11 @@ class Packing:
 
     def window_ids(self, turns: np.ndarray) -> np.ndarray:
         """The window for each turn of the corpus, int64: turns 0 to num_windows - 1 are the first epoch."""
-        epochs, places = np.divmod(turns, self.num_windows)
+        epochs, window_indices = np.divmod(turns, self.num_windows)
         keys = np.full(turns.shape, self._seed, np.uint64)
         for part in (np.full(turns.shape, self._corpus_id, np.uint64), epochs.astype(np.uint64)):
             keys = _mix(keys ^ _mix(part * _GOLDEN))
-        return permute(places, self.num_windows, keys)
+        return permute(window_indices, self.num_windows, keys)
 
     def read(self, window_ids: np.ndarray) -> Windows:
         """The windows with these ids, in this order."""

@@ -34,7 +34,7 @@ class AuxOutputs(NamedTuple):
 
 
 # Calls a function with the arguments that follow it, the residual stream first, and gives what it gives.
-Run: TypeAlias = Callable[..., Any]
+Executor: TypeAlias = Callable[..., Any]
 
 
 def directly(function: Callable[..., Any], *args: Any) -> Any:
@@ -54,9 +54,9 @@ class Block(nn.Module):
         super().__init__()
         self.layer, self.names = layer, names
         # Set from outside where backward is to find less of what a half, or the whole block, computed.
-        self.run: Run = directly
-        self.run_mixer: Run = directly
-        self.run_ffn: Run = directly
+        self.run: Executor = directly
+        self.run_mixer: Executor = directly
+        self.run_ffn: Executor = directly
         shape, width = config.model, config.model.width
         # Outputs that add to the residual stream start smaller, so that its scale does not grow with depth.
         stds = (shape.init_std, shape.init_std / (2 * shape.depth) ** 0.5)

@@ -49,13 +49,17 @@ class Losses(NamedTuple):
         return Losses(cross_entropy, mtp, logit_z, auxiliary, load, entropy)
 
 
-class Table(nn.Module):
-    """A vocabulary-sized matrix: the embedding, or the head."""
+class Embedding(nn.Module):
+    """A vector for each token id."""
 
     def __init__(self, vocab_size: int, width: int, init_std: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
         self.initial = {"weight": Initial("normal", 0.0, init_std)}
+
+
+class LMHead(Embedding):
+    """A vector for each token id, whose product with a hidden state is that token's logit."""
 
 
 class ModelPart(nn.Module):
@@ -79,13 +83,13 @@ class ModelPart(nn.Module):
         self.is_first, self.is_last = self.layers[0] == 0, self.layers[-1] == shape.depth - 1
         size = (shape.vocab_size, shape.width, shape.init_std)
         reads_embedding = self.is_last and (shape.has_tied_embeddings or shape.mtp.depth > 0)
-        self.embed = Table(*size) if self.is_first or reads_embedding else None
+        self.embed = Embedding(*size) if self.is_first or reads_embedding else None
         self.blocks, names = nn.ModuleList(), config.layers
         for layer in self.layers:
             self.blocks.add_module(str(layer), Block(config, layer, names[layer]))
         self.collapse = build_collapse(shape.width, residual) if self.is_last else None
         self.norm = build_norm(shape.width, residual) if self.is_last else None
-        self.head = Table(*size) if self.is_last and not shape.has_tied_embeddings else None
+        self.head = LMHead(*size) if self.is_last and not shape.has_tied_embeddings else None
         offset = range(shape.mtp.depth if self.is_last else 0)
         self.mtp = nn.ModuleList(MTPModule(config, index) for index in offset)
 

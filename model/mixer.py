@@ -108,7 +108,7 @@ class Mixed(NamedTuple):
     """What a mixer returns when it has more to say than the mixed tokens.
 
     losses: training losses of its own by name, summed over tokens, coefficients included. selection: for each
-    query the places in the row of the k keys that it chose, -1 where there are fewer, for layers that share
+    query the indices in the row of the k keys that it chose, -1 where there are fewer, for layers that share
     them.
     """
 

@@ -27,14 +27,14 @@ from parallel.micro_batches import Runner, WholeModel
 from parallel.pipeline.partition import stage_layers
 from parallel.pipeline.runner import Pipeline, Stage, build_stages
 from parallel.shard.deepep import open_deepep
-from parallel.shard.expert import AllToAll, Dispatcher, spread_experts
-from parallel.shard.fsdp import shard_data
-from parallel.shard.shard_map import Placement, held_boxes, undivided
-from parallel.shard.shard_view import Stored
-from parallel.shard.tensor import spread_tensors, sum_shared_gradients
+from parallel.shard.expert import AllToAll, Dispatcher, apply_ep
+from parallel.shard.fsdp import apply_fsdp
+from parallel.shard.shard_map import ShardMap, local_slices, replicated
+from parallel.shard.shard_view import GlobalShardView
+from parallel.shard.tensor import apply_tp, sum_shared_gradients
 
 
-class Work(NamedTuple):
+class StepShape(NamedTuple):
     """What a rank does in a step: micro-batches, and the rows of each; tokens are those of a whole row."""
 
     micro_batches: int
@@ -50,7 +50,7 @@ class Parallel:
     """
 
     parts: tuple[ModelPart, ...]
-    placements: Mapping[str, Placement]
+    shard_maps: Mapping[str, ShardMap]
     runner: Runner
     names: frozenset[str]
 
@@ -79,26 +79,26 @@ class Parallel:
         """Parameters and buffers here by name; a table at both ends is that of the first."""
         return {name: x for part in reversed(self.parts) for name, x in part.state_dict().items()}
 
-    def twins(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    def tied_copies(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         """Parameters that two parts here hold alike; `state` names the first of each pair."""
         first, last = self.parts[0], self.parts[-1]
         if first is not last and first.embed is not None and last.embed is not None:
             yield first.embed.weight, last.embed.weight
 
-    def stored(self, name: str, x: Tensor) -> Tensor:
+    def checkpoint_view(self, name: str, x: Tensor) -> Tensor:
         """A parameter, or what has its form, as checkpoints take it."""
-        is_whole = not isinstance(x, DTensor) and x.shape == self.placements[name].shape
-        return x if is_whole else Stored.of(x, self.placements[name])
+        is_whole = not isinstance(x, DTensor) and x.shape == self.shard_maps[name].shape
+        return x if is_whole else GlobalShardView.of(x, self.shard_maps[name])
 
     def sum_shared_gradients(self, axes: Axes) -> None:
         """Sums what several ranks hold the same copy of, beyond data parallelism; once, after backward."""
-        sum_shared_gradients(self.named_parameters(), self.placements, axes.tp)
+        sum_shared_gradients(self.named_parameters(), self.shard_maps, axes.tp)
 
     @torch.no_grad()
     def fill(self, name: str, x: Tensor, whole: Tensor) -> None:
         """Copies from the whole parameter what this rank holds of it into x, which has its form."""
-        for block, box in held_boxes(x.detach(), self.placements[name]):
-            block.copy_(box.of_whole(whole))
+        for block, piece in local_slices(x.detach(), self.shard_maps[name]):
+            block.copy_(piece.global_view(whole))
 
     def update_expert_biases(self, load: Tensor) -> None:
         """Moves every router's bias by its load [M E] over the whole global batch. Mutates the biases."""
@@ -112,7 +112,7 @@ def build_parallel(
     parallel: ParallelConfig,
     world: World,
     seed: int,
-    work: Work,
+    step_shape: StepShape,
     backend: Backend = "inductor",
 ) -> Parallel:
     """The model of this rank on its device, with its first values, which do not depend on the layout.
@@ -120,7 +120,7 @@ def build_parallel(
     dtypes are those of the parameters and of the computation. backend is what compiles, where `parallel` asks
     for it.
     """
-    built, initials = build_on_meta(config, dtypes, parallel, world, work, backend=backend)
+    built, initials = build_on_meta(config, dtypes, parallel, world, step_shape, backend=backend)
     for part in built.parts:
         part.to_empty(device=world.device)
     _initialise(built, initials, seed)
@@ -132,7 +132,7 @@ def build_on_meta(
     dtypes: tuple[torch.dtype, torch.dtype],
     parallel: ParallelConfig,
     world: World,
-    work: Work,
+    step_shape: StepShape,
     kept: Collection[int] | None = None,
     link: type[PipelineStage] = PipelineStage,
     backend: Backend = "inductor",
@@ -142,30 +142,30 @@ def build_on_meta(
     kept are the layers that it has; a rehearsal leaves out those that are like others. All by default. link
     ties stages of a pipeline. backend as in `build_parallel`.
     """
-    axes, plan = world.axes, parallel.plan(work.micro_batches)
+    axes, plan = world.axes, parallel.plan(step_shape.micro_batches)
     kept = range(config.model.depth) if kept is None else kept
     with torch.device("meta"):
         whole = LanguageModel(config, dtypes[1], sorted(kept))
         parts: list[ModelPart] = [whole]
         if plan is not None:
-            cut = stage_layers(config, plan, work.tokens, parallel.pp_layout)
+            cut = stage_layers(config, plan, step_shape.tokens, parallel.pp_layout)
             layers = [[layer for layer in stage if layer in kept] for stage in cut]
             parts = [*build_stages(config, dtypes[1], plan, axes.pp.rank, layers)]
     initials, names = initial_values(whole), frozenset(whole.state_dict())
-    placements: dict[str, Placement] = {}
+    shard_maps: dict[str, ShardMap] = {}
     dispatcher = _dispatcher(parallel, world)
     fuse = Fuser(backend) if parallel.compile else None
     for part in parts:
         part.to(dtypes[0])
         if fuse is not None:
             fuse(part)
-        placements |= _spread(part, config, parallel, world, dispatcher)
+        shard_maps |= _apply_spmd(part, config, parallel, world, dispatcher)
     runner: Runner = WholeModel(whole)
     if plan is not None:
         stages = [part for part in parts if isinstance(part, Stage)]
-        shape = (work.rows, work.tokens // axes.cp.size)
+        shape = (step_shape.rows, step_shape.tokens // axes.cp.size)
         runner = Pipeline(stages, axes.pp, plan, shape, world.device, axes.tp.size, link)
-    return Parallel(tuple(parts), placements, runner, names), initials
+    return Parallel(tuple(parts), shard_maps, runner, names), initials
 
 
 def _dispatcher(parallel: ParallelConfig, world: World) -> Dispatcher:
@@ -174,24 +174,24 @@ def _dispatcher(parallel: ParallelConfig, world: World) -> Dispatcher:
     return AllToAll
 
 
-def _spread(
+def _apply_spmd(
     part: ModelPart, config: Architecture, parallel: ParallelConfig, world: World, dispatcher: Dispatcher
-) -> dict[str, Placement]:
-    """Leaves this rank its share of a part, which stands on the meta device; gives the placements."""
+) -> dict[str, ShardMap]:
+    """Leaves this rank its share of a part, which stands on the meta device; gives the shard maps."""
     axes = world.axes
-    placements = {name: undivided(parameter.shape) for name, parameter in part.named_parameters()}
+    shard_maps = {name: replicated(parameter.shape) for name, parameter in part.named_parameters()}
     if axes.tp.size > 1:
-        placements = spread_tensors(part, config, axes.tp)
-    placements |= spread_experts(part, axes, dispatcher)
+        shard_maps = apply_tp(part, config, axes.tp)
+    shard_maps |= apply_ep(part, axes, dispatcher)
     apply_activation_memory(part, parallel)
     if world.size > 1 and parallel.data == "fsdp":
         frees, prefetch = parallel.reshard_after_forward, parallel.prefetch
-        shard_data(part, axes, world.device.type, reshard_after_forward=frees, prefetch=prefetch)
+        apply_fsdp(part, axes, world.device.type, reshard_after_forward=frees, prefetch=prefetch)
     for router in part.routers():
         router.sum_load = partial(sum_over, axis=axes.tokens)
-        router.row_parts = axes.row.size
-        router.sum_row_load = partial(sum_over, axis=axes.row)
-    return placements
+        router.row_parts = axes.sequence.size
+        router.sum_row_load = partial(sum_over, axis=axes.sequence)
+    return shard_maps
 
 
 def apply_activation_memory(part: ModelPart, parallel: ParallelConfig) -> None:
@@ -207,7 +207,7 @@ def apply_activation_memory(part: ModelPart, parallel: ParallelConfig) -> None:
 def _initialise(built: Parallel, initials: Mapping[str, Initial], seed: int) -> None:
     for name, parameter in built.named_parameters():
         # Every rank draws the same values and keeps its part: no broadcast.
-        built.fill(name, parameter, sample(name, initials[name], built.placements[name].shape, seed))
+        built.fill(name, parameter, sample(name, initials[name], built.shard_maps[name].shape, seed))
     for module in built.modules():
         _reset_buffers(module)
 

@@ -20,18 +20,18 @@ from parallel.apply import Parallel
 from parallel.config.zero import BUCKET, ZeroConfig
 from parallel.mesh.world import World
 from parallel.micro_batches import Denominators, MicroBatch, added, objective_of
-from parallel.shard.shard_view import Stored
+from parallel.shard.shard_view import GlobalShardView
 
 
-class Run(NamedTuple):
-    """What this rank holds of a parameter or a moment, and the place of the first number in the whole."""
+class FlatSlice(NamedTuple):
+    """What this rank holds of a parameter or a moment; start is that of its first number in the flat whole."""
 
     numbers: Float[Tensor, "N"]
     start: int
 
 
 class Slot(NamedTuple):
-    """Where a parameter's numbers are: in which partition, from where, how many, and their first place."""
+    """Where a parameter's numbers are: in which partition, from where, how many; start as of FlatSlice."""
 
     partition: Tensor
     offset: int
@@ -54,7 +54,7 @@ class Objective(nn.Module):
 
 
 @runtime_checkable
-class Places(Protocol):
+class PartitionMap(Protocol):
     """Where DeepSpeed keeps what, which depends on the stage; read from release 0.19.8."""
 
     def partitions(self) -> list[Tensor]:
@@ -73,12 +73,12 @@ class Places(Protocol):
         """The part of the weights that forward reads of this rank, where these are cut."""
         ...
 
-    def spread(self) -> None:
+    def sync_params(self) -> None:
         """Gives forward the weights of the partitions. Collective."""
         ...
 
 
-class Flat(Places):
+class FlatPartitions(PartitionMap):
     """Stages 1 and 2: forward has whole weights, and one row of all of a group is cut over the ranks."""
 
     def __init__(self, engine: Any) -> None:
@@ -108,12 +108,12 @@ class Flat(Places):
         """None: weights are whole."""
         return None
 
-    def spread(self) -> None:
+    def sync_params(self) -> None:
         """Gives forward the weights of the partitions. Collective."""
         self._inner.update_lp_params()
 
 
-class Cut(Places):
+class Stage3Partitions(PartitionMap):
     """Stage 3: each parameter is a row that is cut over the ranks, and gathered while it is used."""
 
     def __init__(self, engine: Any, rank: int) -> None:
@@ -147,7 +147,7 @@ class Cut(Places):
         return held.ds_tensor.data
 
     @torch.no_grad()
-    def spread(self) -> None:
+    def sync_params(self) -> None:
         """Gives forward the weights of the partitions. Collective."""
         self._inner.parameter_offload.partition_all_parameters()
         for parameter in self._module.parameters():
@@ -159,8 +159,8 @@ class Cut(Places):
 class Engine:
     """DeepSpeed's engine: it runs, clips and updates."""
 
-    def __init__(self, engine: Any, optimizer: Optimizer, places: Places, size: int) -> None:
-        self._engine, self._adam, self._size, self.places = engine, optimizer, size, places
+    def __init__(self, engine: Any, optimizer: Optimizer, partition_map: PartitionMap, size: int) -> None:
+        self._engine, self._adam, self._size, self.partition_map = engine, optimizer, size, partition_map
 
     def step(self, batches: Sequence[MicroBatch], denominators: Denominators) -> Losses:
         """Forward and backward of all micro-batches. Adds to gradients; gives this rank's sums, detached."""
@@ -189,19 +189,19 @@ class Engine:
         self._engine.step()
         return float(self._engine.get_global_grad_norm()), self._engine.was_step_applied()
 
-    def weights(self, parameter: nn.Parameter) -> Run | None:
+    def weights(self, parameter: nn.Parameter) -> FlatSlice | None:
         """The numbers of a parameter that this rank keeps; those that forward reads follow by `spread`."""
-        slot = self.places.slot(parameter)
-        return None if slot is None else Run(slot.partition.detach()[_span(slot)], slot.start)
+        slot = self.partition_map.slot(parameter)
+        return None if slot is None else FlatSlice(slot.partition.detach()[_span(slot)], slot.start)
 
-    def moment(self, parameter: nn.Parameter, key: str) -> Run | None:
+    def moment(self, parameter: nn.Parameter, key: str) -> FlatSlice | None:
         """The same of a moment."""
-        slot = self.places.slot(parameter)
-        return None if slot is None else Run(self.state(parameter)[key][_span(slot)], slot.start)
+        slot = self.partition_map.slot(parameter)
+        return None if slot is None else FlatSlice(self.state(parameter)[key][_span(slot)], slot.start)
 
     def state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         """The optimizer's state of a parameter's partition; made if missing, as the first step would."""
-        partition = self.places.partitions()[self.places.index(parameter)]
+        partition = self.partition_map.partitions()[self.partition_map.index(parameter)]
         state = self._adam.state[partition]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=partition.device)
@@ -224,19 +224,19 @@ class Partitioned(Parallel):
     @property
     def whole(self) -> LanguageModel | None:
         """The model, where forward has all of its weights."""
-        return super().whole if isinstance(self.engine.places, Flat) else None
+        return super().whole if isinstance(self.engine.partition_map, FlatPartitions) else None
 
-    def stored(self, name: str, x: Tensor) -> Tensor:
+    def checkpoint_view(self, name: str, x: Tensor) -> Tensor:
         """A parameter as checkpoints take it."""
-        return self._stored(name, self.engine.weights(self.parameters[name]))
+        return self._checkpoint_view(name, self.engine.weights(self.parameters[name]))
 
-    def stored_moments(self) -> dict[str, dict[str, Tensor]]:
+    def checkpoint_moments(self) -> dict[str, dict[str, Tensor]]:
         """The optimizer's state of every trained parameter, as checkpoints take it."""
         found = {}
         for name, parameter in self.parameters.items():
             if parameter.requires_grad:
                 moments = {
-                    key: self._stored(name, self.engine.moment(parameter, key))
+                    key: self._checkpoint_view(name, self.engine.moment(parameter, key))
                     for key in ("exp_avg", "exp_avg_sq")
                 }
                 found[name] = {"step": self.engine.state(parameter)["step"], **moments}
@@ -246,7 +246,7 @@ class Partitioned(Parallel):
     def fill(self, name: str, x: Tensor, whole: Tensor) -> None:
         """Copies from the whole parameter what this rank holds of it."""
         parameter = self.parameters[name]
-        run, read = self.engine.weights(parameter), self.engine.places.read(parameter)
+        run, read = self.engine.weights(parameter), self.engine.partition_map.read(parameter)
         if run is not None:
             numbers = whole.reshape(-1)[run.start : run.start + len(run.numbers)]
             run.numbers.copy_(numbers)
@@ -255,9 +255,9 @@ class Partitioned(Parallel):
         if parameter.shape == whole.shape:
             parameter.data.copy_(whole)
 
-    def _stored(self, name: str, run: Run | None) -> Tensor:
-        numbers, start = run or Run(torch.empty(0), 0)
-        return Stored.of_run(numbers, start, self.placements[name].shape)
+    def _checkpoint_view(self, name: str, run: FlatSlice | None) -> Tensor:
+        numbers, start = run or FlatSlice(torch.empty(0), 0)
+        return GlobalShardView.of_flat_slice(numbers, start, self.shard_maps[name].shape)
 
 
 def partition(
@@ -267,7 +267,7 @@ def partition(
     config: ZeroConfig,
     *,
     clip_norm: float,
-    work: tuple[int, int],
+    step_shape: tuple[int, int],
 ) -> Partitioned:
     """Hands a plain model and its optimizer over to DeepSpeed. Mutates both.
 
@@ -280,16 +280,16 @@ def partition(
     engine, *_ = _deepspeed(world.device).initialize(
         model=Objective(model),
         optimizer=optimizer,
-        config=engine_config(config, clip_norm, work, min(numbers, BUCKET)),
+        config=engine_config(config, clip_norm, step_shape, min(numbers, BUCKET)),
         dist_init_required=False,
     )
-    places = Flat(engine) if config.stage < 3 else Cut(engine, world.rank)
-    driven = Engine(engine, optimizer, places, world.size)
-    return Partitioned(built.parts, built.placements, driven, built.names, driven, parameters)
+    partition_map = FlatPartitions(engine) if config.stage < 3 else Stage3Partitions(engine, world.rank)
+    driven = Engine(engine, optimizer, partition_map, world.size)
+    return Partitioned(built.parts, built.shard_maps, driven, built.names, driven, parameters)
 
 
 def engine_config(
-    config: ZeroConfig, clip_norm: float, work: tuple[int, int], bucket: int
+    config: ZeroConfig, clip_norm: float, step_shape: tuple[int, int], bucket: int
 ) -> dict[str, object]:
     """What DeepSpeed is told. bucket: how many numbers go through one collective together."""
     zero: dict[str, object] = {
@@ -303,8 +303,8 @@ def engine_config(
     if config.offload == "parameters":
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     return {
-        "train_micro_batch_size_per_gpu": work[1],
-        "gradient_accumulation_steps": work[0],
+        "train_micro_batch_size_per_gpu": step_shape[1],
+        "gradient_accumulation_steps": step_shape[0],
         # Backward adds up, and the one `step` after all micro-batches is the update.
         "managed_gradient_accumulation": False,
         "gradient_clipping": clip_norm,

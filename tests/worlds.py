@@ -181,8 +181,8 @@ def _call(rank: int, size: int, group_timeout: float | None, folder: Path, job: 
     function, args = pickle.loads(job)
     if group_timeout is not None:
         # By a file and not by a port: worlds side by side cannot meet.
-        meeting, wait_at_most = f"file://{folder / 'store'}", timedelta(seconds=group_timeout)
-        dist.init_process_group("gloo", meeting, wait_at_most, rank=rank, world_size=size)
+        rendezvous, wait_at_most = f"file://{folder / 'store'}", timedelta(seconds=group_timeout)
+        dist.init_process_group("gloo", rendezvous, wait_at_most, rank=rank, world_size=size)
     result = function(rank, size, *args)
     if group_timeout is not None and dist.is_initialized():
         # A rank that leaves early would break a collective that its peers are still in.

@@ -26,7 +26,7 @@ def rehearse(config: RunConfig) -> dict[str, Any]:
 
     Raises ConfigError for a rank that the run does not have, for parallel.data=zero, and for DeepEP.
     """
-    from train.estimate.rehearsal import place_of, sampled_ranks, stepping_ranks
+    from train.estimate.rehearsal import coordinates_of, sampled_ranks, stepping_ranks
 
     size = config.cluster.nodes * config.cluster.gpus_per_node
     if config.rehearse.rank is not None and config.rehearse.rank >= size:
@@ -43,7 +43,7 @@ def rehearse(config: RunConfig) -> dict[str, Any]:
     ranks = sampled_ranks(degrees) if own is None else [own]
     stepping = stepping_ranks(config, size) if own is None else {own: own}
     found, played = side_by_side(config, size, set(stepping.values()), ranks)
-    steps = [found[like] | place_of(config, rank, size) for rank, like in stepping.items()]
+    steps = [found[like] | coordinates_of(config, rank, size) for rank, like in stepping.items()]
     totals = {rank["rank"]: sum(rank["bytes"]["total"][what] for what in WHAT) for rank in played}
     return {
         "world_size": size,

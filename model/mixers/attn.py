@@ -21,7 +21,7 @@ class AttnConfig(MixerConfig):
 
     kind: Literal["attn"] = "attn"
     sharded_fields = ("num_heads",)
-    shared = ("num_key_heads",)
+    replicable_fields = ("num_key_heads",)
     num_heads: int = Field(ge=1)
     num_key_heads: int = Field(ge=1)
     head_dim: int = Field(ge=2)

@@ -24,7 +24,7 @@ class GdnConfig(MixerConfig):
 
     kind: Literal["gdn"] = "gdn"
     sharded_fields = ("num_value_heads",)
-    shared = ("num_key_heads",)
+    replicable_fields = ("num_key_heads",)
     num_key_heads: int = Field(ge=1)
     num_value_heads: int = Field(ge=1)
     key_dim: int = Field(ge=1)

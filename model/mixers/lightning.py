@@ -110,8 +110,8 @@ def fixed_log_decay(
     if kind == "retnet":
         return torch.log1p(-(2.0 ** (-5.0 - head))).to(like.dtype)
     # MTP modules stand behind the last layer and share its decay.
-    place = min(layer, depth - 1) / (depth - 1 + 1e-5)
-    return -(2.0 ** (-8.0 * (head + 1.0) / heads) * (1.0 - place + 1e-5)).to(like.dtype)
+    layer_fraction = min(layer, depth - 1) / (depth - 1 + 1e-5)
+    return -(2.0 ** (-8.0 * (head + 1.0) / heads) * (1.0 - layer_fraction + 1e-5)).to(like.dtype)
 
 
 class GateDecay(nn.Module):

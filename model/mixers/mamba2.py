@@ -25,7 +25,7 @@ class Mamba2Config(MixerConfig):
 
     kind: Literal["mamba2"] = "mamba2"
     sharded_fields = ("num_heads",)
-    shared = ("num_key_heads",)
+    replicable_fields = ("num_key_heads",)
     num_heads: int = Field(ge=1)
     num_key_heads: int = Field(ge=1)
     key_dim: int = Field(ge=1)

@@ -19,7 +19,7 @@ class MobaConfig(MixerConfig):
 
     kind: Literal["moba"] = "moba"
     sharded_fields = ("num_heads",)
-    shared = ("num_key_heads",)
+    replicable_fields = ("num_key_heads",)
     num_heads: int = Field(ge=1)
     num_key_heads: int = Field(ge=1)
     head_dim: int = Field(ge=2)

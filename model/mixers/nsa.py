@@ -26,7 +26,7 @@ class NsaConfig(MixerConfig):
 
     kind: Literal["nsa"] = "nsa"
     sharded_fields = ("num_heads",)
-    shared = ("num_key_heads",)
+    replicable_fields = ("num_key_heads",)
     num_heads: int = Field(ge=1)
     num_key_heads: int = Field(ge=1)
     key_dim: int = Field(ge=2)

@@ -9,7 +9,7 @@ from torch import Tensor
 # The weighted sum of the chosen experts of each token, ids counted within the experts at hand.
 Compute: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 # What else there is to compute while tokens are on their way.
-Meanwhile: TypeAlias = Callable[[], Tensor | None]
+Overlapped: TypeAlias = Callable[[], Tensor | None]
 
 
 @runtime_checkable
@@ -22,21 +22,21 @@ class Dispatch(Protocol):
         chosen: Int[Tensor, "N k"],
         weights: Float[Tensor, "N k"],
         run: Compute,
-        meanwhile: Meanwhile,
+        overlapped: Overlapped,
     ) -> tuple[Float[Tensor, "N D"], Tensor | None]:
-        """Weighted sum of the chosen experts of each token, and what `meanwhile` gives.
+        """Weighted sum of the chosen experts of each token, and what `overlapped` gives.
 
         Ids past the last expert add nothing.
         """
         ...
 
 
-def here(
+def local_dispatch(
     x: Float[Tensor, "N D"],
     chosen: Int[Tensor, "N k"],
     weights: Float[Tensor, "N k"],
     run: Compute,
-    meanwhile: Meanwhile,
+    overlapped: Overlapped,
 ) -> tuple[Float[Tensor, "N D"], Tensor | None]:
     """All experts are at hand."""
-    return run(x, chosen, weights), meanwhile()
+    return run(x, chosen, weights), overlapped()

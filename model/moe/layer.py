@@ -10,7 +10,7 @@ from kernels.experts import ExpertBiases, ExpertForm, routed_experts
 from model.ffn import FeedForward
 from model.linear import Initial, Linear
 from model.moe.config import MoeConfig
-from model.moe.dispatch import Dispatch, Meanwhile, here
+from model.moe.dispatch import Dispatch, Overlapped, local_dispatch
 from model.moe.router import Router, Routing
 
 
@@ -25,7 +25,7 @@ class Experts(nn.Module):
         )
         self.num_idle = config.num_zero_experts
         # Set from outside where other ranks hold experts too.
-        self.dispatch: Dispatch = here
+        self.dispatch: Dispatch = local_dispatch
         self.gate_up = nn.Parameter(torch.empty(experts, activation.factors * hidden, width))
         self.down = nn.Parameter(torch.empty(experts, width, hidden))
         self.initial = {"gate_up": Initial("normal", 0.0, stds[0]), "down": Initial("normal", 0.0, stds[1])}
@@ -40,10 +40,10 @@ class Experts(nn.Module):
         x: Float[Tensor, "N D"],
         chosen: Int[Tensor, "N k"],
         weights: Float[Tensor, "N k"],
-        meanwhile: Meanwhile,
+        overlapped: Overlapped,
     ) -> tuple[Float[Tensor, "N D"], Tensor | None]:
-        """Weighted sum of the chosen experts of each token, and what was computed meanwhile."""
-        return self.dispatch(x, chosen, weights, self._run, meanwhile)
+        """Weighted sum of the chosen experts of each token, and what was computed while rows travelled."""
+        return self.dispatch(x, chosen, weights, self._run, overlapped)
 
     def _run(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         gate_up, down = self.gate_up.to(x.dtype), self.down.to(x.dtype)

@@ -46,7 +46,7 @@ class Fused:
 
 @dataclass(frozen=True)
 class Fuser:
-    """Puts compiled methods in the place of plain ones. Layers of one kind share a graph."""
+    """Replaces methods by compiled ones. Layers of one kind share a graph."""
 
     backend: Backend = "inductor"
     groups: dict[Group, Callable[..., Any]] = field(default_factory=dict)

@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from torch import Tensor, UntypedStorage, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from model.block import Run
+from model.block import Executor
 
 # A smaller storage is not worth a transfer: to start a copy takes about as long as to copy so much.
 LEAST_BYTES = 2**20
@@ -56,7 +56,7 @@ class Offload:
     """
 
     owner: nn.Module
-    inner: Run
+    inner: Executor
     least_bytes: int = LEAST_BYTES
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -92,13 +92,13 @@ class Hooks:
         storage = x.untyped_storage()
         if storage.nbytes() < max(1, self.least_bytes) or self._is_parameter(storage):
             return x
-        place = storage.data_ptr(), x._version
-        known = self.known.get(place)
+        key = storage.data_ptr(), x._version
+        known = self.known.get(key)
         if known is None or known[0]() is None:
             source = torch.empty(0, dtype=torch.uint8, device=x.device).set_(storage)
             copy = torch.empty_like(source, device="cpu", pin_memory=x.device.type != "cpu")
             known = weakref.ref(storage), HostCopy(copy.copy_(source, non_blocking=True), x.device)
-            self.known[place] = known
+            self.known[key] = known
         return OffloadedTensor(known[1], x.dtype, int(x.storage_offset()), x.shape, x.stride())
 
     @staticmethod
@@ -106,8 +106,8 @@ class Hooks:
         """The tensor with the strides that it had."""
         if isinstance(packed, Tensor):
             return packed
-        away, dtype, *place = packed
-        return torch.empty(0, dtype=dtype, device=away.device).set_(away.fetch(), *place)
+        away, dtype, *geometry = packed
+        return torch.empty(0, dtype=dtype, device=away.device).set_(away.fetch(), *geometry)
 
     def _is_parameter(self, storage: UntypedStorage) -> bool:
         # Gathered weights are parameters only while their block runs.

@@ -27,7 +27,7 @@ class Degrees(NamedTuple):
         return self.pp * self.dp_replicate * self.dp_shard * self.cp * self.tp
 
     @property
-    def rows(self) -> int:
+    def batch(self) -> int:
         """Number of ranks with rows of their own."""
         return self.dp_replicate * self.dp_shard
 
@@ -39,19 +39,18 @@ class Degrees(NamedTuple):
 
 
 def coordinates(degrees: Degrees, rank: int) -> dict[str, int]:
-    """The place of a rank along each axis of the mesh."""
-    places = {}
+    """The coordinate of a rank along each axis of the mesh."""
+    found = {}
     for name in reversed(ORDER):
-        rank, places[name] = divmod(rank, getattr(degrees, name))
-    return places
+        rank, found[name] = divmod(rank, getattr(degrees, name))
+    return found
 
 
 def grid_lines(degrees: Degrees, along: Sequence[str]) -> list[tuple[int, ...]]:
-    """The ranks of the mesh in lines that run along some axes, one line for each place on the others."""
+    """The ranks of the mesh in lines that run along some axes, one line for each coordinate on the others."""
     lines: dict[tuple[int, ...], list[int]] = {}
     for rank in range(degrees.size):
-        places = coordinates(degrees, rank)
-        key = tuple(place for name, place in places.items() if name not in along)
+        key = tuple(at for name, at in coordinates(degrees, rank).items() if name not in along)
         lines.setdefault(key, []).append(rank)
     return [tuple(line) for line in lines.values()]
 
@@ -63,7 +62,7 @@ def expert_lines(degrees: Degrees, *, across: bool) -> list[tuple[int, ...]]:
     for start in range(0, degrees.size, block):
         ranks = range(start, start + block)
         if across:
-            lines += [tuple(ranks[place :: degrees.ep]) for place in range(degrees.ep)]
+            lines += [tuple(ranks[ep_rank :: degrees.ep]) for ep_rank in range(degrees.ep)]
         else:
-            lines += [tuple(ranks[place : place + degrees.ep]) for place in range(0, block, degrees.ep)]
+            lines += [tuple(ranks[first : first + degrees.ep]) for first in range(0, block, degrees.ep)]
     return lines

@@ -10,7 +10,7 @@ from conf.compose import Config
 from conf.errors import ConfigError, Violation
 from data.config import SHORTEST_ROW
 from parallel.config.degrees import ORDER, Degrees
-from parallel.config.pipeline import Plan, ScheduleName, fewest_chunks, plan_violations
+from parallel.config.pipeline import PipelinePlan, ScheduleName, fewest_chunks, plan_violations
 from parallel.config.regions import region_names
 from parallel.config.zero import ZeroConfig
 
@@ -53,12 +53,12 @@ class ParallelConfig(Config):
         away = "" if self.zero.offload == "none" else f", {self.zero.offload} in host memory"
         return f"{line}; DeepSpeed ZeRO {self.zero.stage}{away}"
 
-    def plan(self, micro_batches: int) -> Plan | None:
+    def plan(self, micro_batches: int) -> PipelinePlan | None:
         """The pipeline of a step with so many micro-batches on a rank, None without one."""
         if self.pp == 1:
             return None
         chunks = self.pp_chunks or fewest_chunks(self.pp_schedule)
-        return Plan(self.pp_schedule, self.pp, chunks, micro_batches)
+        return PipelinePlan(self.pp_schedule, self.pp, chunks, micro_batches)
 
     @property
     def recomputed(self) -> frozenset[str]:

@@ -11,28 +11,28 @@ from conf.errors import Violation
 ScheduleName = Literal["1f1b", "interleaved", "zero_bubble", "zero_bubble_v", "dualpipe_v"]
 
 
-class Kind(NamedTuple):
+class ScheduleKind(NamedTuple):
     """What a schedule needs: the fewest and the most stages per rank, None for any number."""
 
     chunks: tuple[int, int | None]
     is_v: bool = False
 
 
-KINDS: dict[ScheduleName, Kind] = {
-    "1f1b": Kind((1, 1)),
-    "interleaved": Kind((2, None)),
-    "zero_bubble": Kind((1, None)),
-    "zero_bubble_v": Kind((2, 2), is_v=True),
-    "dualpipe_v": Kind((2, 2), is_v=True),
+SCHEDULE_KINDS: dict[ScheduleName, ScheduleKind] = {
+    "1f1b": ScheduleKind((1, 1)),
+    "interleaved": ScheduleKind((2, None)),
+    "zero_bubble": ScheduleKind((1, None)),
+    "zero_bubble_v": ScheduleKind((2, 2), is_v=True),
+    "dualpipe_v": ScheduleKind((2, 2), is_v=True),
 }
 
 
 def fewest_chunks(schedule: ScheduleName) -> int:
     """The fewest stages per rank that a schedule runs."""
-    return KINDS[schedule].chunks[0]
+    return SCHEDULE_KINDS[schedule].chunks[0]
 
 
-class Plan(NamedTuple):
+class PipelinePlan(NamedTuple):
     """How a pipeline runs: `degree` ranks with `chunks` stages each, and micro-batches per step."""
 
     schedule: ScheduleName
@@ -47,15 +47,15 @@ class Plan(NamedTuple):
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages that a rank holds, ascending."""
-        if KINDS[self.schedule].is_v:
+        if SCHEDULE_KINDS[self.schedule].is_v:
             return rank, self.stages - 1 - rank
         return tuple(range(rank, self.stages, self.degree))
 
 
-def plan_violations(plan: Plan) -> list[Violation]:
+def plan_violations(plan: PipelinePlan) -> list[Violation]:
     """Everything that makes the plan impossible, with nearest legal values."""
     found = []
-    low, high = KINDS[plan.schedule].chunks
+    low, high = SCHEDULE_KINDS[plan.schedule].chunks
     if plan.degree < 2:
         found.append(Violation("parallel.pp", f"a pipeline needs 2 ranks or more; found {plan.degree}"))
     if plan.chunks < low or (high is not None and plan.chunks > high):

@@ -85,7 +85,7 @@ class HeadTailViews:
         )
 
     def _tokens(self, reach: int) -> tuple[Int[Tensor, "2 C"], Bool[Tensor, "2 C"]]:
-        """The token of the row at each place of both chunks with `reach` before; False before the row."""
+        """The token of the row at each slot of both chunks with `reach` before; False before the row."""
         size = self._position.shape[1] // (2 * self.axis.size)
         token = self._starts()[:, None] + torch.arange(-reach, size, device=self._position.device)
         return token.clamp(min=0), token >= 0

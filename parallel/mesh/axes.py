@@ -10,9 +10,9 @@ from parallel.config.degrees import ORDER, Degrees, expert_lines, grid_lines
 
 @dataclass(frozen=True)
 class Axis:
-    """This rank's place along one axis. group is None where it is alone on it.
+    """This rank's coordinate along one axis. group is None where it is alone on it.
 
-    ranks are those of the group in the order of their places.
+    ranks are those of the group in the order of their coordinates.
     """
 
     name: str
@@ -30,10 +30,10 @@ class Axis:
 class Axes:
     """All axes of one rank.
 
-    rows: the ranks with other rows of the batch, dp_replicate x dp_shard. shard: those that share a copy of
+    batch: the ranks with other rows of the batch, dp_replicate x dp_shard. shard: those that share a copy of
     the dense weights, dp_shard x cp. edp: those that share a copy of the same experts, dp_shard x cp x tp
-    over ep. row: those with other tokens of the same rows,
-    cp x tp. tokens: all ranks of the same pipeline stage.
+    over ep. sequence: those with other tokens of the same rows, cp x tp. tokens: all ranks of the same
+    pipeline stage.
     """
 
     degrees: Degrees
@@ -44,9 +44,9 @@ class Axes:
     tp: Axis
     ep: Axis
     edp: Axis
-    rows: Axis
+    batch: Axis
     shard: Axis
-    row: Axis
+    sequence: Axis
     tokens: Axis
 
 
@@ -67,9 +67,9 @@ def open_axes(degrees: Degrees, rank: int, opener: Opener = open_group) -> Axes:
         "dp_shard": ("dp_shard",),
         "cp": ("cp",),
         "tp": ("tp",),
-        "rows": ("dp_replicate", "dp_shard"),
+        "batch": ("dp_replicate", "dp_shard"),
         "shard": ("dp_shard", "cp"),
-        "row": ("cp", "tp"),
+        "sequence": ("cp", "tp"),
         "tokens": ORDER[1:],
     }
     made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}

@@ -69,41 +69,38 @@ def exchange(x: Tensor, axis: Axis, sent: Sequence[int], received: Sequence[int]
 
 
 @dataclass
-class Journey:
-    """An exchange under way, that of rows and later that of their gradients."""
-
-    axis: Axis
-    sent: list[int]
-    received: list[int]
-    work: dist.Work | None = None
-    returned: Tensor | None = None
-
-    def start(self, x: Tensor, sent: list[int], received: list[int]) -> Tensor:
-        """What will be there after `wait`."""
-        out = x.new_empty(sum(received), *x.shape[1:])
-        self.work = dist.all_to_all_single(
-            out, x.contiguous(), received, sent, group=self.axis.group, async_op=True
-        )
-        return out
-
-    def wait(self) -> None:
-        """Waits for the exchange that was started last; on a GPU its stream does."""
-        assert self.work is not None, "nothing was started"
-        self.work.wait()
-
-
-def depart(x: Tensor, axis: Axis, sent: Sequence[int], received: Sequence[int]) -> tuple[Tensor, Journey]:
-    """`exchange` begun: what it will give, to be read only by `arrive`. What is called between overlaps it.
+class AsyncAllToAll:
+    """`exchange` in two halves: what is called between `start` and `wait` overlaps it.
 
     Backward, the gradients of all that is called between overlap the way back.
     """
-    journey = Journey(axis, list(sent), list(received))
-    return cast(Tensor, _Depart.apply(x, journey)), journey
 
+    axis: Axis
+    sent: Sequence[int]
+    received: Sequence[int]
+    work: dist.Work | None = None
+    returned: Tensor | None = None
 
-def arrive(x: Tensor, journey: Journey) -> Tensor:
-    """What `depart` gave, now that it is there."""
-    return cast(Tensor, _Arrive.apply(x, journey))
+    def start(self, x: Tensor) -> Tensor:
+        """What `exchange` will give for x, to be read only through `wait`."""
+        return cast(Tensor, _StartExchange.apply(x, self))
+
+    def wait(self, x: Tensor) -> Tensor:
+        """What `start` gave, now that it is there."""
+        return cast(Tensor, _WaitExchange.apply(x, self))
+
+    def issue(self, x: Tensor, sent: Sequence[int], received: Sequence[int]) -> Tensor:
+        """Begins to move the rows of x; what it gives is there after `finish`."""
+        out = x.new_empty(sum(received), *x.shape[1:])
+        self.work = dist.all_to_all_single(
+            out, x.contiguous(), list(received), list(sent), group=self.axis.group, async_op=True
+        )
+        return out
+
+    def finish(self) -> None:
+        """Waits for the exchange that was issued last; on a GPU its stream does."""
+        assert self.work is not None, "nothing was started"
+        self.work.wait()
 
 
 def gathered(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
@@ -183,28 +180,28 @@ class _Exchange(torch.autograd.Function):
         return exchanged(grads[0], ctx.axis, ctx.received, ctx.sent), None, None, None
 
 
-class _Depart(torch.autograd.Function):
+class _StartExchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, journey: Journey) -> Tensor:
-        ctx.journey = journey
-        return journey.start(x, journey.sent, journey.received)
+    def forward(ctx: Any, x: Tensor, transfer: AsyncAllToAll) -> Tensor:
+        ctx.transfer = transfer
+        return transfer.issue(x, transfer.sent, transfer.received)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        # Begun by _Arrive; what came along the graph only has the shape of what was sent.
-        ctx.journey.wait()
-        return ctx.journey.returned, None
+        # Begun by _WaitExchange; what came along the graph only has the shape of what was sent.
+        ctx.transfer.finish()
+        return ctx.transfer.returned, None
 
 
-class _Arrive(torch.autograd.Function):
+class _WaitExchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, journey: Journey) -> Tensor:
-        ctx.journey = journey
-        journey.wait()
+    def forward(ctx: Any, x: Tensor, transfer: AsyncAllToAll) -> Tensor:
+        ctx.transfer = transfer
+        transfer.finish()
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        journey = ctx.journey
-        journey.returned = journey.start(grads[0], journey.received, journey.sent)
+        transfer = ctx.transfer
+        transfer.returned = transfer.issue(grads[0], transfer.received, transfer.sent)
         return grads[0], None

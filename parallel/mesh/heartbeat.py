@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from conf.errors import PeerError
 from parallel.config.degrees import ORDER, Degrees, coordinates
-from parallel.mesh.rendezvous import place_of
+from parallel.mesh.rendezvous import process_of
 
 # What the libraries beneath say when a peer is the cause; torch has no type for it.
 _OF_PEERS = ("gloo/transport", "Application timeout caused pair closure", "ncclRemoteError")
@@ -33,12 +33,12 @@ def patience(deadline: float) -> float:
     return max(deadline - _VERDICT, deadline / 2)
 
 
-class Watch:
-    """A thread that says that this rank lives, and learns which other one does not.
+class Heartbeat:
+    """A thread that sends this rank's heartbeat, and learns which other rank has none.
 
     Rank 0 judges, from what ranks report and from who has fallen silent; the others read what it found, and
-    watch rank 0. Once there is a verdict this process has a moment to end by itself, then it is ended: a
-    thread that waits in a collective cannot be interrupted. timeout is in seconds.
+    watch rank 0's heartbeat. Once there is a verdict this process has a moment to end by itself, then it is
+    ended: a thread that waits in a collective cannot be interrupted. timeout is in seconds.
     """
 
     def __init__(self, store: TCPStore, own: TCPStore, rank: int, degrees: Degrees, timeout: float) -> None:
@@ -53,7 +53,7 @@ class Watch:
         self._is_known, self._is_over = threading.Event(), threading.Event()
         self._heard = {peer: (b"", time.monotonic()) for peer in self._peers()}
         self._failure_seen: float | None = None
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
         """Begins to beat. Every rank must have begun before any thread looks at others."""
@@ -63,7 +63,7 @@ class Watch:
     def bounded(self, error: BaseException) -> Iterator[None]:
         """Ends the process where the block, which asks the store, waits for it in vain."""
         limit = 2 * self.silence + 8 * self.interval
-        timer = threading.Timer(limit, _leave, (f"rank {self.rank}: {self._placed(0)} hangs: {error}",))
+        timer = threading.Timer(limit, _leave, (f"rank {self.rank}: {self._described(0)} hangs: {error}",))
         timer.daemon = True
         timer.start()
         try:
@@ -180,12 +180,12 @@ class Watch:
 
     def _named(self, rank: int) -> str:
         with suppress(dist.DistError):
-            return f"{self._placed(rank)}, {place_of(self._own, rank)}"
-        return self._placed(rank)
+            return f"{self._described(rank)}, {process_of(self._own, rank)}"
+        return self._described(rank)
 
-    def _placed(self, rank: int) -> str:
-        places = coordinates(self.degrees, rank)
-        axes = [f"{name} {places[name]}" for name in ORDER if getattr(self.degrees, name) > 1]
+    def _described(self, rank: int) -> str:
+        own = coordinates(self.degrees, rank)
+        axes = [f"{name} {own[name]}" for name in ORDER if getattr(self.degrees, name) > 1]
         return f"rank {rank} ({', '.join(axes)})"
 
 
@@ -195,12 +195,12 @@ def _leave(said: str) -> None:
 
 
 @contextmanager
-def watched(store: TCPStore, own: TCPStore, rank: int, degrees: Degrees, timeout: float) -> Iterator[None]:
-    """Runs the block under a Watch, which has a connection of its own. Collective.
+def monitored(store: TCPStore, own: TCPStore, rank: int, degrees: Degrees, timeout: float) -> Iterator[None]:
+    """Runs the block under a Heartbeat, which has a connection of its own. Collective.
 
-    Raises PeerError in place of the errors of a collective that another rank broke.
+    Raises PeerError instead of the errors of a collective that another rank broke.
     """
-    watch = Watch(store, own, rank, degrees, timeout)
+    watch = Heartbeat(store, own, rank, degrees, timeout)
     try:
         dist.barrier()
         watch.start()

@@ -1,4 +1,4 @@
-"""The start of a run of several processes: all are there, and agree on how many they are."""
+"""Rendezvous: every process of a run is there, and all agree on how many they are."""
 
 import json
 import os
@@ -9,42 +9,44 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store, TCPStore
 
 from conf.errors import ConfigError, PeerError, Violation
-from parallel.config.rendezvous import Meeting
+from parallel.config.rendezvous import Rendezvous
 
 # Seconds between two looks at who has come, and those that others have to read what rank 0 found.
 LOOK, FAREWELL = 0.05, 3.0
 
 
-def open_store(meeting: Meeting, timeout: float, *, is_host: bool) -> TCPStore:
+def open_store(rendezvous: Rendezvous, timeout: float, *, is_host: bool) -> TCPStore:
     """A connection to the keys that all processes share, which one host keeps. timeout is in seconds.
 
     Raises PeerError where it is not there in time, ConfigError where the host cannot open it.
     """
-    place = f"{meeting.address}:{meeting.port}"
+    endpoint = f"{rendezvous.address}:{rendezvous.port}"
     try:
         return TCPStore(
-            meeting.address,
-            meeting.port,
+            rendezvous.address,
+            rendezvous.port,
             is_master=is_host,
             timeout=timedelta(seconds=timeout),
             wait_for_workers=False,
         )
     except dist.DistError as error:
         if is_host:
-            message = f"rank 0 cannot open {place}: {_first_line(error)}; choose a free port of its machine"
+            message = (
+                f"rank 0 cannot open {endpoint}: {_first_line(error)}; choose a free port of its machine"
+            )
             raise ConfigError([Violation("MASTER_PORT", message)]) from error
-        host = "the launcher" if meeting.is_hosted else "rank 0"
-        message = f"{host} did not open {place} within {timeout:g} s; it has not started, has ended, or "
+        host = "the launcher" if rendezvous.is_hosted else "rank 0"
+        message = f"{host} did not open {endpoint} within {timeout:g} s; it has not started, has ended, or "
         raise PeerError(message + "is not reached from here; its log says why") from error
 
 
-def call_roll(store: Store, meeting: Meeting, rank: int, size: int, timeout: float) -> None:
+def wait_for_ranks(store: Store, rendezvous: Rendezvous, rank: int, size: int, timeout: float) -> None:
     """Returns once all `size` ranks are there. timeout is in seconds.
 
     Raises PeerError that names the ranks that did not come in time, ConfigError where two processes say that
     they are the same rank, or disagree on how many there are.
     """
-    own = f"pid {os.getpid()} on {meeting.host}"
+    own = f"pid {os.getpid()} on {rendezvous.host}"
     if store.add(f"came/{rank}", 1) > 1:
         first = json.loads(store.get(f"here/{rank}"))[1]
         message = f"{own} and {first} both say that they are rank {rank}; start each rank once"
@@ -52,14 +54,14 @@ def call_roll(store: Store, meeting: Meeting, rank: int, size: int, timeout: flo
     store.set(f"here/{rank}", json.dumps([size, own]))
     if rank == 0:
         found = _look(store, size, timeout)
-        store.set("roll", json.dumps(found))
+        store.set("ranks", json.dumps(found))
         if found["absent"] or found["other"]:
             _let_read(store, len(found["here"]) - 1)
     else:
         found = _verdict(store, timeout)
         store.add("read", 1)
     if found["absent"]:
-        raise PeerError(_absence(found, meeting, timeout))
+        raise PeerError(_absence(found, rendezvous, timeout))
     sizes = {0: found["size"], rank: size} | {int(other): count for other, count in found["other"].items()}
     if len(set(sizes.values())) > 1:
         told = ", ".join(f"rank {other} as one of {count}" for other, count in sorted(sizes.items()))
@@ -67,7 +69,7 @@ def call_roll(store: Store, meeting: Meeting, rank: int, size: int, timeout: flo
         raise ConfigError([Violation("WORLD_SIZE", message + "command, or give each job a port of its own")])
 
 
-def place_of(store: Store, rank: int) -> str:
+def process_of(store: Store, rank: int) -> str:
     """Process and machine of a rank that came."""
     return str(json.loads(store.get(f"here/{rank}"))[1])
 
@@ -96,18 +98,18 @@ def _let_read(store: Store, readers: int) -> None:
 
 def _verdict(store: Store, timeout: float) -> dict:
     try:
-        store.wait(["roll"], timedelta(seconds=timeout + FAREWELL))
-        return json.loads(store.get("roll"))
+        store.wait(["ranks"], timedelta(seconds=timeout + FAREWELL))
+        return json.loads(store.get("ranks"))
     except dist.DistError as error:
-        message = f"rank 0 did not call the roll within {timeout:g} s: it has not started, or has ended; its "
-        raise PeerError(message + "log says why") from error
+        message = f"rank 0 did not say within {timeout:g} s which ranks are there: it has not started, "
+        raise PeerError(message + "or has ended; its log says why") from error
 
 
-def _absence(found: dict, meeting: Meeting, timeout: float) -> str:
+def _absence(found: dict, rendezvous: Rendezvous, timeout: float) -> str:
     absent, size = found["absent"], found["size"]
     named = ", ".join(map(str, absent[:16])) + (f" and {len(absent) - 16} more" if len(absent) > 16 else "")
     return (
-        f"{len(absent)} of {size} ranks did not come to {meeting.address}:{meeting.port} within "
+        f"{len(absent)} of {size} ranks did not come to {rendezvous.address}:{rendezvous.port} within "
         f"{timeout:g} s (parallel.timeout_seconds): rank {named}; start them, or look into their logs"
     )
 

@@ -12,15 +12,15 @@ from torch._C._distributed_c10d import HashStore
 
 from parallel.config.degrees import Degrees
 from parallel.config.parallel import ParallelConfig
-from parallel.config.rendezvous import Meeting
+from parallel.config.rendezvous import Rendezvous
 from parallel.mesh.axes import Axes, open_axes
-from parallel.mesh.heartbeat import patience, watched
-from parallel.mesh.rendezvous import call_roll, open_store
+from parallel.mesh.heartbeat import monitored, patience
+from parallel.mesh.rendezvous import open_store, wait_for_ranks
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all, and its place on every axis of the mesh."""
+    """This process among all, and its coordinate on every axis of the mesh."""
 
     rank: int
     size: int
@@ -54,12 +54,12 @@ class World:
 
 @contextmanager
 def open_world(
-    config: ParallelConfig, rank: int, size: int, local_rank: int, meeting: Meeting | None = None
+    config: ParallelConfig, rank: int, size: int, local_rank: int, rendezvous: Rendezvous | None = None
 ) -> Iterator[World]:
     """The World of this process; its process group lives as long as the block.
 
-    Several processes need a meeting. NCCL on GPUs, gloo elsewhere. On a CPU, numbers too small for the normal
-    form count as zero from here on, in the whole process.
+    Several processes need a rendezvous. NCCL on GPUs, gloo elsewhere. On a CPU, numbers too small for the
+    normal form count as zero from here on, in the whole process.
 
     Raises PeerError that names the rank which did not come, ended or hangs, and ConfigError for processes
     that disagree on how many they are.
@@ -75,17 +75,17 @@ def open_world(
         with _group_of_one(device) if config.data == "zero" else nullcontext():
             yield World.alone(device)
         return
-    assert meeting is not None, f"{size=}"
+    assert rendezvous is not None, f"{size=}"
     seconds, degrees = config.timeout_seconds, config.degrees(size)
-    store = open_store(meeting, seconds, is_host=rank == 0 and not meeting.is_hosted)
-    call_roll(store, meeting, rank, size, seconds)
-    own = open_store(meeting, seconds, is_host=False)
+    store = open_store(rendezvous, seconds, is_host=rank == 0 and not rendezvous.is_hosted)
+    wait_for_ranks(store, rendezvous, rank, size, seconds)
+    own = open_store(rendezvous, seconds, is_host=False)
     backend = "nccl" if device.type == "cuda" else "gloo"
     wait = patience(seconds)
     timeout = timedelta(seconds=wait)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
-        with watched(store, own, rank, degrees, wait):
+        with monitored(store, own, rank, degrees, wait):
             yield World(rank, size, device, open_axes(degrees, rank))
     finally:
         dist.destroy_process_group()

@@ -16,7 +16,7 @@ from conf.compose import did_you_mean
 from conf.errors import ConfigError, Violation
 from model.config import Architecture
 from model.layout import NONE, SHORTCUT, parse
-from parallel.config.pipeline import Plan
+from parallel.config.pipeline import PipelinePlan
 from parallel.pipeline.cost import layer_costs, stage_costs
 from parallel.pipeline.timeline import simulate
 
@@ -40,7 +40,9 @@ def joined_layers(config: Architecture) -> dict[int, str]:
     return dict(sorted(found.items()))
 
 
-def stage_layers(config: Architecture, plan: Plan, context: int, layout: str | None = None) -> list[range]:
+def stage_layers(
+    config: Architecture, plan: PipelinePlan, context: int, layout: str | None = None
+) -> list[range]:
     """The layers of each stage of the plan: as `layout` says, else cut by cost at `context` tokens.
 
     The fastest in simulation of three: the cut whose most costly stage costs the least; where ranks have
@@ -69,16 +71,18 @@ def stage_layers(config: Architecture, plan: Plan, context: int, layout: str | N
 def equal_layers(config: Architecture, stages: int) -> list[range]:
     """As many layers on each stage as can be, whatever they cost, the longer stages first.
 
-    Where a cut would part layers that belong together it moves to the nearest place that does not.
+    Where a cut would part layers that belong together it moves to the nearest boundary that does not.
     """
     depth, joined = config.model.depth, joined_layers(config)
-    free = [place for place in range(1, depth) if place not in joined]
+    free = [boundary for boundary in range(1, depth) if boundary not in joined]
     edges = [0]
     for stage in range(1, stages):
         even = stage * (depth // stages) + min(stage, depth % stages)
-        # Later stages need a place each as well.
-        open_places = [place for place in free[: len(free) - (stages - 1 - stage)] if place > edges[-1]]
-        edges.append(min(open_places, key=lambda place: abs(place - even)))
+        # Later stages need a boundary each as well.
+        open_boundaries = [
+            boundary for boundary in free[: len(free) - (stages - 1 - stage)] if boundary > edges[-1]
+        ]
+        edges.append(min(open_boundaries, key=lambda boundary: abs(boundary - even)))
     return _ranges([*edges, depth])
 
 
@@ -86,13 +90,13 @@ def partition(costs: Sequence[float], stages: int, joined: Container[int]) -> li
     """Neighbouring items in `stages` groups whose most costly one costs as little as can be.
 
     No group starts at an item of `joined`. Among the cuts that are best so, the one with the smallest sum of
-    squares. Exact; costs are at least 0. O(stages items^2). Raises ValueError if there are fewer places.
+    squares. Exact; costs are at least 0. O(stages items^2). Raises ValueError if there are fewer boundaries.
     """
-    places = [place for place in range(1, len(costs)) if place not in joined]
-    if not 1 <= stages <= len(places) + 1:
-        raise ValueError(f"stages: expected 1 to {len(places) + 1}, found {stages}")
+    boundaries = [boundary for boundary in range(1, len(costs)) if boundary not in joined]
+    if not 1 <= stages <= len(boundaries) + 1:
+        raise ValueError(f"stages: expected 1 to {len(boundaries) + 1}, found {stages}")
     sums = list(accumulate(costs, initial=0.0))
-    edges = [0, *places, len(costs)]
+    edges = [0, *boundaries, len(costs)]
     # The slack is for the rounding of differences of sums.
     limit = _best_cut(edges, stages, lambda a, b: sums[b] - sums[a], max)[0] * (1 + 1e-12)
 
@@ -128,9 +132,9 @@ def level_ranks(
     while is_moving:
         is_moving = False
         for index in range(1, len(edges) - 1):
-            for place in range(edges[index - 1] + 1, edges[index + 1]):
-                trial = [*edges[:index], place, *edges[index + 1 :]]
-                if place not in joined and (found := score(trial)) < best:
+            for boundary in range(edges[index - 1] + 1, edges[index + 1]):
+                trial = [*edges[:index], boundary, *edges[index + 1 :]]
+                if boundary not in joined and (found := score(trial)) < best:
                     edges, best, is_moving = trial, found, True
     return _ranges(edges)
 
@@ -211,11 +215,11 @@ def _read_stage(config: Architecture, stage: int, text: str, found: list[str]) -
 def _check_ends(named: Sequence[Sequence[str]], found: list[str]) -> None:
     last = len(named) - 1
     for stage, names in enumerate(named):
-        for name, home, place in ((EMBEDDING, 0, 0), (HEAD, last, len(names) - 1)):
-            places = [index for index, other in enumerate(names) if other == name]
-            if places != ([place] if stage == home else []):
+        for name, home, boundary in ((EMBEDDING, 0, 0), (HEAD, last, len(names) - 1)):
+            boundaries = [index for index, other in enumerate(names) if other == name]
+            if boundaries != ([boundary] if stage == home else []):
                 where = "first in stage 0" if name == EMBEDDING else f"last in stage {last}"
-                items = f"items {', '.join(map(str, places))}" if places else "none"
+                items = f"items {', '.join(map(str, boundaries))}" if boundaries else "none"
                 found.append(f"stage {stage}: {name} stands once, {where}; found it at {items}")
 
 

@@ -20,14 +20,14 @@ from conf.errors import ConfigError
 from model.config import Architecture
 from model.language_model import Losses, ModelPart, loss_names
 from model.layout import DENSE, MOE, NONE
-from parallel.config.pipeline import Plan, plan_violations
+from parallel.config.pipeline import PipelinePlan, plan_violations
 from parallel.mesh.axes import Axis
 from parallel.micro_batches import Denominators, MicroBatch, added, objective_of
 from parallel.pipeline.schedules import build_schedule
 
 
 class Stage(ModelPart):
-    """The part of a model that one stage of a pipeline runs. Its forward takes the place of a micro-batch.
+    """The part of a model that one stage of a pipeline runs. Its forward takes the index of a micro-batch.
 
     `rows` are where its mixtures of experts stand among the `total` of the model.
     """
@@ -42,7 +42,7 @@ class Stage(ModelPart):
         self.total = sum(has_experts)
         self.sums: Losses | None = None
         # Set from outside where tensors have no numbers.
-        self.place_of: Callable[[Tensor], int] = int
+        self.micro_batch_number: Callable[[Tensor], int] = int
         self._batches: Items[MicroBatch] = ()
         self._denominators: Denominators | None = None
 
@@ -63,13 +63,15 @@ class Stage(ModelPart):
             load[self.rows], entropy[self.rows] = sums.load, sums.entropy
         return sums._replace(load=load, entropy=entropy)
 
-    def forward(self, stream: Float[Tensor, "B P *n D"] | None = None, *, place: Int[Tensor, "1"]) -> Tensor:
+    def forward(
+        self, stream: Float[Tensor, "B P *n D"] | None = None, *, micro_batch_index: Int[Tensor, "1"]
+    ) -> Tensor:
         """The stream of the next stage, or the objective after the last.
 
-        place counts the micro-batches and is on the CPU. Mutates `sums`.
+        micro_batch_index is on the CPU. Mutates `sums`.
         """
         assert self._denominators is not None, "forward before begin"
-        targets, sequence = self._batches[self.place_of(place)]
+        targets, sequence = self._batches[self.micro_batch_number(micro_batch_index)]
         if stream is not None and stream.requires_grad:
             # What is sent back must lie in one piece. The schedule reuses its tensors: a hook on one of them
             # would stay.
@@ -102,7 +104,7 @@ def _nothing_left() -> Callable[[], None]:
 
 
 def build_stages(
-    config: Architecture, dtype: torch.dtype, plan: Plan, rank: int, layers: Items[Items[int]]
+    config: Architecture, dtype: torch.dtype, plan: PipelinePlan, rank: int, layers: Items[Items[int]]
 ) -> list[Stage]:
     """The stages of one rank of the pipeline, ascending. `layers` are those of all stages."""
     return [Stage(config, dtype, layers[stage]) for stage in plan.stages_of(rank)]
@@ -118,7 +120,7 @@ class Pipeline:
         self,
         stages: Items[Stage],
         axis: Axis,
-        plan: Plan,
+        plan: PipelinePlan,
         shape: tuple[int, int],
         device: torch.device,
         degree: int = 1,
@@ -171,9 +173,11 @@ class Pipeline:
             raise ValueError(f"batches: found shapes {found}, the pipeline runs {legal}")
         for stage in self.stages:
             stage.begin(batches, denominators)
-        # The schedule splits tensors only, so each micro-batch travels as its place.
-        places = torch.arange(self.plan.micro_batches)
-        self._schedule.step(place=places, target=places, return_outputs=False)
+        # The schedule splits tensors only, so each micro-batch is passed as its index.
+        micro_batch_indices = torch.arange(self.plan.micro_batches)
+        self._schedule.step(
+            micro_batch_index=micro_batch_indices, target=micro_batch_indices, return_outputs=False
+        )
         for stage in self.stages:
             _lay_out_gradients(stage)
         self._sum_copies()
@@ -197,7 +201,7 @@ class Pipeline:
             was_training = stage.training
             stage.eval()
             stage.begin([batch], nothing)
-            stream = stage(stream, place=torch.zeros(1, dtype=torch.long))
+            stream = stage(stream, micro_batch_index=torch.zeros(1, dtype=torch.long))
             total += stage.end().cross_entropy
             stage.train(was_training)
             if not stage.is_last and home[index + 1] != self._axis.rank:

@@ -14,7 +14,7 @@ from torch.distributed.pipelining.schedules import (
     ScheduleZBVZeroBubble,
 )
 
-from parallel.config.pipeline import Plan, ScheduleName
+from parallel.config.pipeline import PipelinePlan, ScheduleName
 
 BUILDERS: dict[ScheduleName, type] = {
     "1f1b": Schedule1F1B,
@@ -25,7 +25,7 @@ BUILDERS: dict[ScheduleName, type] = {
 }
 
 
-def build_schedule(plan: Plan, stages: Sequence[PipelineStage]) -> Any:
+def build_schedule(plan: PipelinePlan, stages: Sequence[PipelineStage]) -> Any:
     """The schedule of torch over this rank's stages, ascending; the last stage gives the objective itself."""
     options = {"n_microbatches": plan.micro_batches, "loss_fn": _objective, "scale_grads": False}
     if plan.schedule == "1f1b":
@@ -33,7 +33,7 @@ def build_schedule(plan: Plan, stages: Sequence[PipelineStage]) -> Any:
     return BUILDERS[plan.schedule](list(stages), **options)
 
 
-def _objective(objective: Tensor, place: Tensor) -> Tensor:
+def _objective(objective: Tensor, micro_batch_index: Tensor) -> Tensor:
     return objective
 
 
@@ -46,7 +46,7 @@ class Action(NamedTuple):
 
 
 @dataclass
-class _Place:
+class _StageShape:
     # What the schedules ask of a stage before they run one.
     num_stages: int
     group_size: int
@@ -63,12 +63,12 @@ _LETTERS: dict[str, Literal["forward", "backward", "input", "weight"]] = {
 }
 
 
-def action_order(plan: Plan) -> list[list[Action]]:
+def action_order(plan: PipelinePlan) -> list[list[Action]]:
     """What each rank computes, in order. Needs no processes."""
     if plan.schedule == "1f1b":
         return [_one_forward_one_backward(plan, rank) for rank in range(plan.degree)]
-    places = [_Place(plan.stages, plan.degree) for _ in range(plan.chunks)]
-    schedule = BUILDERS[plan.schedule](places, plan.micro_batches, _objective, scale_grads=False)
+    stage_shapes = [_StageShape(plan.stages, plan.degree) for _ in range(plan.chunks)]
+    schedule = BUILDERS[plan.schedule](stage_shapes, plan.micro_batches, _objective, scale_grads=False)
     runs = schedule.pipeline_order_with_comms
     return [
         [
@@ -81,7 +81,7 @@ def action_order(plan: Plan) -> list[list[Action]]:
     ]
 
 
-def _one_forward_one_backward(plan: Plan, rank: int) -> list[Action]:
+def _one_forward_one_backward(plan: PipelinePlan, rank: int) -> list[Action]:
     # torch 2.13 keeps no list of what this schedule runs; the one that it prints starts the last rank at
     # micro-batch 1.
     warmup = min(plan.micro_batches, plan.degree - rank)

@@ -7,7 +7,7 @@ within a rank is not modelled: a forward and a backward that DualPipe-V runs tog
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from parallel.config.pipeline import Plan
+from parallel.config.pipeline import PipelinePlan
 from parallel.pipeline.cost import Cost
 from parallel.pipeline.schedules import Action, action_order
 
@@ -37,7 +37,7 @@ class Timeline(NamedTuple):
         return 1 - worked / (self.span * len(self.ranks))
 
 
-def simulate(plan: Plan, costs: Sequence[Cost], transfer: float = 0.0) -> Timeline:
+def simulate(plan: PipelinePlan, costs: Sequence[Cost], transfer: float = 0.0) -> Timeline:
     """The timeline of one step. `costs` are those of each stage and micro-batch.
 
     transfer is the time from one rank to the next. O(actions ranks).

@@ -23,7 +23,7 @@ class Collective(NamedTuple):
     sent: int
 
 
-class Traffic(TorchDispatchMode):
+class CollectiveTrace(TorchDispatchMode):
     """Lists every collective that runs within it, in order.
 
     Raises TypeError for a collective that it does not know.
@@ -90,9 +90,9 @@ def _bytes(part: Any) -> int:
     return sum(x.numel() * x.element_size() for x in tree_leaves(part) if isinstance(x, Tensor))
 
 
-def _sent_rows(args: tuple[Any, ...], place: int, ranks: int) -> int:
+def _sent_rows(args: tuple[Any, ...], argument: int, ranks: int) -> int:
     # c10d.alltoall_base_(out, in, group, out_splits, in_splits)
     _, x, _, _, splits, *_ = args
-    own = splits[place] if splits else x.shape[0] // ranks
+    own = splits[argument] if splits else x.shape[0] // ranks
     rows = max(1, x.shape[0])
     return _bytes(x) * (rows - own) // rows

@@ -1,7 +1,7 @@
 """Whether the blocks that all ranks of a world hold make up every parameter, by arithmetic on shapes.
 
-A dense parameter is cut over the tensor axis, experts over the expert axis; what a place on that axis has is
-cut again over the ranks that share it. Every rank is one pair of places.
+A dense parameter is cut over the tensor axis, experts over the expert axis; what a rank of that axis has is
+sharded again over the ranks that share it. Every rank is one pair of coordinates.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,30 +18,30 @@ from model.config import Architecture
 from model.language_model import ModelPart
 from parallel.apply import Parallel
 from parallel.mesh.axes import Axes
-from parallel.shard.expert import expert_placement
-from parallel.shard.shard_map import Box, Placement
-from parallel.shard.tensor import spread_tensors
+from parallel.shard.expert import expert_shard_map
+from parallel.shard.shard_map import ShardMap, TensorSlice
+from parallel.shard.tensor import apply_tp
 
 # Corner in the whole and sizes of a block.
 Block = tuple[tuple[int, ...], tuple[int, ...]]
 
 
-class Tiling:
-    """The blocks of all ranks, from the placements that each place on the tensor and expert axes gives."""
+class CoverageCheck:
+    """The blocks of all ranks, from the shard maps of each coordinate on the tensor and expert axes."""
 
     def __init__(self, config: Architecture, built: Parallel, axes: Axes) -> None:
-        self._axes, self._placements = axes, built.placements
+        self._axes, self._shard_maps = axes, built.shard_maps
         # Which dim data parallelism cuts and into how many parts.
         self._cuts = {name: _cut(parameter) for name, parameter in built.named_parameters()}
-        self._dense = [_dense_placements(config, built, axes, place) for place in range(axes.tp.size)]
+        self._dense = [_dense_shard_maps(config, built, axes, axis_rank) for axis_rank in range(axes.tp.size)]
 
-    def parts(self, name: str) -> tuple[Placement, ...]:
-        """What each place on the axis that cuts the parameter has of it."""
-        placement = self._placements[name]
-        if placement.is_expert:
+    def parts(self, name: str) -> tuple[ShardMap, ...]:
+        """What each rank of the axis that shards the parameter has of it."""
+        shard_map = self._shard_maps[name]
+        if shard_map.is_expert:
             degree = self._axes.ep.size
-            return tuple(expert_placement(placement.shape, place, degree) for place in range(degree))
-        return tuple(placements.get(name, placement) for placements in self._dense)
+            return tuple(expert_shard_map(shard_map.shape, axis_rank, degree) for axis_rank in range(degree))
+        return tuple(shard_maps.get(name, shard_map) for shard_maps in self._dense)
 
     def blocks(self, name: str) -> frozenset[Block]:
         """The different blocks of a parameter that some rank holds."""
@@ -53,9 +53,9 @@ class Tiling:
         held are the blocks that some ranks really hold of each parameter.
         """
         found = []
-        for name, placement in self._placements.items():
+        for name, shard_map in self._shard_maps.items():
             blocks = self.blocks(name)
-            missing, doubled = _uncovered(placement.shape, blocks)
+            missing, doubled = _uncovered(shard_map.shape, blocks)
             if missing:
                 found.append(f"{name}: {missing} numbers are held by no rank")
             if doubled:
@@ -65,14 +65,16 @@ class Tiling:
         return found
 
 
-def _dense_placements(config: Architecture, built: Parallel, axes: Axes, place: int) -> dict[str, Placement]:
+def _dense_shard_maps(
+    config: Architecture, built: Parallel, axes: Axes, axis_rank: int
+) -> dict[str, ShardMap]:
     if axes.tp.size == 1:
         return {}
-    found: dict[str, Placement] = {}
+    found: dict[str, ShardMap] = {}
     for part in built.parts:
         with torch.device("meta"):
             model = ModelPart(config, layers=part.layers)
-        found |= spread_tensors(model, config, replace(axes.tp, rank=place))
+        found |= apply_tp(model, config, replace(axes.tp, rank=axis_rank))
     return found
 
 
@@ -85,25 +87,25 @@ def _cut(parameter: nn.Parameter) -> tuple[int | None, int]:
 
 
 @cache
-def _blocks(parts: tuple[Placement, ...], dim: int | None, degree: int) -> frozenset[Block]:
+def _blocks(parts: tuple[ShardMap, ...], dim: int | None, degree: int) -> frozenset[Block]:
     return frozenset(
-        block for part in parts for box in part.boxes for block in _pieces(part, box, dim, degree)
+        block for part in parts for piece in part.slices for block in _pieces(part, piece, dim, degree)
     )
 
 
-def _pieces(part: Placement, box: Box, dim: int | None, degree: int) -> list[Block]:
+def _pieces(part: ShardMap, piece: TensorSlice, dim: int | None, degree: int) -> list[Block]:
     """The pieces of a box where its part is cut along a dim."""
     if dim is None:
-        return [(box.whole, box.sizes)]
-    length = max(other.part[dim] + other.sizes[dim] for other in part.boxes)
+        return [(piece.global_offset, piece.sizes)]
+    length = max(other.local_offset[dim] + other.sizes[dim] for other in part.slices)
     found = []
-    for place in range(degree):
-        size, start = Shard.local_shard_size_and_offset(length, degree, place)
-        low = max(start, box.part[dim])
-        high = min(start + size, box.part[dim] + box.sizes[dim])
+    for axis_rank in range(degree):
+        size, start = Shard.local_shard_size_and_offset(length, degree, axis_rank)
+        low = max(start, piece.local_offset[dim])
+        high = min(start + size, piece.local_offset[dim] + piece.sizes[dim])
         if high > low:
-            corner, sizes = list(box.whole), list(box.sizes)
-            corner[dim] += low - box.part[dim]
+            corner, sizes = list(piece.global_offset), list(piece.sizes)
+            corner[dim] += low - piece.local_offset[dim]
             sizes[dim] = high - low
             found.append((tuple(corner), tuple(sizes)))
     return found

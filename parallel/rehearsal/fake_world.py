@@ -41,7 +41,7 @@ def stand_in(config: ParallelConfig, rank: int, size: int) -> Iterator[World]:
         yield World(rank, size, device, open_axes(config.degrees(size), rank, own_group))
     finally:
         dist.destroy_process_group()
-        # What DTensor remembers of a mesh holds the place of this rank on it; the next rank's mesh is equal.
+        # What DTensor remembers of a mesh holds this rank's coordinates on it; the next rank's mesh is equal.
         _clear_sharding_prop_cache()
 
 
@@ -81,14 +81,14 @@ def materialise_shapes(built: Parallel) -> None:
     for part in built.parts:
         part._apply(_fake)
         if isinstance(part, Stage):
-            part.place_of = _first
+            part.micro_batch_number = _first
     for module in built.modules():
         if isinstance(module, Experts) and isinstance(module.dispatch, AllToAll):
             given = module.dispatch
             module.dispatch = EvenAllToAll(given.axis, given.held, given.scales_input)
 
 
-def _first(place: Tensor) -> int:
+def _first(micro_batch_index: Tensor) -> int:
     return 0
 
 

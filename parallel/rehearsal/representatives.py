@@ -1,4 +1,4 @@
-"""Layers, micro-batches and places in a pipeline stand for others like them: few are played for many.
+"""Layers, micro-batches and pipeline ranks that represent others like them: few are played for many.
 
 A layer adds the same parameters and the same collectives wherever it stands among others of its kind, and a
 micro-batch the same collectives whichever it is. So what all of them have is a weighted sum over plays with
@@ -11,7 +11,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple, TypeAlias
 
 from model.config import Architecture
-from parallel.config.pipeline import Plan, plan_violations
+from parallel.config.pipeline import PipelinePlan, plan_violations
 from parallel.pipeline.partition import joined_layers
 from parallel.pipeline.schedules import action_order
 from parallel.rehearsal.collective_trace import Collective, sent_bytes
@@ -19,15 +19,15 @@ from parallel.rehearsal.collective_trace import Collective, sent_bytes
 Weight: TypeAlias = int | Fraction
 
 
-class Play(NamedTuple):
+class Sample(NamedTuple):
     """Some layers of the model, and how often what is found with them counts; less than 0 takes away."""
 
     layers: tuple[int, ...]
     weight: int
 
 
-def plays(config: Architecture, stages: Iterable[range]) -> list[Play]:
-    """What to play in place of all layers of some stages. Weights sum to one.
+def samples(config: Architecture, stages: Iterable[range]) -> list[Sample]:
+    """What to play instead of all layers of some stages. Weights sum to one.
 
     The ends of a stage are always there. Where layers hand something on beside the stream, all are
     played.
@@ -35,7 +35,7 @@ def plays(config: Architecture, stages: Iterable[range]) -> list[Play]:
     layers, stages = config.layers, list(stages)
     whole = tuple(sorted(layer for stage in stages for layer in stage))
     if joined_layers(config):
-        return [Play(whole, 1)]
+        return [Sample(whole, 1)]
     some: set[int] = set()
     left: list[list[int]] = []
     for stage in stages:
@@ -46,12 +46,12 @@ def plays(config: Architecture, stages: Iterable[range]) -> list[Play]:
             own |= set() if own & set(alike) else {alike[0]}
             left.append([layer for layer in alike if layer not in own])
         some |= own
-    more = [Play(tuple(sorted(some | {rest[0]})), len(rest)) for rest in left if rest]
-    return [Play(tuple(sorted(some)), 1 - sum(play.weight for play in more)), *more]
+    more = [Sample(tuple(sorted(some | {rest[0]})), len(rest)) for rest in left if rest]
+    return [Sample(tuple(sorted(some)), 1 - sum(sample.weight for sample in more)), *more]
 
 
-def micro_batches(plan: Plan) -> list[tuple[int, Weight]]:
-    """Two numbers of micro-batches that the schedule runs in place of the plan's, and their weights."""
+def micro_batches(plan: PipelinePlan) -> list[tuple[int, Weight]]:
+    """Two numbers of micro-batches that the schedule runs instead of the plan's, and their weights."""
     legal = (n for n in range(1, plan.micro_batches) if not plan_violations(plan._replace(micro_batches=n)))
     few = [n for n, _ in zip(legal, range(2), strict=False)]
     if len(few) < 2:
@@ -60,8 +60,10 @@ def micro_batches(plan: Plan) -> list[tuple[int, Weight]]:
     return [(few[0], 1 - weight), (few[1], weight)]
 
 
-def like_places(config: Architecture, plan: Plan, cut: Sequence[range], *, gathers_again: bool) -> list[int]:
-    """For each place in a pipeline the first whose step has the same collectives, between other ranks.
+def equivalent_ranks(
+    config: Architecture, plan: PipelinePlan, cut: Sequence[range], *, gathers_again: bool
+) -> list[int]:
+    """For each rank of a pipeline the first rank whose step has the same collectives, between other ranks.
 
     So they are where stages have layers of the same kinds, the same neighbours and as many actions of each
     kind: what is sent and gathered must not depend on the order of actions. `cut` are the layers of all
@@ -74,18 +76,18 @@ def like_places(config: Architecture, plan: Plan, cut: Sequence[range], *, gathe
     orders = [action_order(plan._replace(micro_batches=count)) for count, _ in micro_batches(plan)]
     last = plan.stages - 1
 
-    def likeness(place: int) -> Any:
-        own = plan.stages_of(place)
+    def likeness(pp_rank: int) -> Any:
+        own = plan.stages_of(pp_rank)
         stages = [
             (stage == 0, stage == last, stage + 1 in own, [config.layers[layer] for layer in cut[stage]])
             for stage in own
         ]
         actions = [
-            Counter((own.index(action.stage), action.kind) for action in order[place]) for order in orders
+            Counter((own.index(action.stage), action.kind) for action in order[pp_rank]) for order in orders
         ]
         return stages, actions
 
-    found = [likeness(place) for place in range(plan.degree)]
+    found = [likeness(pp_rank) for pp_rank in range(plan.degree)]
     return [found.index(each) for each in found]
 
 
@@ -106,8 +108,8 @@ def summed_calls(found: Sequence[tuple[Weight, Sequence[Collective]]]) -> Counte
     orders = {tuple((call.kind, call.ranks) for call in calls) for _, calls in found}
     if len(orders) == 1:
         weights = [weight for weight, _ in found]
-        places = zip(*(calls for _, calls in found), strict=True)
-        return Counter(_joined(weights, calls) for calls in places)
+        positions = zip(*(calls for _, calls in found), strict=True)
+        return Counter(_joined(weights, calls) for calls in positions)
     counts = [(weight, Counter(calls)) for weight, calls in found]
     total = {call: _whole(sum(w * each[call] for w, each in counts)) for each in counts for call in each[1]}
     return Counter({call: count for call, count in total.items() if count})

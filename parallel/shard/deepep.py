@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from conf.errors import ConfigError, Violation
-from model.moe.dispatch import Compute, Meanwhile
+from model.moe.dispatch import Compute, Overlapped
 from parallel.config.deepep import NODE
 from parallel.mesh.axes import Axis
 from parallel.mesh.collectives import gathered
@@ -44,7 +44,7 @@ class DeepEP:
     theirs do; no parameter is used there, so that all their gradients stay on one stream.
 
     A layer that is computed again for backward must receive its tokens in the same order: DeepEP 1.2.1 puts
-    them by source and place.
+    them by source and slot.
     """
 
     axis: Axis
@@ -59,14 +59,14 @@ class DeepEP:
         chosen: Int[Tensor, "N k"],
         weights: Float[Tensor, "N k"],
         run: Compute,
-        meanwhile: Meanwhile,
+        overlapped: Overlapped,
     ) -> tuple[Float[Tensor, "N D"], Tensor | None]:
         """Weights are applied where the experts are, before them or after, as they want it."""
         experts = self.held * self.axis.size
         # To DeepEP -1 is a choice of no expert.
         ids, x, weights = chosen.masked_fill(chosen >= experts, -1), x.contiguous(), weights.float()
         self._fork()
-        beside = meanwhile()
+        beside = overlapped()
         with torch.cuda.stream(self.stream):
             rows, ids, scales, counts, handle = self.fused.dispatch(
                 x, ids, weights, experts, self.axis.group, async_finish=True, allocate_on_comm_stream=True
@@ -140,8 +140,8 @@ class _Collect(torch.autograd.Function):
 
 def _sum_from(rows: Float[Tensor, "R D"], starts: Int[Tensor, "M"]) -> Float[Tensor, "M D"]:
     """Sums of the rows from each start to the next, in float32 at least and without a copy of them."""
-    place = torch.arange(rows.shape[0], device=rows.device)
-    return embedding_bag(place, rows.contiguous(), starts, mode="sum")
+    slot = torch.arange(rows.shape[0], device=rows.device)
+    return embedding_bag(slot, rows.contiguous(), starts, mode="sum")
 
 
 def open_deepep(axis: Axis, device: torch.device) -> Callable[[Axis, int, bool], DeepEP]:

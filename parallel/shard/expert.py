@@ -1,4 +1,4 @@
-"""Expert parallelism: each rank holds some experts of a layer, and tokens travel to them and back."""
+"""Expert parallelism: each rank holds some experts of a layer; tokens are sent to them and back."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from model.language_model import ModelPart
 from model.mixer import TPShard
-from model.moe.dispatch import Compute, Dispatch, Meanwhile
+from model.moe.dispatch import Compute, Dispatch, Overlapped
 from model.moe.layer import Experts
 from parallel.mesh.axes import Axes, Axis
-from parallel.mesh.collectives import arrive, depart, exchange, exchanged
-from parallel.shard.shard_map import Placement, placed, undivided
+from parallel.mesh.collectives import AsyncAllToAll, exchange, exchanged
+from parallel.shard.shard_map import ShardMap, replicated, tp_shard_map
 
 
 @dataclass(frozen=True)
@@ -36,26 +36,27 @@ class AllToAll:
         chosen: Int[Tensor, "N k"],
         weights: Float[Tensor, "N k"],
         run: Compute,
-        meanwhile: Meanwhile,
+        overlapped: Overlapped,
     ) -> tuple[Float[Tensor, "N D"], Tensor | None]:
-        """Weights are applied where the token is, before its journey or after it, as the experts want it."""
+        """Weights scale the token before it is sent, or what comes back, as the experts want it."""
         tokens, top_k = chosen.shape
         order, counts = self._sorted(chosen)
         arriving = exchanged(counts, self.axis, [self.held] * self.axis.size, [self.held] * self.axis.size)
         sent, received = self.splits(counts, arriving, chosen.numel())
         order = order[: sum(sent)]
-        place = weights.to(x.dtype).flatten()[order, None]
+        weight = weights.to(x.dtype).flatten()[order, None]
         rows = x[order // top_k]
-        rows = rows * place if self.scales_input else rows
-        rows, journey = depart(rows, self.axis, sent, received)
-        beside = meanwhile()
-        rows = arrive(rows, journey)
+        rows = rows * weight if self.scales_input else rows
+        transfer = AsyncAllToAll(self.axis, sent, received)
+        rows = transfer.start(rows)
+        beside = overlapped()
+        rows = transfer.wait(rows)
         held = torch.arange(self.held, device=x.device).repeat(self.axis.size)
         experts = held.repeat_interleave(arriving, output_size=sum(received))
         out = run(rows, experts[:, None], rows.new_ones(len(experts), 1))
         out = exchange(out, self.axis, received, sent)
-        out = out if self.scales_input else out * place
-        # Back at the place of each choice, so that the sum over k is in the order of one process.
+        out = out if self.scales_input else out * weight
+        # Back in the slot of each choice, so that the sum over k is in the order of one process.
         slots = out.new_zeros(tokens * top_k, out.shape[1]).index_copy(0, order, out)
         return slots.view(tokens, top_k, -1).sum(1), beside
 
@@ -79,9 +80,9 @@ class AllToAll:
 Dispatcher: TypeAlias = Callable[[Axis, int, bool], Dispatch]
 
 
-def spread_experts(model: ModelPart, axes: Axes, dispatcher: Dispatcher = AllToAll) -> dict[str, Placement]:
-    """Leaves this rank its experts of every layer. Mutates the model; gives their placements by name."""
-    placements = {}
+def apply_ep(model: ModelPart, axes: Axes, dispatcher: Dispatcher = AllToAll) -> dict[str, ShardMap]:
+    """Leaves this rank its experts of every layer. Mutates the model; gives their shard maps by name."""
+    shard_maps = {}
     axis = axes.ep
     for prefix, module in model.named_modules():
         if not isinstance(module, Experts):
@@ -93,15 +94,15 @@ def spread_experts(model: ModelPart, axes: Axes, dispatcher: Dispatcher = AllToA
             part = torch.Size((shape[0] // axis.size, *shape[1:]))
             if axis.size > 1:
                 setattr(module, name, nn.Parameter(parameter.new_empty(part)))
-            placements[f"{prefix}.{name}"] = expert_placement(shape, axis.rank, axis.size)
+            shard_maps[f"{prefix}.{name}"] = expert_shard_map(shape, axis.rank, axis.size)
         if axis.size > 1:
             module.dispatch = dispatcher(axis, module.gate_up.shape[0], module.form.scales_input)
-    return placements
+    return shard_maps
 
 
-def expert_placement(shape: torch.Size, rank: int, degree: int) -> Placement:
+def expert_shard_map(shape: torch.Size, rank: int, degree: int) -> ShardMap:
     """Where the experts of one of `degree` ranks lie in a parameter of all experts."""
     part = torch.Size((shape[0] // degree, *shape[1:]))
     split = TPShard(0, "experts")
-    found = placed(shape, split, split, part, rank, degree) if degree > 1 else undivided(shape)
+    found = tp_shard_map(shape, split, split, part, rank, degree) if degree > 1 else replicated(shape)
     return replace(found, is_expert=True)

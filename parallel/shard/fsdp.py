@@ -21,7 +21,7 @@ from model.residual import Residual
 from parallel.mesh.axes import Axes, Axis
 
 
-def shard_data(
+def apply_fsdp(
     model: ModelPart, axes: Axes, device_type: str, *, reshard_after_forward: bool, prefetch: int = 0
 ) -> None:
     """Shards experts, then each block, then what is left. Mutates the model: parameters become DTensors.
@@ -88,9 +88,9 @@ def _gather_ahead(blocks: Sequence[nn.Module], count: int) -> None:
     # By itself FSDP2 gathers a block in forward when it is reached. Where tokens go to experts, the host
     # waits for their numbers within each block, so no gather is begun before the work of the block is done.
     parts = [[module for module in block.modules() if isinstance(module, FSDPModule)] for block in blocks]
-    for place, block in enumerate(blocks):
+    for index, block in enumerate(blocks):
         if isinstance(block, FSDPModule):
-            later, before = parts[place + 1 : place + 1 + count], parts[max(0, place - count) : place]
+            later, before = parts[index + 1 : index + 1 + count], parts[max(0, index - count) : index]
             block.set_modules_to_forward_prefetch([*chain(*later)])
             block.set_modules_to_backward_prefetch([*chain(*reversed(before))])
 

@@ -1,4 +1,4 @@
-"""Where a rank's part of a parameter lies in the whole parameter."""
+"""Which slices of the whole parameter a rank holds."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,65 +14,57 @@ from torch.utils._python_dispatch import _disable_current_modes
 from model.mixer import TPShard
 
 
-class Box(NamedTuple):
-    """A block of numbers: its corner in the part, its corner in the whole, and its sizes.
+class TensorSlice(NamedTuple):
+    """A block of a tensor: its offset in what the rank holds, its offset in the whole, and its sizes.
 
-    kv_replicas: so many neighbours along the tensor axis hold the same block.
+    replicas: so many neighbours along the tensor axis hold the same slice.
     """
 
-    part: tuple[int, ...]
-    whole: tuple[int, ...]
+    local_offset: tuple[int, ...]
+    global_offset: tuple[int, ...]
     sizes: tuple[int, ...]
-    kv_replicas: int = 1
+    replicas: int = 1
 
-    def of_part(self, x: Tensor) -> Tensor:
-        """The block of a rank's part, as a view."""
-        return x[tuple(slice(at, at + size) for at, size in zip(self.part, self.sizes, strict=True))]
+    def local_view(self, x: Tensor) -> Tensor:
+        """The slice of the local tensor, as a view."""
+        return x[tuple(slice(at, at + size) for at, size in zip(self.local_offset, self.sizes, strict=True))]
 
-    def of_whole(self, x: Tensor) -> Tensor:
-        """The block of the whole, as a view."""
-        return x[tuple(slice(at, at + size) for at, size in zip(self.whole, self.sizes, strict=True))]
+    def global_view(self, x: Tensor) -> Tensor:
+        """The slice of the whole tensor, as a view."""
+        return x[tuple(slice(at, at + size) for at, size in zip(self.global_offset, self.sizes, strict=True))]
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Which blocks of the whole parameter a rank's part is made of, before data parallelism cuts the part.
+class ShardMap:
+    """The slices of the whole parameter that a rank's part is made of, before FSDP shards the part.
 
     shape is that of the whole. is_expert says that the part is one rank's experts, which other ranks share
     than those that share dense parameters.
     """
 
     shape: torch.Size
-    boxes: tuple[Box, ...]
+    slices: tuple[TensorSlice, ...]
     is_expert: bool = False
 
-    def cut(self, whole: Tensor) -> Tensor:
-        """The rank's part of the whole."""
-        sizes = [max(box.part[dim] + box.sizes[dim] for box in self.boxes) for dim in range(whole.ndim)]
-        part = whole.new_empty(sizes)
-        for box in self.boxes:
-            box.of_part(part).copy_(box.of_whole(whole))
-        return part
 
-
-def undivided(shape: torch.Size, kv_replicas: int = 1) -> Placement:
+def replicated(shape: torch.Size, replicas: int = 1) -> ShardMap:
     """The whole parameter on every rank."""
     corner = (0,) * len(shape)
-    return Placement(shape, (Box(corner, corner, tuple(shape), kv_replicas),))
+    return ShardMap(shape, (TensorSlice(corner, corner, tuple(shape), replicas),))
 
 
-def placed(
+def tp_shard_map(
     shape: torch.Size, whole: TPShard, part: TPShard, part_shape: torch.Size, rank: int, degree: int
-) -> Placement:
-    """The placement of a rank's part, from the splits of the whole parameter and of the part.
+) -> ShardMap:
+    """The shard map of a rank's part, from the TPShards of the whole parameter and of the part.
 
     Each of the parts along the split dim goes to ranks in order; where it has fewer units than there are
     ranks, neighbours share one.
     """
     if whole.dim is None or degree == 1:
-        return undivided(shape, degree)
+        return replicated(shape, degree)
     rows, part_rows = whole.rows or (shape[whole.dim],), part.rows or (part_shape[whole.dim],)
-    boxes, at, part_at = [], 0, 0
+    slices, at, part_at = [], 0, 0
     for length, size in zip(rows, part_rows, strict=True):
         if size:
             pieces = length // size
@@ -81,13 +73,13 @@ def placed(
             part_corner[whole.dim] = part_at
             sizes = list(shape)
             sizes[whole.dim] = size
-            boxes.append(Box(tuple(part_corner), tuple(corner), tuple(sizes), degree // pieces))
+            slices.append(TensorSlice(tuple(part_corner), tuple(corner), tuple(sizes), degree // pieces))
         at, part_at = at + length, part_at + size
-    return Placement(shape, tuple(boxes))
+    return ShardMap(shape, tuple(slices))
 
 
 def shard_of(x: Tensor) -> tuple[Tensor, Sequence[int]]:
-    """What this rank holds of its part after data parallelism, and the corner of that in the part."""
+    """What this rank holds of its part after FSDP, and the offset of that in the part."""
     if not isinstance(x, DTensor):
         return x, (0,) * x.ndim
     # Arithmetic on shapes, which needs numbers also where all tensors are shapes alone.
@@ -96,20 +88,20 @@ def shard_of(x: Tensor) -> tuple[Tensor, Sequence[int]]:
     return x.to_local(), corner
 
 
-def held_boxes(x: Tensor, placement: Placement) -> Iterator[tuple[Tensor, Box]]:
-    """The blocks that this rank holds of a parameter, or of what has its form: views, and where they lie.
+def local_slices(x: Tensor, shard_map: ShardMap) -> Iterator[tuple[Tensor, TensorSlice]]:
+    """The slices that this rank holds of a parameter, or of what has its shape: views, and where they lie.
 
-    Corners of parts are given within what the rank holds.
+    Local offsets are within what the rank holds.
     """
     held, corner = shard_of(x)
-    for box in placement.boxes:
-        low = [max(a, b) for a, b in zip(corner, box.part, strict=True)]
-        ends = zip(corner, held.shape, box.part, box.sizes, strict=True)
-        high = [min(a + size, b + box_size) for a, size, b, box_size in ends]
+    for piece in shard_map.slices:
+        low = [max(a, b) for a, b in zip(corner, piece.local_offset, strict=True)]
+        ends = zip(corner, held.shape, piece.local_offset, piece.sizes, strict=True)
+        high = [min(a + size, b + piece_size) for a, size, b, piece_size in ends]
         sizes = tuple(b - a for a, b in zip(low, high, strict=True))
         if all(size > 0 for size in sizes) or (not sizes and math.prod(held.shape)):
-            shift = [a - b for a, b in zip(low, box.part, strict=True)]
-            whole = tuple(a + b for a, b in zip(box.whole, shift, strict=True))
+            shift = [a - b for a, b in zip(low, piece.local_offset, strict=True)]
+            whole = tuple(a + b for a, b in zip(piece.global_offset, shift, strict=True))
             inside = tuple(a - b for a, b in zip(low, corner, strict=True))
-            found = Box(inside, whole, sizes, box.kv_replicas)
-            yield found.of_part(held), found
+            found = TensorSlice(inside, whole, sizes, piece.replicas)
+            yield found.local_view(held), found

@@ -12,38 +12,39 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from parallel.shard.shard_map import Box, Placement, held_boxes
+from parallel.shard.shard_map import ShardMap, TensorSlice, local_slices
 
 
-class Stored(Tensor):
+class GlobalShardView(Tensor):
     """A tensor with the shape of the whole and the memory of a part.
 
     Speaks the protocol by which torch.distributed.checkpoint asks a tensor for its blocks. Reading mutates
     the tensor that it was made of.
     """
 
-    blocks: dict[tuple[int, ...], tuple[Tensor, Box]]
+    blocks: dict[tuple[int, ...], tuple[Tensor, TensorSlice]]
 
     @staticmethod
-    def of(x: Tensor, placement: Placement) -> "Stored":
+    def of(x: Tensor, shard_map: ShardMap) -> "GlobalShardView":
         """The stored form of a parameter, or of what has its form, such as a moment of its optimizer."""
         # No memory: all elements of the whole are one.
-        whole = torch.empty((), dtype=x.dtype).expand(placement.shape)
-        stored = Tensor._make_subclass(Stored, whole)
-        found = held_boxes(x.detach(), placement)
-        stored.blocks = {box.whole: (block, box) for block, box in found}
-        return stored
+        whole = torch.empty((), dtype=x.dtype).expand(shard_map.shape)
+        view = Tensor._make_subclass(GlobalShardView, whole)
+        found = local_slices(x.detach(), shard_map)
+        view.blocks = {piece.global_offset: (block, piece) for block, piece in found}
+        return view
 
     @staticmethod
-    def of_run(numbers: Tensor, start: int, shape: torch.Size) -> "Stored":
+    def of_flat_slice(numbers: Tensor, start: int, shape: torch.Size) -> "GlobalShardView":
         """The stored form of neighbouring numbers of a whole that is one row, from its number `start`."""
-        stored = Tensor._make_subclass(Stored, torch.empty((), dtype=numbers.dtype).expand(shape))
-        found = run_boxes(shape, start, start + numbers.numel())
-        parts = numbers.split([math.prod(box.sizes) for box in found])
-        stored.blocks = {
-            box.whole: (part.view(box.sizes), box) for part, box in zip(parts, found, strict=True)
+        view = Tensor._make_subclass(GlobalShardView, torch.empty((), dtype=numbers.dtype).expand(shape))
+        found = flat_slices(shape, start, start + numbers.numel())
+        parts = numbers.split([math.prod(piece.sizes) for piece in found])
+        view.blocks = {
+            piece.global_offset: (part.view(piece.sizes), piece)
+            for part, piece in zip(parts, found, strict=True)
         }
-        return stored
+        return view
 
     def __create_write_items__(self, fqn: str, _: Any) -> list[WriteItem]:
         """One item for each block."""
@@ -60,8 +61,8 @@ class Stored(Tensor):
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         """Corner and sizes of each block in the whole."""
         return [
-            ChunkStorageMetadata(torch.Size(corner), torch.Size(box.sizes))
-            for corner, (_, box) in self.blocks.items()
+            ChunkStorageMetadata(torch.Size(corner), torch.Size(piece.sizes))
+            for corner, (_, piece) in self.blocks.items()
         ]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
@@ -70,12 +71,12 @@ class Stored(Tensor):
         return self.blocks[tuple(index.offset)][0]
 
 
-def run_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
+def flat_slices(shape: Sequence[int], start: int, stop: int) -> list[TensorSlice]:
     """The blocks that numbers `start` to `stop` of a tensor are, in order: part of a row, rows, part."""
     if start >= stop:
         return []
     if not shape:
-        return [Box((), (), ())]
+        return [TensorSlice((), (), ())]
     size = math.prod(shape[1:])
     first, last = -(-start // size), stop // size
     if first > last:
@@ -83,12 +84,15 @@ def run_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
     found = _within(first - 1, shape, start, first * size)
     if first < last:
         corner = (first, *[0] * (len(shape) - 1))
-        found.append(Box((0,) * len(shape), corner, (last - first, *shape[1:])))
+        found.append(TensorSlice((0,) * len(shape), corner, (last - first, *shape[1:])))
     return found + _within(last, shape, last * size, stop)
 
 
-def _within(row: int, shape: Sequence[int], start: int, stop: int) -> list[Box]:
+def _within(row: int, shape: Sequence[int], start: int, stop: int) -> list[TensorSlice]:
     # The blocks of numbers that lie in one row.
     at = row * math.prod(shape[1:])
-    boxes = run_boxes(shape[1:], start - at, stop - at)
-    return [Box((0, *box.part), (row, *box.whole), (1, *box.sizes)) for box in boxes]
+    slices = flat_slices(shape[1:], start - at, stop - at)
+    return [
+        TensorSlice((0, *piece.local_offset), (row, *piece.global_offset), (1, *piece.sizes))
+        for piece in slices
+    ]

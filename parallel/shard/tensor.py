@@ -20,7 +20,7 @@ from model.linear import Linear
 from model.mixer import Mixed, TPShard
 from parallel.mesh.axes import Axis
 from parallel.mesh.collectives import gather, gathered, reduce_scatter, sum_neighbours, sum_over
-from parallel.shard.shard_map import Placement, held_boxes, placed, undivided
+from parallel.shard.shard_map import ShardMap, local_slices, replicated, tp_shard_map
 from parallel.shard.vocabulary import ShardedVocab
 
 
@@ -54,17 +54,19 @@ class TensorHeadShards:
         return gathered(x, self.axis, dim)
 
 
-def spread_tensors(model: ModelPart, config: Architecture, axis: Axis) -> dict[str, Placement]:
+def apply_tp(model: ModelPart, config: Architecture, axis: Axis) -> dict[str, ShardMap]:
     """Leaves this rank its heads, hidden units, and rows of the vocabulary. Mutates the model.
 
-    The model must stand on the meta device. Gives the placements of all parameters but routed experts.
+    The model must stand on the meta device. Gives the shard maps of all parameters but routed experts.
 
     Raises ValueError for a mixer that cannot be cut so many ways.
     """
-    placements = {name: undivided(parameter.shape, axis.size) for name, parameter in model.named_parameters()}
+    shard_maps = {
+        name: replicated(parameter.shape, axis.size) for name, parameter in model.named_parameters()
+    }
     for prefix, block in model.named_modules():
         if isinstance(block, Block):
-            placements |= _spread_block(prefix, block, config, axis)
+            shard_maps |= _apply_tp_to_block(prefix, block, config, axis)
     model.vocabulary = ShardedVocab(axis)
     tables = {"embed": model.embed, "head": model.head}
     for name, table in tables.items():
@@ -74,13 +76,13 @@ def spread_tensors(model: ModelPart, config: Architecture, axis: Axis) -> dict[s
         if whole.shape[0] % axis.size:
             raise ValueError(f"{axis.name}: {axis.size} ranks do not divide {whole.shape[0]} rows of {key}")
         part = torch.Size((whole.shape[0] // axis.size, whole.shape[1]))
-        placements[key] = placed(whole.shape, TPShard(0), TPShard(0), part, axis.rank, axis.size)
+        shard_maps[key] = tp_shard_map(whole.shape, TPShard(0), TPShard(0), part, axis.rank, axis.size)
         table.weight = nn.Parameter(whole.new_empty(part))
-    return placements
+    return shard_maps
 
 
-def _spread_block(prefix: str, block: Block, config: Architecture, axis: Axis) -> dict[str, Placement]:
-    placements: dict[str, Placement] = {}
+def _apply_tp_to_block(prefix: str, block: Block, config: Architecture, axis: Axis) -> dict[str, ShardMap]:
+    shard_maps: dict[str, ShardMap] = {}
     width = config.model.width
     if block.mixer is not None:
         whole, entry = block.mixer, config.mixer[block.names.mixer]
@@ -92,8 +94,10 @@ def _spread_block(prefix: str, block: Block, config: Architecture, axis: Axis) -
         block.mixer.head_shards = TensorHeadShards(axis, entry.kv_replicas(axis.size))
         for name, parameter in block.mixer.named_parameters():
             shape = whole.get_parameter(name).shape
-            found = placed(shape, splits[name], part_splits[name], parameter.shape, axis.rank, axis.size)
-            placements[f"{prefix}.mixer.{name}"] = found
+            found = tp_shard_map(
+                shape, splits[name], part_splits[name], parameter.shape, axis.rank, axis.size
+            )
+            shard_maps[f"{prefix}.mixer.{name}"] = found
         for name, split in splits.items():
             linear = block.mixer.get_submodule(name.rpartition(".")[0])
             if split.dim == 1 and isinstance(linear, Linear):
@@ -101,15 +105,15 @@ def _spread_block(prefix: str, block: Block, config: Architecture, axis: Axis) -
                 linear.bias_share = 1.0 / axis.size
         _meet(block.mixer, axis)
     if block.ffn is not None:
-        placements |= _spread_ffn(f"{prefix}.ffn", block.ffn, axis)
+        shard_maps |= _apply_tp_to_ffn(f"{prefix}.ffn", block.ffn, axis)
     if block.moe is not None:
         block.moe.register_forward_pre_hook(_OwnTokens(axis))
         if block.moe.shared is not None:
-            placements |= _spread_ffn(f"{prefix}.moe.shared", block.moe.shared, axis)
-    return placements
+            shard_maps |= _apply_tp_to_ffn(f"{prefix}.moe.shared", block.moe.shared, axis)
+    return shard_maps
 
 
-def _spread_ffn(prefix: str, ffn: FeedForward, axis: Axis) -> dict[str, Placement]:
+def _apply_tp_to_ffn(prefix: str, ffn: FeedForward, axis: Axis) -> dict[str, ShardMap]:
     """Hidden units are cut; gates and ups of the same unit stay together."""
     hidden, rows = ffn.down.weight.shape[1], ffn.gate_up.weight.shape[0]
     if hidden % axis.size:
@@ -118,7 +122,7 @@ def _spread_ffn(prefix: str, ffn: FeedForward, axis: Axis) -> dict[str, Placemen
         )
     halves = rows // hidden
     part = hidden // axis.size
-    placements = {}
+    shard_maps = {}
     for name, split, own in (
         ("gate_up", TPShard(0, "units", (hidden,) * halves), TPShard(0, "units", (part,) * halves)),
         ("down", TPShard(1, "units"), TPShard(1, "units")),
@@ -126,12 +130,12 @@ def _spread_ffn(prefix: str, ffn: FeedForward, axis: Axis) -> dict[str, Placemen
         linear = getattr(ffn, name)
         shape, sizes = linear.weight.shape, list(linear.weight.shape)
         sizes[split.dim or 0] //= axis.size
-        placements[f"{prefix}.{name}.weight"] = placed(
+        shard_maps[f"{prefix}.{name}.weight"] = tp_shard_map(
             shape, split, own, torch.Size(sizes), axis.rank, axis.size
         )
         linear.weight = nn.Parameter(linear.weight.new_empty(sizes))
     _meet(ffn, axis)
-    return placements
+    return shard_maps
 
 
 def _meet(module: nn.Module, axis: Axis) -> None:
@@ -171,7 +175,7 @@ class _OwnTokens:
 
 @torch.no_grad()
 def sum_shared_gradients(
-    parameters: Iterable[tuple[str, nn.Parameter]], placements: Mapping[str, Placement], axis: Axis
+    parameters: Iterable[tuple[str, nn.Parameter]], shard_maps: Mapping[str, ShardMap], axis: Axis
 ) -> None:
     """Sums the gradients of blocks that ranks of the tensor axis share, in place; one collective per dtype.
 
@@ -183,16 +187,16 @@ def sum_shared_gradients(
     for name, parameter in parameters:
         if parameter.grad is None:
             continue
-        for block, box in held_boxes(parameter.grad, placements[name]):
-            if box.kv_replicas > 1:
+        for block, piece in local_slices(parameter.grad, shard_maps[name]):
+            if piece.replicas > 1:
                 # Neighbours that share a block meet in one slot of their own.
-                meeting = block.new_zeros(axis.size // box.kv_replicas, block.numel())
-                own = meeting[axis.rank // box.kv_replicas]
+                bucket = block.new_zeros(axis.size // piece.replicas, block.numel())
+                own = bucket[axis.rank // piece.replicas]
                 own.copy_(block.flatten())
-                slots.setdefault(block.dtype, []).append((block, meeting))
+                slots.setdefault(block.dtype, []).append((block, bucket))
     for pairs in slots.values():
-        sizes = [meeting.numel() for _, meeting in pairs]
-        total = sum_over(torch.cat([meeting.flatten() for _, meeting in pairs]), axis)
-        for (block, meeting), part in zip(pairs, total.split(sizes), strict=True):
-            own = part.view_as(meeting)[axis.rank * meeting.shape[0] // axis.size]
+        sizes = [bucket.numel() for _, bucket in pairs]
+        total = sum_over(torch.cat([bucket.flatten() for _, bucket in pairs]), axis)
+        for (block, bucket), part in zip(pairs, total.split(sizes), strict=True):
+            own = part.view_as(bucket)[axis.rank * bucket.shape[0] // axis.size]
             block.copy_(own.view_as(block))

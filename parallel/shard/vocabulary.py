@@ -97,15 +97,15 @@ def _of_chunk(
         slope, logits = 1 - bounded.square(), form.cap * bounded
     inside = targets - axis.rank * weight.shape[0]
     is_here = (inside >= 0) & (inside < weight.shape[0])
-    place = inside.clamp(0, weight.shape[0] - 1)[:, None]
+    index = inside.clamp(0, weight.shape[0] - 1)[:, None]
     most = logits.amax(1)
     dist.all_reduce(most, dist.ReduceOp.MAX, group=axis.group)
-    target = logits.gather(1, place)[:, 0] * is_here
+    target = logits.gather(1, index)[:, 0] * is_here
     sums = torch.stack(((logits - most[:, None]).exp().sum(1), target))
     dist.all_reduce(sums, group=axis.group)
     lse = sums[0].log() + most
     share = (logits - lse[:, None]).exp_()
     grad = share * (1 + 2 * form.z * lse)[:, None]
-    grad.scatter_add_(1, place, -is_here.to(dtype)[:, None])
+    grad.scatter_add_(1, index, -is_here.to(dtype)[:, None])
     grad.mul_((targets != IGNORED)[:, None])
     return lse - sums[1], form.z * lse.square(), grad if slope is None else grad.mul_(slope)

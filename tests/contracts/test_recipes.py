@@ -10,7 +10,7 @@ import torch
 from bench.recipes import whole_runs
 from conf.compose import group_options
 from model.mixer import Sequence
-from parallel.apply import Work, build_parallel
+from parallel.apply import StepShape, build_parallel
 from parallel.mesh.world import World
 from train.config.load import load_config
 from train.estimate.memory import memory_per_rank
@@ -70,7 +70,7 @@ def test_a_step_moves_what_is_not_frozen(recipe: str) -> None:
     # This model has every part that a recipe may name.
     config = load_config(["model=deepseek_v3_2_small", *SIZE, f"recipe={recipe}", "train.micro_batch=1"], 1)
     world, dtypes = World.alone(torch.device("cpu")), (torch.float32, torch.float32)
-    built = build_parallel(config.architecture, dtypes, config.parallel, world, 0, Work(1, 1, 90))
+    built = build_parallel(config.architecture, dtypes, config.parallel, world, 0, StepShape(1, 1, 90))
     optimizer, model = build_optimizer(built, config.optim), built.whole
     assert model is not None
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

@@ -103,9 +103,9 @@ def test_windows_cover_the_stream_and_mark_documents(
     windows = packing.read(np.arange(packing.num_windows))
     first_tokens = {sum(lengths[:number]) for number, length in enumerate(lengths) if length}
     for row in range(packing.num_windows):
-        places = list(range(row * sequence_length, (row + 1) * sequence_length + 1))
-        assert windows.tokens[row].tolist() == places  # a token is its own position
-        marks = [place in first_tokens and column > 0 for column, place in enumerate(places)]
+        token_ids = list(range(row * sequence_length, (row + 1) * sequence_length + 1))
+        assert windows.tokens[row].tolist() == token_ids  # a token is its own position
+        marks = [token in first_tokens and column > 0 for column, token in enumerate(token_ids)]
         assert windows.starts[row].tolist() == marks
     assert total - packing.num_windows * sequence_length - 1 < sequence_length
 

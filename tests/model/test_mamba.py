@@ -9,7 +9,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model.initial import draw, initial_values
+from model.initial import initial_values, sample
 from model.mixer import Sequence
 from model.mixers.mamba import MambaConfig
 from tests.architectures import randomise, small_architecture
@@ -111,5 +111,5 @@ def test_first_rates_are_those_of_theirs() -> None:
     assert isinstance(mamba, MambaConfig)
     ours = mamba.build(32, 0, 1, 0.02)
     initial = initial_values(ours)["step.log_rate"]
-    rates = draw("step.log_rate", initial, ours.get_parameter("step.log_rate").shape, 0)
+    rates = sample("step.log_rate", initial, ours.get_parameter("step.log_rate").shape, 0)
     assert_close([rates], [theirs_of(mamba, 32).get_parameter("A_log").detach()], 1e-6)

@@ -69,7 +69,7 @@ def smooth_l1(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(gap < 1, gap.square() / 2, gap - 0.5)
 
 
-@pytest.mark.parametrize("draw", [0.2, 0.7, None])
+@pytest.mark.parametrize("uniform", [0.2, 0.7, None])
 @pytest.mark.parametrize(
     "fields", [{}, {"stream": "full", "num_key_heads": 4, "block": 3}, {"num_blocks": 3}]
 )

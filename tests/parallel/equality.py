@@ -15,8 +15,8 @@ from parallel.apply import Parallel
 from parallel.config.degrees import Degrees
 from parallel.mesh.axes import Axes, open_axes
 from parallel.mesh.world import World
-from parallel.shard.shard_map import held_boxes
-from parallel.shard.shard_view import Stored
+from parallel.shard.shard_map import local_slices
+from parallel.shard.shard_view import GlobalShardView
 from parallel.shard.tensor import TensorHeadShards
 from tests.parallel.layouts import EVEN, value_of
 from tests.train.runs import overrides_of
@@ -83,7 +83,7 @@ class Block(NamedTuple):
     """
 
     name: str
-    box: Any
+    piece: Any
     weight: Tensor
     moment: Tensor | None
 
@@ -145,10 +145,10 @@ def run(job: Job, world: World) -> Run:
         if job.fault == "sums of a group" and isinstance(module, Mixer):
             assert isinstance(module.head_shards, TensorHeadShards), f"{module.head_shards=}"
             module.head_shards = Deaf(module.head_shards.axis, module.head_shards.kv_replicas)
-    rows, _ = config.rank_rows(world.axes.rows.size)
+    rows, _ = config.rank_rows(world.axes.batch.size)
     numbers, loads, samples = [], [], []
     for _ in range(STEPS):
-        place = 0 if job.fault == "rows of the first" else world.axes.rows.rank
+        place = 0 if job.fault == "rows of the first" else world.axes.batch.rank
         batch = loader.batch(state.cursor + place * rows, rows)
         samples.append(digest_samples(batch, world))
         result = train_step(state, batch, config, world)
@@ -165,7 +165,7 @@ def laid_out(config: RunConfig, degrees: Degrees) -> RunConfig:
     """The config with the degrees of a layout."""
     settings = {name: getattr(degrees, name) for name in AXES}
     # Two micro-batches where a rank has the rows for them: a pipeline wants several.
-    micro = config.train.global_batch // degrees.rows // 2
+    micro = config.train.global_batch // degrees.batch // 2
     train = config.train.model_copy(update={"micro_batch": max(1, micro)})
     parallel = config.parallel.model_copy(update=settings)
     return config.model_copy(update={"parallel": parallel, "train": train})
@@ -176,7 +176,7 @@ def fill(state: TrainState, config: RunConfig) -> None:
     with torch.device("meta"):
         initials = initial_values(LanguageModel(config.architecture))
     for name, parameter in state.built.named_parameters():
-        shape = state.built.placements[name].shape
+        shape = state.built.shard_maps[name].shape
         state.built.fill(name, parameter, value_of(name, initials[name], shape))
 
 
@@ -184,31 +184,31 @@ def blocks_of(state: TrainState) -> Iterable[Block]:
     """What this rank holds of parameters, and of the running mean of their gradients."""
     if isinstance(state, ZeroState):
         moments, values = state.moments(), state.built.state()
-        for name in state.built.placements:
-            weights = as_stored(state.built.stored(name, values[name])).blocks.values()
+        for name in state.built.shard_maps:
+            weights = as_stored(state.built.checkpoint_view(name, values[name])).blocks.values()
             if name not in moments:
-                yield from (Block(name, box, weight.clone(), None) for weight, box in weights)
+                yield from (Block(name, piece, weight.clone(), None) for weight, piece in weights)
                 continue
             means = as_stored(moments[name]["exp_avg"]).blocks.values()
-            for (weight, box), (moment, _) in zip(weights, means, strict=True):
-                yield Block(name, box, weight.clone(), moment.clone())
+            for (weight, piece), (moment, _) in zip(weights, means, strict=True):
+                yield Block(name, piece, weight.clone(), moment.clone())
         return
     for name, parameter in state.built.named_parameters():
-        placement = state.built.placements[name]
+        shard_map = state.built.shard_maps[name]
         if not parameter.requires_grad:
-            blocks = held_boxes(parameter.detach(), placement)
-            yield from (Block(name, box, weight.clone(), None) for weight, box in blocks)
+            blocks = local_slices(parameter.detach(), shard_map)
+            yield from (Block(name, piece, weight.clone(), None) for weight, piece in blocks)
             continue
-        moments = held_boxes(state.optimizer.state[parameter]["exp_avg"], placement)
-        for (weight, box), (moment, _) in zip(
-            held_boxes(parameter.detach(), placement), moments, strict=True
+        moments = local_slices(state.optimizer.state[parameter]["exp_avg"], shard_map)
+        for (weight, piece), (moment, _) in zip(
+            local_slices(parameter.detach(), shard_map), moments, strict=True
         ):
-            yield Block(name, box, weight.clone(), moment.clone())
+            yield Block(name, piece, weight.clone(), moment.clone())
 
 
-def as_stored(x: Tensor) -> Stored:
+def as_stored(x: Tensor) -> GlobalShardView:
     """What a checkpoint takes a part of."""
-    assert isinstance(x, Stored), f"{type(x)=}"
+    assert isinstance(x, GlobalShardView), f"{type(x)=}"
     return x
 
 
@@ -265,7 +265,7 @@ def tensors_apart(reference: Run, ranks: list[Run], kind: str) -> Mapping[str, f
             assert (part is None) == (block.name not in found), f"{block.name} is frozen on one side alone"
             if part is None:
                 continue
-            whole = block.box.of_whole(found[block.name])
+            whole = block.piece.global_view(found[block.name])
             assert bool(((whole == part) | whole.isnan()).all()), f"copies of {block.name} differ"
             whole.copy_(part)
     for name, whole in found.items():

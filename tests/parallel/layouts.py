@@ -22,7 +22,7 @@ from model.mixer import Mixer, Sequence
 from model.moe.layer import Experts
 from model.moe.router import Router
 from model.tensor_shards import ALL_HEADS
-from parallel.apply import Parallel, Work, build_parallel
+from parallel.apply import Parallel, StepShape, build_parallel
 from parallel.block.compile import Backend
 from parallel.block.offload import Offload
 from parallel.config.degrees import Degrees
@@ -31,7 +31,7 @@ from parallel.context.sharding import cut_rows
 from parallel.mesh.axes import open_axes
 from parallel.mesh.world import World
 from parallel.micro_batches import Denominators
-from parallel.shard.shard_map import held_boxes
+from parallel.shard.shard_map import local_slices
 from tests.architectures import SMALL
 
 ROWS, TOKENS = 4, 32
@@ -138,7 +138,7 @@ def build(
     settings |= {"ep_dispatch": "all_to_all", **(keys or {})}
     parallel = ParallelConfig(**settings)
     micro = micro_of(degrees)
-    work = Work(ROWS // degrees.rows // micro, micro, TOKENS)
+    work = StepShape(ROWS // degrees.batch // micro, micro, TOKENS)
     built = build_parallel(config, dtypes, parallel, world, SEED, work, backend)
     with torch.device("meta"):
         initials = initial_values(LanguageModel(config))
@@ -146,13 +146,13 @@ def build(
         if isinstance(module, Block) and isinstance(module.run, Offload):
             module.run = replace(module.run, least_bytes=0)
     for name, parameter in built.named_parameters():
-        built.fill(name, parameter, value_of(name, initials[name], built.placements[name].shape))
+        built.fill(name, parameter, value_of(name, initials[name], built.shard_maps[name].shape))
     return built, world
 
 
 def micro_of(degrees: Degrees) -> int:
     """Rows of a micro-batch: a pipeline wants several."""
-    return 1 if degrees.pp > 1 else ROWS // degrees.rows
+    return 1 if degrees.pp > 1 else ROWS // degrees.batch
 
 
 def on_rank(
@@ -172,7 +172,7 @@ def on_rank(
     break_it(built, fault)
     batch = batch_of(config.model.vocab_size)
     denominators = Denominators((batch.targets != -100).sum(), batch.tokens.numel())
-    own = slice(world.axes.rows.rank, None, world.axes.rows.size)
+    own = slice(world.axes.batch.rank, None, world.axes.batch.size)
     rows = [part[own].split(micro_of(degrees)) for part in batch]
     batches = [cut_rows(Batch(*parts), world.axes.cp, uniform=UNIFORM) for parts in zip(*rows, strict=True)]
     losses = built.runner.step(batches, denominators)
@@ -184,8 +184,8 @@ def on_rank(
     blocks = []
     for name, parameter in built.named_parameters():
         if parameter.grad is not None:
-            held = held_boxes(parameter.grad, built.placements[name])
-            blocks += [(name, box, block.clone()) for block, box in held]
+            held = local_slices(parameter.grad, built.shard_maps[name])
+            blocks += [(name, piece, block.clone()) for block, piece in held]
     return found, blocks
 
 
@@ -215,8 +215,8 @@ def assembled(reference: Result, ranks: list[tuple[dict[str, Tensor], list[Any]]
     Raises CopiesDifferError where two ranks hold different copies."""
     grads = {name: torch.full_like(grad, torch.nan) for name, grad in reference.grads.items()}
     for _, blocks in ranks:
-        for name, box, block in blocks:
-            whole = box.of_whole(grads[name])
+        for name, piece, block in blocks:
+            whole = piece.global_view(grads[name])
             if not bool(((whole == block) | whole.isnan()).all()):
                 raise CopiesDifferError(name)
             whole.copy_(block)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from model.mixer import Mixed, Mixer, MixerConfig, Sequence
 from model.sequence_sharding import UNSHARDED, AttentionView
-from parallel import context_view
 from parallel.config.degrees import Degrees
+from parallel.context import view as context_view
 from parallel.context.chunks import cut_row, tails_before, whole_row
 from parallel.context.sharding import HeadTailSharding
 from parallel.mesh.axes import Axis, open_axes

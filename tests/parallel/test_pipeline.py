@@ -23,13 +23,13 @@ from model.language_model import LanguageModel, Losses, ModelPart
 from model.mixer import Sequence as Tokens
 from model.mixers.lightning import Lightning
 from parallel.config.degrees import Degrees
-from parallel.config.pipeline import Plan, ScheduleName, plan_violations
+from parallel.config.pipeline import PipelinePlan, ScheduleName, plan_violations
 from parallel.mesh.axes import open_axes
 from parallel.micro_batches import Denominators, MicroBatch, added, objective_of
 from parallel.pipeline.partition import joined_layers
 from parallel.pipeline.runner import Pipeline, Stage, build_stages
 from parallel.pipeline.schedules import Action, action_order
-from parallel.shard.fsdp import shard_data
+from parallel.shard.fsdp import apply_fsdp
 from tests.architectures import random_model, randomise, small_architecture
 from tests.worlds import run_world
 
@@ -83,8 +83,8 @@ def batches_of(config: Architecture, count: int) -> list[MicroBatch]:
         starts = torch.zeros(2, TOKENS, dtype=torch.long)
         starts[0, 3 + index], starts[1, 5], starts[1, 6] = 1, 1, 1
         document = starts.cumsum(1)
-        place = torch.arange(TOKENS).expand(2, -1)
-        position = place - torch.where(starts > 0, place, 0).cummax(1).values
+        micro_batch_index = torch.arange(TOKENS).expand(2, -1)
+        position = micro_batch_index - torch.where(starts > 0, micro_batch_index, 0).cummax(1).values
         targets[:, -1] = IGNORED
         targets[0, : index + 1] = IGNORED
         batches.append(MicroBatch(targets, Tokens(position, document, tokens)))
@@ -116,7 +116,7 @@ def alone(name: str, count: int) -> tuple[Losses, dict[str, Tensor]]:
 class Run(NamedTuple):
     """A plan, where its later stages begin, and what to break."""
 
-    plan: Plan
+    plan: PipelinePlan
     cuts: tuple[int, ...]
     broken: str = ""
 
@@ -154,18 +154,22 @@ def record(pipeline: Pipeline) -> list[Action]:
     schedule = pipeline._schedule
     for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
 
-        def forward(place, *args, run=stage.forward_one_chunk, index=stage.stage_index, **options):
-            order.append(Action(index, "forward", place))
-            return run(place, *args, **options)
+        def forward(
+            micro_batch_index, *args, run=stage.forward_one_chunk, index=stage.stage_index, **options
+        ):
+            order.append(Action(index, "forward", micro_batch_index))
+            return run(micro_batch_index, *args, **options)
 
-        def backward(place, run=stage.backward_one_chunk, index=stage.stage_index, **options):
+        def backward(micro_batch_index, run=stage.backward_one_chunk, index=stage.stage_index, **options):
             kind = "backward" if options.get("full_backward", True) else "input"
-            order.append(Action(index, kind, place))
-            return run(place, **options)
+            order.append(Action(index, kind, micro_batch_index))
+            return run(micro_batch_index, **options)
 
-        def weight(place, run=stage.backward_weight_one_chunk, index=stage.stage_index, **options):
-            order.append(Action(index, "weight", place))
-            return run(place, **options)
+        def weight(
+            micro_batch_index, run=stage.backward_weight_one_chunk, index=stage.stage_index, **options
+        ):
+            order.append(Action(index, "weight", micro_batch_index))
+            return run(micro_batch_index, **options)
 
         stage.forward_one_chunk, stage.backward_one_chunk = forward, backward
         stage.backward_weight_one_chunk = weight
@@ -220,11 +224,11 @@ def assert_equal_to_alone(name: str, runs: list[Run]) -> None:
         assert_found(plan, ranks, alone(name, plan.micro_batches))
 
 
-def assert_found(plan: Plan, ranks: list[Found], expected: tuple[Losses, dict[str, Tensor]]) -> None:
+def assert_found(plan: PipelinePlan, ranks: list[Found], expected: tuple[Losses, dict[str, Tensor]]) -> None:
     losses, grads = expected
-    for place, part in enumerate(sorted_parts(losses)):
-        total = torch.stack([sorted_parts(found.losses)[place] for found in ranks]).sum(0)
-        assert distance(total, part, 1e-9) < LIMIT, (plan, place)
+    for micro_batch_index, part in enumerate(sorted_parts(losses)):
+        total = torch.stack([sorted_parts(found.losses)[micro_batch_index] for found in ranks]).sum(0)
+        assert distance(total, part, 1e-9) < LIMIT, (plan, micro_batch_index)
     # Gradients of parameters that softmax cancels are rounding only.
     floor = 1e-6 * max(float(grad.abs().max()) for grad in grads.values())
     for found in ranks:
@@ -238,14 +242,14 @@ def sorted_parts(losses: Losses) -> list[Tensor]:
     return losses._replace(auxiliary=dict(sorted(losses.auxiliary.items()))).parts()
 
 
-def plans(degree: int, micro_batches: int) -> list[Plan]:
+def plans(degree: int, micro_batches: int) -> list[PipelinePlan]:
     return [
-        Plan("1f1b", degree, 1, micro_batches),
-        Plan("interleaved", degree, 2, micro_batches),
-        Plan("zero_bubble", degree, 1, micro_batches),
-        Plan("zero_bubble", degree, 2, micro_batches),
-        Plan("zero_bubble_v", degree, 2, micro_batches),
-        Plan("dualpipe_v", degree, 2, micro_batches),
+        PipelinePlan("1f1b", degree, 1, micro_batches),
+        PipelinePlan("interleaved", degree, 2, micro_batches),
+        PipelinePlan("zero_bubble", degree, 1, micro_batches),
+        PipelinePlan("zero_bubble", degree, 2, micro_batches),
+        PipelinePlan("zero_bubble_v", degree, 2, micro_batches),
+        PipelinePlan("dualpipe_v", degree, 2, micro_batches),
     ]
 
 
@@ -280,7 +284,7 @@ def test_every_schedule_equals_one_process(name: str, degree: int, micro_batches
     ],
 )
 def test_each_safeguard_is_needed(name: str, broken: str, schedule: ScheduleName) -> None:
-    plan = Plan(schedule, 2, 1, 2)
+    plan = PipelinePlan(schedule, 2, 1, 2)
     with pytest.raises(AssertionError, match="assert"):
         assert_equal_to_alone(name, [Run(plan, CUTS[name][2], broken)])
 
@@ -303,7 +307,7 @@ def test_every_mixer_lets_backward_be_split(layout: str) -> None:
             generator = torch.Generator().manual_seed(1)
             shape = (2, TOKENS, config.model.width)
             stream = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
-            out = stage(stream, place=torch.tensor([0]))
+            out = stage(stream, micro_batch_index=torch.tensor([0]))
             grads = [torch.randn(out.shape, generator=generator, dtype=torch.float64)] if out.ndim else None
             if is_split:
                 into, groups = stage_backward_input([out], grads, [stream], stage.parameters())
@@ -326,7 +330,7 @@ def sharded(rank: int, size: int, name: str, runs: list[Run]) -> list[Found]:
         for stage in stages:
             stage.to(torch.float64)
             stage.load_state_dict({key: state[key].clone() for key in stage.state_dict()})
-            shard_data(stage, axes, "cpu", reshard_after_forward=True)
+            apply_fsdp(stage, axes, "cpu", reshard_after_forward=True)
         pipeline = Pipeline(stages, axes.pp, plan, (2, TOKENS), torch.device("cpu"))
         batches = batches_of(config, 2 * plan.micro_batches)
         losses = pipeline.step(batches[axes.dp_shard.rank :: 2], denominators_of(batches))
@@ -349,7 +353,7 @@ def test_stages_sharded_over_data_equal_one_process() -> None:
 
 def refused(rank: int, size: int) -> None:
     config, axis = architecture("dense"), open_axes(Degrees(pp=size), rank).pp
-    plan, cpu = Plan("1f1b", size, 1, 2), torch.device("cpu")
+    plan, cpu = PipelinePlan("1f1b", size, 1, 2), torch.device("cpu")
     stages = build_stages(config, torch.float64, plan, rank, layers_of((4,), 8))
     with pytest.raises(ConfigError, match="needs 2 micro-batches or more; found 1"):
         Pipeline(stages, axis, plan._replace(micro_batches=1), (2, TOKENS), cpu)

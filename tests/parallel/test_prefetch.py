@@ -11,7 +11,7 @@ from model.language_model import LanguageModel
 from parallel.config.degrees import Degrees
 from parallel.context.sharding import cut_rows
 from parallel.micro_batches import Denominators
-from parallel.rehearsal.collective_trace import Traffic
+from parallel.rehearsal.collective_trace import CollectiveTrace
 from tests.parallel.layouts import (
     alone,
     apart,
@@ -53,10 +53,10 @@ def gathers(
     counts = Denominators((batch.targets != -100).sum(), batch.tokens.numel())
     forward: list[int] = []
     backward: list[int] = []
-    with Traffic() as traffic:
+    with CollectiveTrace() as trace:
 
         def begun(into: list[int]) -> None:
-            into.append(sum(call.kind == "all_gather" for call in traffic.found))
+            into.append(sum(call.kind == "all_gather" for call in trace.found))
 
         for block in model.blocks:
             mixer = block.get_submodule("mixer")

@@ -61,10 +61,10 @@ def go_on(
     store = CheckpointStore(directory, keep=2, rank=rank, size=size)
     is_resumed = resume(state, store, loader, world)
     assert is_resumed == directory.exists()
-    rows, _ = config.rank_rows(world.axes.rows.size)
+    rows, _ = config.rank_rows(world.axes.batch.size)
     steps = []
     while state.step < until:
-        batch = loader.batch(state.cursor + world.axes.rows.rank * rows, rows)
+        batch = loader.batch(state.cursor + world.axes.batch.rank * rows, rows)
         samples = digest_samples(batch, world)
         result = train_step(state, batch, config, world)
         steps.append(Step(result.loss, result.grad_norm, samples))

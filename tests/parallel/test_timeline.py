@@ -6,14 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.config.pipeline import KINDS, Plan, plan_violations
+from parallel.config.pipeline import SCHEDULE_KINDS, PipelinePlan, plan_violations
 from parallel.pipeline.cost import Cost
 from parallel.pipeline.schedules import action_order
 from parallel.pipeline.timeline import Timeline, simulate
 
 
-def plans(degree: int, micro_batches: int) -> list[Plan]:
-    return [Plan(name, degree, kind.chunks[1] or 2, micro_batches) for name, kind in KINDS.items()]
+def plans(degree: int, micro_batches: int) -> list[PipelinePlan]:
+    return [
+        PipelinePlan(name, degree, kind.chunks[1] or 2, micro_batches)
+        for name, kind in SCHEDULE_KINDS.items()
+    ]
 
 
 @pytest.mark.parametrize(("degree", "micro_batches"), [(2, 4), (4, 8), (8, 32)])
@@ -21,7 +24,7 @@ def test_idle_times_are_the_published_ones(degree: int, micro_batches: int) -> N
     # Forward and both halves of backward take one, spread over the stages of a rank.
     idle = {}
     for schedule, chunks in (("1f1b", 1), ("interleaved", 2), ("zero_bubble", 1), ("zero_bubble", 2)):
-        plan = Plan(schedule, degree, chunks, micro_batches)
+        plan = PipelinePlan(schedule, degree, chunks, micro_batches)
         timeline = simulate(plan, [Cost(1 / chunks, 1 / chunks, 1 / chunks)] * plan.stages)
         idle[schedule, chunks] = timeline.span - 3 * micro_batches
         assert timeline.bubble == pytest.approx(1 - 3 * micro_batches / timeline.span)
@@ -33,7 +36,7 @@ def test_idle_times_are_the_published_ones(degree: int, micro_batches: int) -> N
 
 def test_the_slowest_stage_of_1f1b_sets_the_pace() -> None:
     fast, faster, slow = Cost(1.0, 1.0, 1.0), Cost(0.5, 0.5, 0.5), Cost(2.0, 2.5, 1.5)
-    plan = Plan("1f1b", 3, 1, 10)
+    plan = PipelinePlan("1f1b", 3, 1, 10)
     # All that comes before its first action and after its last waits: 1 + 0.5 forward, 1 + 2 back.
     assert simulate(plan, [fast, faster, slow]).span == pytest.approx(10 * 6.0 + 4.5)
     # In the middle, what comes after it hides behind its second forward.
@@ -42,7 +45,7 @@ def test_the_slowest_stage_of_1f1b_sets_the_pace() -> None:
     assert simulate(plan, [fast, slow, faster], 4.0).span > 10 * 6.0 + 3.0 + 2 * 4.0
 
 
-def assert_sound(plan: Plan, costs: list[Cost], transfer: float, timeline: Timeline) -> None:
+def assert_sound(plan: PipelinePlan, costs: list[Cost], transfer: float, timeline: Timeline) -> None:
     ended, started, work = {}, {}, [0.0] * plan.degree
     for rank, busy in enumerate(timeline.ranks):
         for before, after in pairwise(busy):
@@ -82,9 +85,9 @@ def test_nothing_starts_before_what_it_needs(degree: int, rounds: int, data: st.
         assert_sound(plan, costs, transfer, simulate(plan, costs, transfer))
 
 
-@given(st.sampled_from(list(KINDS)), st.integers(1, 4), st.integers(1, 3), st.integers(1, 12))
+@given(st.sampled_from(list(SCHEDULE_KINDS)), st.integers(1, 4), st.integers(1, 3), st.integers(1, 12))
 def test_a_plan_without_violations_runs(name, degree: int, chunks: int, micro_batches: int) -> None:
-    plan = Plan(name, degree, chunks, micro_batches)
+    plan = PipelinePlan(name, degree, chunks, micro_batches)
     violations = plan_violations(plan)
     if not violations:
         done = [action for actions in action_order(plan) for action in actions if action.kind == "forward"]
@@ -95,11 +98,11 @@ def test_a_plan_without_violations_runs(name, degree: int, chunks: int, micro_ba
 
 
 def test_violations_name_the_key_and_what_is_legal() -> None:
-    found = {v.key: v.message for v in plan_violations(Plan("dualpipe_v", 1, 3, 2))}
+    found = {v.key: v.message for v in plan_violations(PipelinePlan("dualpipe_v", 1, 3, 2))}
     assert "2 ranks or more; found 1" in found["parallel.pp"]
     assert "runs 2 stages per rank; found 3" in found["parallel.pp_chunks"]
-    (violation,) = plan_violations(Plan("interleaved", 4, 2, 9))
+    (violation,) = plan_violations(PipelinePlan("interleaved", 4, 2, 9))
     assert violation.key == "train.micro_batch"
     assert "found 9, use 8 or 12" in violation.message
-    (violation,) = plan_violations(Plan("1f1b", 4, 1, 3))
+    (violation,) = plan_violations(PipelinePlan("1f1b", 4, 1, 3))
     assert "needs 4 micro-batches or more; found 3" in violation.message

@@ -12,7 +12,7 @@ from parallel.config.degrees import Degrees
 from parallel.config.zero import ZeroConfig
 from parallel.mesh.axes import open_axes
 from parallel.mesh.world import World
-from parallel.shard.shard_view import Stored, run_boxes
+from parallel.shard.shard_view import GlobalShardView, flat_slices
 from tests.parallel.equality import Job, Run, compare, config_of, laid_out, on_rank, run
 from tests.parallel.test_resume_layouts import Step, go_on
 from tests.worlds import run_world
@@ -145,9 +145,11 @@ def test_runs_of_numbers_are_blocks_in_their_order() -> None:
     for shape in ((), (5,), (3, 4), (2, 3, 4), (3, 1, 2)):
         whole = torch.arange(math.prod(shape)).view(shape)
         for start, stop in itertools.combinations_with_replacement(range(whole.numel() + 1), 2):
-            boxes = run_boxes(shape, start, stop)
-            taken = [int(x) for box in boxes for x in box.of_whole(whole).reshape(-1)]
+            slices = flat_slices(shape, start, stop)
+            taken = [int(x) for piece in slices for x in piece.global_view(whole).reshape(-1)]
             assert taken == list(range(start, stop)), (shape, start, stop)
-            assert len({box.whole for box in boxes}) == len(boxes) <= max(1, 2 * len(shape) - 1)
-            stored = Stored.of_run(whole.reshape(-1)[start:stop], start, whole.shape)
-            assert all(torch.equal(block, box.of_whole(whole)) for block, box in stored.blocks.values())
+            assert len({piece.global_offset for piece in slices}) == len(slices) <= max(1, 2 * len(shape) - 1)
+            stored = GlobalShardView.of_flat_slice(whole.reshape(-1)[start:stop], start, whole.shape)
+            assert all(
+                torch.equal(block, piece.global_view(whole)) for block, piece in stored.blocks.values()
+            )

@@ -14,8 +14,8 @@ from model.language_model import LanguageModel
 from parallel.config.degrees import Degrees
 from parallel.mesh.axes import open_axes
 from parallel.mesh.world import World
-from parallel.shard.shard_map import Box
-from parallel.shard.shard_view import Stored
+from parallel.shard.shard_map import TensorSlice
+from parallel.shard.shard_view import GlobalShardView
 from tests.architectures import random_model
 from tests.parallel.equality import config_of, laid_out
 from tests.parallel.test_zero import FORMS, with_zero
@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.prove, pytest.mark.xdist_group("zero resumed")]
 PLAIN, FSDP = "one process", "fsdp in float32"
 NARROW = 2.0**-8  # the rounding of one bfloat16
 
-Part = tuple[str, Box, Tensor]
+Part = tuple[str, TensorSlice, Tensor]
 
 
 class Trace(NamedTuple):
@@ -80,10 +80,10 @@ def train(
     state: TrainState, loader: Loader, config: RunConfig, world: World, count: int
 ) -> list[tuple[float, float]]:
     """Losses and norms of so many steps."""
-    rows, _ = config.rank_rows(world.axes.rows.size)
+    rows, _ = config.rank_rows(world.axes.batch.size)
     found: list[StepResult] = []
     for _ in range(count):
-        batch = loader.batch(state.cursor + world.axes.rows.rank * rows, rows)
+        batch = loader.batch(state.cursor + world.axes.batch.rank * rows, rows)
         found.append(train_step(state, batch, config, world))
         assert not found[-1].is_skipped
     return [(step.loss, step.grad_norm) for step in found]
@@ -97,13 +97,13 @@ def held_out(state: TrainState, loader: Loader, world: World) -> float:
 def parts_of(state: TrainState) -> list[Part]:
     """The weights that this rank keeps, and where they lie in the whole."""
     values, found = state.built.state(), []
-    for name in state.built.placements:
-        kept = state.built.stored(name, values[name].detach())
-        if isinstance(kept, Stored):
-            found += [(name, box, block.clone()) for block, box in kept.blocks.values()]
+    for name in state.built.shard_maps:
+        kept = state.built.checkpoint_view(name, values[name].detach())
+        if isinstance(kept, GlobalShardView):
+            found += [(name, piece, block.clone()) for block, piece in kept.blocks.values()]
         else:
             corner = (0,) * kept.ndim
-            found.append((name, Box(corner, corner, tuple(kept.shape)), kept.clone()))
+            found.append((name, TensorSlice(corner, corner, tuple(kept.shape)), kept.clone()))
     return found
 
 
@@ -189,8 +189,8 @@ def test_checkpoints_hold_the_wide_weights_and_the_frozen_ones_as_they_were(seen
 def assert_tiles(wholes: Mapping[str, Tensor], ranks: list[list[Part]]) -> None:
     """Asserts that the parts of all ranks are those of wholes, and leave no number out."""
     covered = {name: torch.zeros_like(whole) for name, whole in wholes.items()}
-    for name, box, part in (part for parts in ranks for part in parts):
-        assert torch.equal(part, box.of_whole(wholes[name])), name
-        box.of_whole(covered[name]).fill_(1)
+    for name, piece, part in (part for parts in ranks for part in parts):
+        assert torch.equal(part, piece.global_view(wholes[name])), name
+        piece.global_view(covered[name]).fill_(1)
     for name in {name for parts in ranks for name, _, _ in parts}:
         assert covered[name].all(), name

@@ -134,7 +134,7 @@ def forget(what: str) -> None:
     from train.loop.state import TrainState
 
     if what == "twins":
-        Parallel.twins = lambda self: iter(())
+        Parallel.tied_copies = lambda self: iter(())
     restore = TrainState.restore
 
     def sabotaged(self: TrainState, tensors: dict, counters: dict, world: Any) -> None:

@@ -21,10 +21,10 @@ from conf.errors import CheckpointError, StorageError
 from train.checkpoint.storage import DigestingFileSystem, DigestingStream
 from train.checkpoint.store import CheckpointStore
 
-Work = Callable[[int, int, Path], None]
+StepShape = Callable[[int, int, Path], None]
 
 
-def run_ranks(work: Work, size: int, directory: Path) -> None:
+def run_ranks(work: StepShape, size: int, directory: Path) -> None:
     """Run `work(rank, size, directory)` in `size` processes that share a gloo group."""
     context = torch.multiprocessing.get_context("spawn")
     processes = [context.Process(target=_rank, args=(work, rank, size, directory)) for rank in range(size)]
@@ -41,7 +41,7 @@ def run_ranks(work: Work, size: int, directory: Path) -> None:
     assert [process.exitcode for process in processes] == [0] * size
 
 
-def _rank(work: Work, rank: int, size: int, directory: Path) -> None:
+def _rank(work: StepShape, rank: int, size: int, directory: Path) -> None:
     torch.set_num_threads(1)
     try:
         rendezvous = f"file://{directory}/rendezvous.{work.__name__}.{size}"
@@ -128,7 +128,7 @@ def test_shards_come_back_bit_for_bit_in_any_number_of_ranks(
     run_or_call(load, loaded_by, tmp_path)
 
 
-def run_or_call(work: Work, size: int, directory: Path) -> None:
+def run_or_call(work: StepShape, size: int, directory: Path) -> None:
     if size > 1:
         run_ranks(work, size, directory)
     else:

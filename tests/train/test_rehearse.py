@@ -18,8 +18,8 @@ from data.loader import Batch
 from parallel.config.degrees import Degrees
 from parallel.mesh.axes import open_axes
 from parallel.mesh.world import World
-from parallel.rehearsal.collective_trace import Traffic
-from parallel.rehearsal.coverage import Tiling
+from parallel.rehearsal.collective_trace import CollectiveTrace
+from parallel.rehearsal.coverage import CoverageCheck
 from parallel.rehearsal.representatives import summed
 from tests.parallel.layouts import EVEN
 from tests.train.runs import TINY
@@ -29,17 +29,17 @@ from train.config.run_config import RunConfig
 from train.estimate.rehearsal import (
     built_for,
     calls_of,
+    coordinates_of,
     named_axes,
-    place_of,
     play,
     play_some,
     sampled_ranks,
     step_of,
+    step_shape_of,
     step_some,
     stepping_ranks,
     steps_of,
     summary,
-    work_of,
 )
 from train.loop.run import build_state
 from train.loop.state import TrainState
@@ -96,17 +96,17 @@ def on_rank(rank: int, size: int, config: RunConfig) -> tuple[dict[str, int], li
     state = build_state(config, world)
     held: dict[str, int] = {}
     state.optimizer.register_step_post_hook(lambda *_: held.update(measured(state)))
-    rows, _ = config.rank_rows(world.axes.rows.size)
+    rows, _ = config.rank_rows(world.axes.batch.size)
     shape = (rows, config.data.sequence_length)
     tokens = torch.randint(config.model.vocab_size, shape)
     numbers = torch.arange(shape[1]).expand(shape).contiguous()
     batch = Batch(tokens, tokens.roll(-1, 1), torch.zeros_like(tokens), numbers, torch.arange(rows))
-    with Traffic() as traffic:
+    with CollectiveTrace() as trace:
         # Before its first step a pipeline asks whether all stages know the shapes.
         for _ in range(1 if config.parallel.pp == 1 else 2):
-            traffic.taken()
+            trace.taken()
             train_step(state, batch, config, world)
-    calls = traffic.taken()
+    calls = trace.taken()
     return held, summary({"update": Counter(calls)}, named_axes(calls, world.axes))
 
 
@@ -159,7 +159,7 @@ def test_few_layers_and_micro_batches_stand_for_all(layout: str) -> None:
     config = config_of(*MANY, *(LAYOUTS | PIPELINES)[layout])
     for rank in (0, SIZE - 1):
         whole = range(config.model.depth)
-        found, work = steps_of(config, rank, SIZE), work_of(config, SIZE)
+        found, work = steps_of(config, rank, SIZE), step_shape_of(config, SIZE)
         assert len(found) > 1
         full = step_some(config, rank, SIZE, whole, work.micro_batches)
         assert calls_of(found) == {phase: Counter(calls) for phase, calls in full.calls.items()}
@@ -189,7 +189,7 @@ PLACES = {
 
 def entries(step: dict[str, Any], config: RunConfig, rank: int) -> str:
     """The step as that of another rank, with the order of its entries."""
-    return json.dumps(step | place_of(config, rank, 8))
+    return json.dumps(step | coordinates_of(config, rank, 8))
 
 
 # No place of DualPipe-V stands for another: each splits another number of backwards.
@@ -238,7 +238,7 @@ def test_blocks_of_all_ranks_make_up_every_parameter(layout: str) -> None:
     assert [line for rank in played for line in rank["problems"]] == []
     # Counted over the ranks themselves: what they hold, each block once, is the whole.
     with built_for(config, 0, SIZE) as (built, _):
-        shapes = {name: placement.shape for name, placement in built.placements.items()}
+        shapes = {name: shard_map.shape for name, shard_map in built.shard_maps.items()}
     for name, shape in shapes.items():
         blocks = {block for rank in played for block in rank["blocks"][name]}
         held = torch.zeros(shape, dtype=torch.int32)
@@ -250,17 +250,17 @@ def test_blocks_of_all_ranks_make_up_every_parameter(layout: str) -> None:
 def test_a_wrong_block_is_seen() -> None:
     config = config_of("parallel.tp=2", "parallel.ep=4")
     with built_for(config, 0, SIZE) as (built, world):
-        tiling = Tiling(config.architecture, built, world.axes)
+        coverage = CoverageCheck(config.architecture, built, world.axes)
         name = "head.weight"
-        (corner, sizes), *_ = sorted(tiling.blocks(name))
-        assert tiling.violations({name: [(corner, sizes)]}) == []
-        assert tiling.violations({name: [(corner, (sizes[0] - 1, *sizes[1:]))]}) != []
+        (corner, sizes), *_ = sorted(coverage.blocks(name))
+        assert coverage.violations({name: [(corner, sizes)]}) == []
+        assert coverage.violations({name: [(corner, (sizes[0] - 1, *sizes[1:]))]}) != []
         # One rank's cut taken for a cut over fewer ranks, and another part of the vocabulary for its own.
-        tiling._cuts[name] = (0, 3)
-        assert tiling.violations({name: [(corner, sizes)]}) != []
-        tiling._cuts[name] = (0, 2)
-        tiling._dense[1] = tiling._dense[0]
-        assert any("held by no rank" in line for line in tiling.violations({}))
+        coverage._cuts[name] = (0, 3)
+        assert coverage.violations({name: [(corner, sizes)]}) != []
+        coverage._cuts[name] = (0, 2)
+        coverage._dense[1] = coverage._dense[0]
+        assert any("held by no rank" in line for line in coverage.violations({}))
 
 
 def test_the_sample_has_the_ends_of_every_axis() -> None:

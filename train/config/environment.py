@@ -5,18 +5,18 @@ import socket
 from dataclasses import dataclass
 
 from conf.errors import ConfigError, Violation
-from parallel.config.rendezvous import Meeting
+from parallel.config.rendezvous import Rendezvous
 
 
 @dataclass(frozen=True)
 class Environment:
-    """Place of this process among those that the launcher started."""
+    """This process among those that the launcher started."""
 
     rank: int
     world_size: int
     local_rank: int
     slurm_job: str | None
-    meeting: Meeting | None
+    rendezvous: Rendezvous | None
 
 
 def read_environment() -> Environment:
@@ -42,17 +42,17 @@ def read_environment() -> Environment:
         if missing:
             message = f"needed by {world_size} processes; torchrun and slurm/pretrain.sbatch set it"
             raise ConfigError([Violation(name, message) for name in missing])
-    meeting = _read_meeting() if world_size > 1 else None
-    return Environment(rank, world_size, local_rank, os.environ.get("SLURM_JOB_ID"), meeting)
+    rendezvous = _read_rendezvous() if world_size > 1 else None
+    return Environment(rank, world_size, local_rank, os.environ.get("SLURM_JOB_ID"), rendezvous)
 
 
-def _read_meeting() -> Meeting:
+def _read_rendezvous() -> Rendezvous:
     port = os.environ["MASTER_PORT"]
     if not port.isdigit() or not 0 < int(port) < 2**16:
         raise ConfigError([Violation("MASTER_PORT", f"must be a port from 1 to {2**16 - 1}; found {port!r}")])
     # torchrun keeps the store itself.
     is_hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return Meeting(os.environ["MASTER_ADDR"], int(port), is_hosted, socket.gethostname())
+    return Rendezvous(os.environ["MASTER_ADDR"], int(port), is_hosted, socket.gethostname())
 
 
 def prepare_deepspeed(local_rank: int) -> None:

@@ -11,7 +11,7 @@ def show_config(config: RunConfig, world_size: int) -> None:
     """Prints sizes, layout, data, optimizer and parallelism of the run."""
     counts = count(config.architecture)
     degrees = config.parallel.degrees(world_size)
-    optim, train, (_, micro) = config.optim, config.train, config.rank_rows(degrees.rows)
+    optim, train, (_, micro) = config.optim, config.train, config.rank_rows(degrees.batch)
     print_table(
         "Run",
         {

@@ -15,7 +15,7 @@ _TABLES = ("embed.", "head.")
 
 def kind_of(built: Parallel, name: str) -> str:
     """Whether a parameter is of routed experts, of embedding or head, or dense."""
-    if built.placements[name].is_expert:
+    if built.shard_maps[name].is_expert:
         return "experts"
     return "tables" if name.startswith(_TABLES) else "dense"
 

@@ -93,7 +93,7 @@ class Share(NamedTuple):
 
 def shares_of(config: RunConfig, degrees: Degrees) -> list[Share]:
     """The share of each rank of the pipeline; without one, a rank has all and one micro-batch waits."""
-    rows, micro = config.rank_rows(degrees.rows)
+    rows, micro = config.rank_rows(degrees.batch)
     plan = config.parallel.plan(rows // micro)
     depth = config.model.depth
     if plan is None:
@@ -132,7 +132,7 @@ def memory_of(config: RunConfig, degrees: Degrees, share: Share) -> Memory:
     stored, computed = _BYTES[config.precision.parameters], _BYTES[config.precision.compute]
     shards = degrees.dp_shard * degrees.cp * degrees.tp
     mtp = architecture.model.mtp
-    # Where a pipeline ends in another place than it begins, the embedding may be needed at both.
+    # Where a pipeline ends on another rank than it begins on, the embedding may be needed at both.
     has_copy = degrees.pp > 1 and (architecture.model.has_tied_embeddings or mtp.depth > 0)
     tables = counts.embedding * (share.is_first + (has_copy and share.is_last))
     tables += (counts.head + counts.norm) * share.is_last
@@ -193,7 +193,7 @@ def held_by_zero(config: ZeroConfig, numbers: int, ranks: int, used: int, comput
 def _tokens(config: RunConfig, degrees: Degrees) -> int:
     # Of a micro-batch on a rank.
     row = config.data.sequence_length // (degrees.cp * degrees.tp)
-    return config.rank_rows(degrees.rows)[1] * row
+    return config.rank_rows(degrees.batch)[1] * row
 
 
 def _activations(config: RunConfig, degrees: Degrees, share: Share) -> tuple[int, int]:

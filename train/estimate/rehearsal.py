@@ -13,22 +13,22 @@ from torch.distributed.checkpoint.default_planner import create_default_local_sa
 from data.loader import Batch
 from model.language_model import Losses
 from model.moe.layer import Experts
-from parallel.apply import Parallel, Work, build_on_meta
+from parallel.apply import Parallel, StepShape, build_on_meta
 from parallel.config.degrees import ORDER, Degrees, coordinates
 from parallel.context.sharding import cut_rows
 from parallel.mesh.axes import Axes
 from parallel.mesh.world import World
 from parallel.micro_batches import Denominators, MicroBatch, objective_of
 from parallel.pipeline.partition import stage_layers, write_layout
-from parallel.rehearsal.collective_trace import Collective, Traffic
-from parallel.rehearsal.coverage import Block, Tiling
+from parallel.rehearsal.collective_trace import Collective, CollectiveTrace
+from parallel.rehearsal.coverage import Block, CoverageCheck
 from parallel.rehearsal.fake_world import Link, materialise_shapes, stand_in
 from parallel.rehearsal.representatives import (
-    Play,
+    Sample,
     Weight,
-    like_places,
+    equivalent_ranks,
     micro_batches,
-    plays,
+    samples,
     summed,
     summed_calls,
 )
@@ -58,21 +58,21 @@ def sampled_ranks(degrees: Degrees) -> list[int]:
 
 
 def stepping_ranks(config: RunConfig, size: int) -> dict[int, int]:
-    """The first rank of each place in the pipeline, and which of them says in a step what it says."""
+    """The first rank of each pp_rank, and which of them says in a step what it says."""
     parallel, stride = config.parallel, size // config.parallel.pp
-    plan = parallel.plan(work_of(config, size).micro_batches)
+    plan = parallel.plan(step_shape_of(config, size).micro_batches)
     # A pattern may freeze a single layer.
     if plan is None or config.optim.lr_scales:
         return {rank: rank for rank in range(0, size, stride)}
     cut = stage_layers(config.architecture, plan, config.data.sequence_length, parallel.pp_layout)
     gathers_again = parallel.reshard_after_forward
-    like = like_places(config.architecture, plan, cut, gathers_again=gathers_again)
-    return {place * stride: other * stride for place, other in enumerate(like)}
+    like = equivalent_ranks(config.architecture, plan, cut, gathers_again=gathers_again)
+    return {pp_rank * stride: other * stride for pp_rank, other in enumerate(like)}
 
 
 def settled(config: RunConfig, size: int) -> RunConfig:
     """The config with the cut of its pipeline written down: to find it takes as long as to build a rank."""
-    plan = config.parallel.plan(work_of(config, size).micro_batches)
+    plan = config.parallel.plan(step_shape_of(config, size).micro_batches)
     if plan is None:
         return config
     cut = stage_layers(config.architecture, plan, config.data.sequence_length, config.parallel.pp_layout)
@@ -82,7 +82,7 @@ def settled(config: RunConfig, size: int) -> RunConfig:
 
 def play(config: RunConfig, rank: int, size: int) -> dict[str, Any]:
     """What a rank holds, and the check of what it saves."""
-    sample = plays_of(config, rank, size)
+    sample = samples_of(config, rank, size)
     found = [play_some(config, rank, size, some.layers) for some in sample]
     weights = [some.weight for some in sample]
 
@@ -90,7 +90,7 @@ def play(config: RunConfig, rank: int, size: int) -> dict[str, Any]:
         return summed([(weight, each[what]) for weight, each in zip(weights, found, strict=True)])
 
     return {
-        **place_of(config, rank, size),
+        **coordinates_of(config, rank, size),
         "bytes": total("bytes"),
         "checkpoint": total("counts")
         | {
@@ -100,25 +100,25 @@ def play(config: RunConfig, rank: int, size: int) -> dict[str, Any]:
     }
 
 
-def plays_of(config: RunConfig, rank: int, size: int) -> list[Play]:
+def samples_of(config: RunConfig, rank: int, size: int) -> list[Sample]:
     """What of a rank's layers to play; all where single layers may be frozen."""
     architecture, parallel = config.architecture, config.parallel
-    plan = parallel.plan(work_of(config, size).micro_batches)
+    plan = parallel.plan(step_shape_of(config, size).micro_batches)
     stages = [range(architecture.model.depth)]
     if plan is not None:
-        place = coordinates(parallel.degrees(size), rank)["pp"]
+        pp_rank = coordinates(parallel.degrees(size), rank)["pp"]
         cut = stage_layers(architecture, plan, config.data.sequence_length, parallel.pp_layout)
-        stages = [cut[stage] for stage in plan.stages_of(place)]
+        stages = [cut[stage] for stage in plan.stages_of(pp_rank)]
     if config.optim.lr_scales:
-        return [Play(tuple(sorted(layer for stage in stages for layer in stage)), 1)]
-    return plays(architecture, stages)
+        return [Sample(tuple(sorted(layer for stage in stages for layer in stage)), 1)]
+    return samples(architecture, stages)
 
 
-def work_of(config: RunConfig, size: int) -> Work:
+def step_shape_of(config: RunConfig, size: int) -> StepShape:
     """What a rank does in a step."""
     degrees = config.parallel.degrees(size)
     rows, micro = config.rank_rows(degrees.dp_replicate * degrees.dp_shard)
-    return Work(rows // micro, micro, config.data.sequence_length)
+    return StepShape(rows // micro, micro, config.data.sequence_length)
 
 
 def play_some(config: RunConfig, rank: int, size: int, layers: Collection[int]) -> dict[str, Any]:
@@ -143,20 +143,20 @@ def built_for(
     layers are those that it has, micro_batches how many it runs: those of the config by default.
     """
     dtypes = (getattr(torch, config.precision.parameters), getattr(torch, config.precision.compute))
-    architecture, work = config.architecture, work_of(config, size)
+    architecture, step_shape = config.architecture, step_shape_of(config, size)
     # What is compiled holds no collectives, and shapes alone are not worth a compiler.
     parallel = config.parallel.model_copy(update={"compile": False})
-    plan = parallel.plan(work.micro_batches)
+    plan = parallel.plan(step_shape.micro_batches)
     if micro_batches is not None and plan is not None:
         # The cut may depend on how many there are.
-        cut = stage_layers(architecture, plan, work.tokens, parallel.pp_layout)
+        cut = stage_layers(architecture, plan, step_shape.tokens, parallel.pp_layout)
         parallel = parallel.model_copy(update={"pp_layout": write_layout(architecture, cut)})
-        work = work._replace(micro_batches=micro_batches)
+        step_shape = step_shape._replace(micro_batches=micro_batches)
     with stand_in(parallel, rank, size) as world:
-        yield build_on_meta(architecture, dtypes, parallel, world, work, layers, Link)[0], world
+        yield build_on_meta(architecture, dtypes, parallel, world, step_shape, layers, Link)[0], world
 
 
-def places(degrees: Degrees, rank: int) -> dict[str, int]:
+def cut_coordinates(degrees: Degrees, rank: int) -> dict[str, int]:
     """Where a rank stands on the axes that are cut."""
     found = coordinates(degrees, rank)
     return {name: found[name] for name in ORDER if getattr(degrees, name) > 1}
@@ -180,11 +180,11 @@ def save_plan(config: RunConfig, state: TrainState, world: World) -> dict[str, A
         name = item.index.fqn.removeprefix("model.")
         if name in held:
             held[name].append((tuple(data.chunk.offsets), tuple(data.chunk.sizes)))
-            if data.size != state.built.placements[name].shape:
+            if data.size != state.built.shard_maps[name].shape:
                 problems.append(f"{name}: saved as {tuple(data.size)}")
-    tiling = Tiling(config.architecture, state.built, world.axes)
-    problems += tiling.violations(held)
-    numbers = sum(placement.shape.numel() for placement in state.built.placements.values())
+    coverage = CoverageCheck(config.architecture, state.built, world.axes)
+    problems += coverage.violations(held)
+    numbers = sum(shard_map.shape.numel() for shard_map in state.built.shard_maps.values())
     # Weights and both moments in one dtype, and a step count for each parameter.
     trained = sum(len(group["params"]) for group in state.optimizer.param_groups)
     width = getattr(torch, config.precision.parameters).itemsize
@@ -202,21 +202,21 @@ def step_of(config: RunConfig, rank: int, size: int) -> dict[str, Any]:
     return joined_step(config, rank, size, steps_of(config, rank, size))
 
 
-def place_of(config: RunConfig, rank: int, size: int) -> dict[str, Any]:
+def coordinates_of(config: RunConfig, rank: int, size: int) -> dict[str, Any]:
     """A rank, and where it stands on the axes that are cut."""
-    return {"rank": rank, "place": places(config.parallel.degrees(size), rank)}
+    return {"rank": rank, "coordinates": cut_coordinates(config.parallel.degrees(size), rank)}
 
 
 def joined_step(
-    config: RunConfig, rank: int, size: int, found: Sequence[tuple[Weight, "Step"]]
+    config: RunConfig, rank: int, size: int, found: Sequence[tuple[Weight, "RecordedStep"]]
 ) -> dict[str, Any]:
     """The step of a rank from those of its parts."""
-    work, degrees = work_of(config, size), config.parallel.degrees(size)
+    step_shape, degrees = step_shape_of(config, size), config.parallel.degrees(size)
     names = {ranks: name for _, step in found for ranks, name in step.axes.items()}
     return {
-        **place_of(config, rank, size),
-        "micro_batches": work.micro_batches,
-        "tokens": work.rows * work.tokens // (degrees.cp * degrees.tp),
+        **coordinates_of(config, rank, size),
+        "micro_batches": step_shape.micro_batches,
+        "tokens": step_shape.rows * step_shape.tokens // (degrees.cp * degrees.tp),
         "is_routed_evenly": any(step.is_routed_evenly for _, step in found),
         "collectives": summary(calls_of(found), names),
         "bytes": summed([(weight, step.bytes) for weight, step in found]),
@@ -233,17 +233,17 @@ class StepPart(NamedTuple):
 
 def step_parts(config: RunConfig, rank: int, size: int) -> list[StepPart]:
     """Steps with some layers, a pipeline's with few micro-batches, whose weighted sum is that of all."""
-    work = work_of(config, size)
-    plan = config.parallel.plan(work.micro_batches)
-    counts = [(work.micro_batches, 1)] if plan is None else micro_batches(plan)
+    step_shape = step_shape_of(config, size)
+    plan = config.parallel.plan(step_shape.micro_batches)
+    counts = [(step_shape.micro_batches, 1)] if plan is None else micro_batches(plan)
     return [
         StepPart(some.layers, count, some.weight * weight)
-        for some in plays_of(config, rank, size)
+        for some in samples_of(config, rank, size)
         for count, weight in counts
     ]
 
 
-def steps_of(config: RunConfig, rank: int, size: int) -> list[tuple[Weight, "Step"]]:
+def steps_of(config: RunConfig, rank: int, size: int) -> list[tuple[Weight, "RecordedStep"]]:
     """The parts of a rank's step, played, and their weights."""
     return [
         (part.weight, step_some(config, rank, size, part.layers, part.micro_batches))
@@ -251,7 +251,7 @@ def steps_of(config: RunConfig, rank: int, size: int) -> list[tuple[Weight, "Ste
     ]
 
 
-def calls_of(found: Sequence[tuple[Weight, "Step"]]) -> dict[str, Counter[Collective]]:
+def calls_of(found: Sequence[tuple[Weight, "RecordedStep"]]) -> dict[str, Counter[Collective]]:
     """The weighted sum of the collectives, by phase."""
     return {
         phase: summed_calls([(weight, step.calls[phase]) for weight, step in found])
@@ -259,7 +259,7 @@ def calls_of(found: Sequence[tuple[Weight, "Step"]]) -> dict[str, Counter[Collec
     }
 
 
-class Step(NamedTuple):
+class RecordedStep(NamedTuple):
     """What was recorded of a step: collectives by phase, and bytes held after the update.
 
     axes name the ranks between which they ran.
@@ -271,7 +271,9 @@ class Step(NamedTuple):
     is_routed_evenly: bool
 
 
-def step_some(config: RunConfig, rank: int, size: int, layers: Collection[int], micro_batches: int) -> Step:
+def step_some(
+    config: RunConfig, rank: int, size: int, layers: Collection[int], micro_batches: int
+) -> RecordedStep:
     """The step of a rank with some of its layers and so many micro-batches."""
     built_so = built_for(config, rank, size, layers, micro_batches)
     with built_so as (built, world), FakeTensorMode():
@@ -284,7 +286,7 @@ def step_some(config: RunConfig, rank: int, size: int, layers: Collection[int], 
             for module in built.modules()
         )
         axes = named_axes(chain.from_iterable(calls.values()), world.axes)
-        return Step(calls, held_bytes(built, state.optimizer), axes, is_routed_evenly)
+        return RecordedStep(calls, held_bytes(built, state.optimizer), axes, is_routed_evenly)
 
 
 def run_step(
@@ -298,24 +300,24 @@ def run_step(
     whole = state.built.whole
     found: dict[str, list[Collective]] = {"forward": [], "backward": [], "update": []}
     assert whole is not None, f"{world.axes.pp=}"
-    with Traffic() as traffic:
+    with CollectiveTrace() as trace:
         world.sum(torch.zeros((), dtype=torch.long))
-        found["update"] += traffic.taken()
+        found["update"] += trace.taken()
 
         def run(times: int, *, is_last: bool) -> Losses:
             reduce_over_copies(whole, is_last=is_last)
             targets, sequence = micro_batch(config, world)
             losses = whole.loss(sequence.tokens, targets, sequence)
-            found["forward"] += traffic.taken() * times
+            found["forward"] += trace.taken() * times
             objective_of(losses, Denominators(torch.ones((), dtype=torch.long), 1)).backward()
-            found["backward"] += traffic.taken() * times
+            found["backward"] += trace.taken() * times
             return losses
 
         has_copies = world.axes.dp_replicate.size > 1
         if has_copies and micro_batches > 1:
             run(micro_batches - 1, is_last=False)
         update(state, config, world, run(1 if has_copies else micro_batches, is_last=True))
-        found["update"] += traffic.taken()
+        found["update"] += trace.taken()
     return found
 
 
@@ -324,20 +326,20 @@ def run_pipeline(
 ) -> dict[str, list[Collective]]:
     """The same of a stage, or several, whose schedule runs forward and backward in turns."""
     found: dict[str, list[Collective]] = {}
-    with Traffic() as traffic:
+    with CollectiveTrace() as trace:
         world.sum(torch.zeros((), dtype=torch.long))
-        first = traffic.taken()
+        first = trace.taken()
         batches = [micro_batch(config, world)] * micro_batches
         losses = state.built.runner.step(batches, Denominators(torch.ones((), dtype=torch.long), 1))
-        found["pipeline"] = traffic.taken()
+        found["pipeline"] = trace.taken()
         update(state, config, world, losses)
-        found["update"] = first + traffic.taken()
+        found["update"] = first + trace.taken()
     return found
 
 
 def micro_batch(config: RunConfig, world: World) -> MicroBatch:
     """This rank's tokens of some rows."""
-    _, micro = config.rank_rows(world.axes.rows.size)
+    _, micro = config.rank_rows(world.axes.batch.size)
     numbers = torch.zeros(micro, config.data.sequence_length, dtype=torch.long)
     batch = Batch(*[numbers] * len(Batch._fields))
     return cut_rows(batch, world.axes.cp, uniform=0.5, mtp_depth=config.model.mtp.depth)

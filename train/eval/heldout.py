@@ -30,7 +30,7 @@ def evaluate(
     """
     rows = min(rows, loader.held_out_rows)
     totals = torch.zeros(2, dtype=torch.float64, device=world.device)
-    ranks = world.axes.rows
+    ranks = world.axes.batch
     stride = ranks.size * micro_batch
     for start in range(0, rows, stride):
         # Every rank runs every round, also with nothing to count: sharded weights are gathered together.
@@ -41,7 +41,7 @@ def evaluate(
         own = cut_rows(batch._replace(targets=targets), world.axes.cp, mtp_depth=mtp_depth)
         totals[0] += runner.score(own).double()
         # Ranks that share rows have losses of their own tokens and layers, and one count.
-        totals[1] += (targets != IGNORED).sum() * (world.axes.row.rank == 0 and world.axes.pp.rank == 0)
+        totals[1] += (targets != IGNORED).sum() * (world.axes.sequence.rank == 0 and world.axes.pp.rank == 0)
     world.sum(totals)
     nats, count = totals.tolist()
     # The first token of a document is given, all others are predicted: exact over all documents.

@@ -21,9 +21,9 @@ def start_from(built: Parallel, directory: Path, fresh: Sequence[str]) -> list[s
     Raises CheckpointError before anything is copied.
     """
     hub = HubDirectory(directory)
-    forms, state, placements = hub.forms(), built.state(), built.placements
+    forms, state, shard_maps = hub.forms(), built.state(), built.shard_maps
     kept = {name for name in built.names - forms.keys() if any(fnmatchcase(name, like) for like in fresh)}
-    wholes = {name: placements.get(name, tensor) for name, tensor in state.items()}
+    wholes = {name: shard_maps.get(name, tensor) for name, tensor in state.items()}
     shapes = {name: tuple(whole.shape) for name, whole in wholes.items() if name in forms}
     problems = {
         "missing": built.names - forms.keys() - kept,
@@ -41,10 +41,10 @@ def start_from(built: Parallel, directory: Path, fresh: Sequence[str]) -> list[s
             "of the weights, or name new parameters in train.fresh"
         )
     for name, tensor in hub.tensors():
-        if name in placements:
+        if name in shard_maps:
             built.fill(name, state[name], tensor)
         elif name in state:
             state[name].copy_(tensor)
-    for first, last in built.twins():
+    for first, last in built.tied_copies():
         last.copy_(first)
     return sorted(kept)

@@ -29,7 +29,7 @@ def prepare_kernels(config: RunConfig, modules: Iterable[nn.Module], world: Worl
         probe = torch.empty(0, dtype=dtype, device=world.device)
         used = [family for family in used_families(modules) if takes_triton(family, probe)]
         wrong = wrong_anywhere(wrong_kernels(used, world.device), used, world)
-        choose(settled(config.kernels, wrong))
+        choose(backends_after_check(config.kernels, wrong))
     if world.rank == 0:
         print(describe(world.device, dtype), flush=True)
 
@@ -48,7 +48,7 @@ def wrong_anywhere(verdicts: Sequence[Verdict], families: Sequence[str], world: 
     return [name for name, count in zip(families, world.sum(flags).tolist(), strict=True) if count]
 
 
-def settled(config: KernelsConfig, wrong: Sequence[str]) -> dict[str, Form]:
+def backends_after_check(config: KernelsConfig, wrong: Sequence[str]) -> dict[str, Form]:
     """The form of every family once the wrong ones are known. Raises NumericsError where these stop a run."""
     if wrong and config.check == "stop":
         named = ", ".join(f"kernels.{family}=reference" for family in wrong)

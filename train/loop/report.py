@@ -26,13 +26,13 @@ def finish(state: TrainState, loader: Loader, tracker: Tracker, config: RunConfi
     """Scores held-out documents, then rank 0 writes result.json and loss.png and prints both."""
     held_out, rows = None, 0
     if loader.held_out_rows:
-        _, micro = config.rank_rows(world.axes.rows.size)
+        _, micro = config.rank_rows(world.axes.batch.size)
         rows = min(config.train.final_rows or loader.held_out_rows, loader.held_out_rows)
         mtp_depth, runner = config.model.mtp.depth, state.built.runner
         held_out = evaluate(runner, loader, world, rows=rows, micro_batch=micro, mtp_depth=mtp_depth)
         tracker.log_evaluation(state.step, held_out._asdict())
     # Generation wants all layers, whole, and rows of any length.
-    model = state.built.whole if world.axes.row.size == 1 else None
+    model = state.built.whole if world.axes.sequence.size == 1 else None
     text = None if model is None else sample_text(model, loader.tokenizer, config, world)
     if world.rank != 0:
         return

@@ -11,7 +11,7 @@ import xxhash
 
 from conf.errors import ConfigError, NumericsError, Violation, as_storage_error
 from data.loader import Batch, Loader
-from parallel.apply import Work, build_parallel
+from parallel.apply import StepShape, build_parallel
 from parallel.block.compile import describe as describe_compiled
 from parallel.mesh.world import World, open_world
 from train.checkpoint.atomic import write_atomically
@@ -51,7 +51,7 @@ def run(config: RunConfig, environment: Environment) -> None:
         interrupt = Interrupt(directory, watches_file=is_first)
         if config.parallel.data == "zero":
             prepare_deepspeed(environment.local_rank)
-        with open_world(config.parallel, *ranks, environment.meeting) as world:
+        with open_world(config.parallel, *ranks, environment.rendezvous) as world:
             run_in_world(config, world, interrupt)
 
 
@@ -98,8 +98,8 @@ def train(
     """The loop. True when the last step is done, False when a request to stop came first."""
     directory = Path(config.run.dir)
     meter = Meter(config, world.device, world.size)
-    rows, micro = config.rank_rows(world.axes.rows.size)
-    first = world.axes.rows.rank * rows
+    rows, micro = config.rank_rows(world.axes.batch.size)
+    first = world.axes.batch.rank * rows
     mtp_depth = config.model.mtp.depth
     upcoming = loader.prefetch(state.cursor + first, rows)
     while state.step < config.train.steps:
@@ -183,15 +183,15 @@ def open_data(config: RunConfig, rank: int) -> Loader:
 def build_state(config: RunConfig, world: World) -> TrainState:
     """The state before the first step: the same weights for every layout."""
     dtypes = (getattr(torch, config.precision.parameters), getattr(torch, config.precision.compute))
-    rows, micro = config.rank_rows(world.axes.rows.size)
-    work = Work(rows // micro, micro, config.data.sequence_length)
-    built = build_parallel(config.architecture, dtypes, config.parallel, world, config.train.seed, work)
+    rows, micro = config.rank_rows(world.axes.batch.size)
+    step_shape = StepShape(rows // micro, micro, config.data.sequence_length)
+    built = build_parallel(config.architecture, dtypes, config.parallel, world, config.train.seed, step_shape)
     # Dropout differs between ranks, weights do not.
     torch.manual_seed(config.train.seed * 100_003 + world.rank)
     if config.parallel.data == "zero":
         from train.loop.zero import build_zero_state
 
-        return build_zero_state(built, config, work, world)
+        return build_zero_state(built, config, step_shape, world)
     return TrainState(built, build_optimizer(built, config.optim))
 
 
@@ -225,7 +225,7 @@ def digest_samples(batch: Batch, world: World) -> str:
     """A digest of the sample ids of the global batch, as every rank really drew them."""
     # Ranks of one row, and stages of one pipeline, have the same rows.
     ids = world.gather(batch.sample_ids.to(world.device))
-    ids = ids[: world.size // world.axes.pp.size : world.axes.row.size].cpu()
+    ids = ids[: world.size // world.axes.pp.size : world.axes.sequence.size].cpu()
     return xxhash.xxh3_64_hexdigest(ids.numpy().tobytes())
 
 

@@ -35,10 +35,10 @@ class TrainState:
         random = {"cpu": torch.get_rng_state()}
         if world.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state()
-        placements, stored = self.built.placements, self.built.stored
+        shard_maps, checkpoint_view = self.built.shard_maps, self.built.checkpoint_view
         return {
             "model": {
-                name: stored(name, value) if name in placements else value
+                name: checkpoint_view(name, value) if name in shard_maps else value
                 for name, value in self.built.state().items()
             },
             "optimizer": {"state": self.moments()},
@@ -58,7 +58,9 @@ class TrainState:
                     state["exp_avg_sq"] = torch.zeros_like(parameter.detach())
                 if name in found:
                     continue  # both ends of a pipeline are here: the first one's table is kept
-                moments = {key: self.built.stored(name, state[key]) for key in ("exp_avg", "exp_avg_sq")}
+                moments = {
+                    key: self.built.checkpoint_view(name, state[key]) for key in ("exp_avg", "exp_avg_sq")
+                }
                 found[name] = {"step": state["step"], **moments}
         return found
 
@@ -90,7 +92,7 @@ class TrainState:
 
     def restore(self, tensors: dict[str, Any], counters: dict[str, int], world: World) -> None:
         """Takes over what was loaded into the result of `tensors`; weights and moments were, in place."""
-        for first, last in self.built.twins():
+        for first, last in self.built.tied_copies():
             last.detach().copy_(first.detach())
             for key, moment in self.optimizer.state[first].items():
                 self.optimizer.state[last][key].copy_(moment)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from parallel.apply import Parallel, Work
+from parallel.apply import Parallel, StepShape
 from parallel.deepspeed import Partitioned, partition
 from parallel.mesh.world import World
 from train.config.run_config import RunConfig
@@ -32,15 +32,15 @@ class ZeroState(TrainState):
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         """The optimizer's state by name of parameter, as checkpoints take it."""
-        return self.zero.stored_moments()
+        return self.zero.checkpoint_moments()
 
     def restore(self, tensors: dict[str, Any], counters: dict[str, int], world: World) -> None:
         """Takes over what was loaded into the result of `tensors`. Collective."""
         super().restore(tensors, counters, world)
-        self.zero.engine.places.spread()
+        self.zero.engine.partition_map.sync_params()
 
 
-def build_zero_state(built: Parallel, config: RunConfig, work: Work, world: World) -> ZeroState:
+def build_zero_state(built: Parallel, config: RunConfig, step_shape: StepShape, world: World) -> ZeroState:
     """The state before the first step."""
     optimizer = build_optimizer(built, config.optim)
     zero = partition(
@@ -49,6 +49,6 @@ def build_zero_state(built: Parallel, config: RunConfig, work: Work, world: Worl
         world,
         config.parallel.zero,
         clip_norm=config.optim.clip_norm,
-        work=(work.micro_batches, work.rows),
+        step_shape=(step_shape.micro_batches, step_shape.rows),
     )
     return ZeroState(zero, optimizer, zero=zero)

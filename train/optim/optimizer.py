@@ -10,7 +10,7 @@ from torch.optim import AdamW
 from conf.errors import ConfigError, Violation
 from parallel.apply import Parallel
 from parallel.mesh.world import World
-from parallel.shard.shard_map import held_boxes
+from parallel.shard.shard_map import local_slices
 from train.config.fields import AdamwConfig
 
 
@@ -68,8 +68,8 @@ def gradient_norm(built: Parallel, world: World) -> Tensor:
     blocks: dict[int, list[Tensor]] = {}
     for name, parameter in built.counted_parameters():
         if parameter.grad is not None:
-            for block, box in held_boxes(parameter.grad, built.placements[name]):
-                blocks.setdefault(box.kv_replicas, []).append(block)
+            for block, piece in local_slices(parameter.grad, built.shard_maps[name]):
+                blocks.setdefault(piece.replicas, []).append(block)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     for sharers, parts in blocks.items():
         total += torch.nn.utils.get_total_norm(parts).double().square() / sharers

@@ -97,8 +97,8 @@ def _plot_held_out(panel: Any, evaluations: Sequence[Mapping[str, Any]]) -> None
             continue
         panel.plot(points, values, style, color=color, markersize=4, linewidth=1.2, label=label)
         if lines[-1] is evaluations[-1] and np.isfinite(values[-1]):
-            place = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
-            panel.annotate(f"{values[-1]:.3f}", (points[-1], values[-1]), color=color, **place)
+            style = {"xytext": (0, 8), "textcoords": "offset points", "ha": "center"}
+            panel.annotate(f"{values[-1]:.3f}", (points[-1], values[-1]), color=color, **style)
 
 
 def _series(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""One place that the loop reports to: metrics file, evaluations file, progress, Weights & Biases."""
+"""What the loop reports to: metrics file, evaluations file, progress, Weights & Biases."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -47,8 +47,8 @@ def _start(settings: Mapping[str, Any]) -> Any:
         try:
             return _open(settings, "online")
         except Exception as error:
-            place = os.path.join(settings["directory"], "wandb")
-            _say(f"not online: {_first_line(error)}; recording in {place} for a later `wandb sync`")
+            path = os.path.join(settings["directory"], "wandb")
+            _say(f"not online: {_first_line(error)}; recording in {path} for a later `wandb sync`")
             _forget()
     return _open(settings, "offline")
 

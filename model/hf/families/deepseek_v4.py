@@ -242,7 +242,7 @@ def attention_pieces(ours: str, theirs: str, mixer: SharedKeyConfig) -> Iterator
 
 
 def compressor_pieces(ours: str, theirs: str, channels: int) -> Iterator[Piece]:
-    """Values, gates, their places and the norm of entries."""
+    """Values, gates, position biases and the norm of entries."""
     parts = {f"{theirs}wkv.weight": channels, f"{theirs}wgate.weight": channels}
     yield from joined_rows(f"{ours}in_proj.weight", parts)
     yield Piece(f"{ours}bias", f"{theirs}ape")

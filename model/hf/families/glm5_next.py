@@ -158,7 +158,7 @@ def pieces(config: Architecture) -> Iterator[Piece]:
 
 
 def pool_pieces(ours: str, theirs: str, dsa: DsaConfig) -> Iterator[Piece]:
-    """How the keys of a pool are weighed: by place, and by a gate whose rows stand behind the others."""
+    """How the keys of a pool are weighed: by position, and by a gate whose rows stand behind the others."""
     yield Piece(f"{ours}index_places", f"{theirs}ape")
     _, _, gate = rows(dsa.index_dim, dsa.index_heads, dsa.index_dim)
     yield Piece(f"{ours}index_proj.weight", f"{theirs}gate", gate)

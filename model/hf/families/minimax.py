@@ -162,9 +162,9 @@ def lightning_pieces(ours: str, theirs: str, lightning: LightningConfig, width: 
     """Theirs has query, key and value of a head together, and the gate apart."""
     heads, dim = lightning.num_heads, lightning.key_dim
     size, shape = heads * dim, (3 * heads * dim, width)
-    for place in range(3):
-        mine = head_rows(heads, dim, 0, dim, first=place * size)
-        other = head_rows(heads, 3 * dim, place * dim, dim)
+    for part_index in range(3):
+        mine = head_rows(heads, dim, 0, dim, first=part_index * size)
+        other = head_rows(heads, 3 * dim, part_index * dim, dim)
         yield Piece(f"{ours}in_proj.weight", f"{theirs}qkv_proj.weight", mine, other, shape)
     yield Piece(f"{ours}in_proj.weight", f"{theirs}output_gate.weight", lambda x: x[3 * size :])
     yield Piece(f"{ours}out_norm.weight", f"{theirs}norm.weight")

@@ -15,7 +15,7 @@ from model.hf.families.qwen3_next import (
     MTP,
     PAIRS,
     layer_pieces,
-    places,
+    layer_prefixes,
     prediction_pieces,
     read_mixers,
     write_mixers,
@@ -61,7 +61,7 @@ def write_more(config: Architecture) -> dict[str, Any]:
 def pieces(config: Architecture) -> Iterator[Piece]:
     """Where every tensor stands."""
     yield from skeleton(config)
-    for ours, theirs, layer in places(config):
+    for ours, theirs, layer in layer_prefixes(config):
         yield from layer_pieces(ours, theirs, layer, config, plain_gdn_pieces)
         yield from expert_pieces(config, ours, theirs, is_fused=not ours.startswith(MTP_PREFIX))
     yield from prediction_pieces(config)
@@ -69,7 +69,7 @@ def pieces(config: Architecture) -> Iterator[Piece]:
 
 def other_experts(config: Architecture) -> Iterator[Piece]:
     """Routed experts in the form that `pieces` does not have."""
-    for ours, theirs, _ in places(config):
+    for ours, theirs, _ in layer_prefixes(config):
         yield from expert_pieces(config, ours, theirs, is_fused=ours.startswith(MTP_PREFIX))
 
 

@@ -104,14 +104,14 @@ def write_mixers(config: Architecture, **rope: Any) -> dict[str, Any]:
 def pieces(config: Architecture) -> Iterator[Piece]:
     """Where every tensor stands."""
     yield from skeleton(config)
-    for ours, theirs, layer in places(config):
+    for ours, theirs, layer in layer_prefixes(config):
         yield from layer_pieces(ours, theirs, layer, config, gdn_pieces)
         if layer.ffn == "moe":
             yield from experts_apart(config, f"{ours}moe.experts.", f"{theirs}mlp.experts.")
     yield from prediction_pieces(config)
 
 
-def places(config: Architecture) -> Iterator[tuple[str, str, Layer]]:
+def layer_prefixes(config: Architecture) -> Iterator[tuple[str, str, Layer]]:
     """Every layer, also of MTP modules: how its tensors start, ours and theirs."""
     for index, layer in enumerate(config.layers):
         yield f"blocks.{index}.", f"model.layers.{index}.", layer
@@ -176,9 +176,9 @@ def gated_attn_pieces(ours: str, theirs: str, attn: AttnConfig, width: int) -> I
     """Theirs puts the gate of a head behind the query of that head."""
     heads, dim = attn.num_heads, attn.head_dim
     shape = (2 * heads * dim, width)
-    for place in (0, 1):
-        mine = head_rows(heads, dim, 0, dim, first=place * heads * dim)
-        other = head_rows(heads, 2 * dim, place * dim, dim)
+    for half in (0, 1):
+        mine = head_rows(heads, dim, 0, dim, first=half * heads * dim)
+        other = head_rows(heads, 2 * dim, half * dim, dim)
         yield Piece(f"{ours}in_proj.weight", f"{theirs}q_proj.weight", mine, other, shape)
     start, keys = 2 * heads * dim, attn.num_key_heads * dim
     for name, at in (("k_proj", start), ("v_proj", start + keys)):

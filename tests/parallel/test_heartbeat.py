@@ -22,7 +22,7 @@ def work(rank: int, size: int, port: int, cut: dict[str, int], folder: str, step
 
     from conf.errors import exit_on_error
     from parallel.config.parallel import ParallelConfig
-    from parallel.config.rendezvous import Meeting
+    from parallel.config.rendezvous import Rendezvous
     from parallel.mesh.world import open_world
 
     file = os.open(f"{folder}/log.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -40,8 +40,8 @@ def work(rank: int, size: int, port: int, cut: dict[str, int], folder: str, step
     }
     keys |= {"zero": {"stage": 2, "offload": "none", "whole_below": 0}}
     config = ParallelConfig(**keys)
-    meeting = Meeting("127.0.0.1", port, is_hosted=False, host="here")
-    with exit_on_error(), open_world(config, rank, size, rank, meeting) as world:
+    rendezvous = Rendezvous("127.0.0.1", port, is_hosted=False, host="here")
+    with exit_on_error(), open_world(config, rank, size, rank, rendezvous) as world:
         for step in range(steps):
             world.sum(torch.ones(4))
             Path(f"{folder}/steps.{name}").write_text(str(step))

@@ -10,7 +10,7 @@ from conf.compose import compose, group_options
 from conf.errors import ConfigError
 from model.config import Architecture
 from model.count import count
-from parallel.config.pipeline import KINDS, Plan
+from parallel.config.pipeline import SCHEDULE_KINDS, PipelinePlan
 from parallel.pipeline.cost import OPERATIONS_PER_BYTE, layer_costs, stage_costs
 from parallel.pipeline.partition import (
     equal_layers,
@@ -99,7 +99,7 @@ def test_no_published_model_has_a_slower_stage_than_with_equal_layers(name: str)
         if degree * chunks > pieces:
             continue
         for context in CONTEXTS:
-            ours = stage_layers(config, Plan(schedule, degree, chunks, 4 * degree), context)
+            ours = stage_layers(config, PipelinePlan(schedule, degree, chunks, 4 * degree), context)
             equal = equal_layers(config, degree * chunks)
             assert not {stage.start for stage in (*ours, *equal)} & joined_layers(config).keys()
             assert [len(stage) > 0 for stage in equal] == [True] * len(ours)
@@ -123,7 +123,7 @@ def test_costs_are_the_counted_operations(name: str) -> None:
 
 
 def test_the_best_cut_depends_on_the_context() -> None:
-    config, plan = architecture("minimax_text_01"), Plan("1f1b", 8, 1, 32)
+    config, plan = architecture("minimax_text_01"), PipelinePlan("1f1b", 8, 1, 32)
     short, long = (stage_layers(config, plan, context) for context in CONTEXTS)
     for context, best, other in ((CONTEXTS[0], short, long), (CONTEXTS[1], long, short)):
         assert max(totals(config, best, context)) < 0.99 * max(totals(config, other, context))
@@ -139,7 +139,7 @@ def test_layers_that_share_stay_together() -> None:
 
 def test_too_many_stages_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"parallel.pp: 3 x 2 stages.*the 9 layers make 5 pieces.*use 5"):
-        stage_layers(SPARSE, Plan("interleaved", 3, 2, 6), 4096)
+        stage_layers(SPARSE, PipelinePlan("interleaved", 3, 2, 6), 4096)
 
 
 @given(st.sets(st.sampled_from([1, 4, 5, 6]), max_size=4))
@@ -157,7 +157,7 @@ def test_repeats_stand_before_or_behind_a_name() -> None:
         "E 2*(gdn) gdn attn | (3*gdn attn) H",
     ):
         assert read_layout(config, 2, line) == expected
-    assert stage_layers(config, Plan("1f1b", 2, 1, 2), 4096, "E gdn | 2*gdn attn 3*gdn attn H") == [
+    assert stage_layers(config, PipelinePlan("1f1b", 2, 1, 2), 4096, "E gdn | 2*gdn attn 3*gdn attn H") == [
         range(1),
         range(1, 8),
     ]
@@ -224,6 +224,6 @@ def test_any_line_is_a_whole_cut_or_is_refused_by_stage(items: list[str]) -> Non
 
 def test_every_schedule_has_a_cut() -> None:
     config = architecture("kimi_linear_48b_a3b")
-    for name, kind in KINDS.items():
-        plan = Plan(name, 4, kind.chunks[1] or 2, 8)
+    for name, kind in SCHEDULE_KINDS.items():
+        plan = PipelinePlan(name, 4, kind.chunks[1] or 2, 8)
         assert len(stage_layers(config, plan, 4096)) == plan.stages
