@@ -24,7 +24,7 @@ from parallel.shard.shard_view import GlobalShardView
 
 
 class FlatSlice(NamedTuple):
-    """What this rank holds of a parameter or a moment; start is that of its first number in the flat whole."""
+    """What this rank holds of a parameter or a moment; start is the flat index of its first number."""
 
     numbers: Float[Tensor, "N"]
     start: int

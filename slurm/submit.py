@@ -39,7 +39,9 @@ class Job(Config):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Show the sbatch command of a run, and run it unless `--dry-run` is given. Returns sbatch's exit code.
+    """Show the sbatch command of a run, and run it unless `--dry-run` is given.
+
+    Returns sbatch's exit code, or that of `train.check` where the run could not start on the job's processes.
 
     Raises ConfigError for arguments, overrides or a cluster that cannot be submitted, and DataError
     when there is no sbatch here.
@@ -47,7 +49,10 @@ def main(arguments: Sequence[str]) -> int:
     options = _parser().parse_intermixed_args(arguments)
     check_overrides(options.overrides)
     cluster = compose_tree(options.overrides)["cluster"]
-    command = sbatch_command(plan_job(vars(options), cluster), options.overrides)
+    job = plan_job(vars(options), cluster)
+    if code := check_run(job, options.overrides):
+        return code
+    command = sbatch_command(job, options.overrides)
     print(shlex.join(command), flush=True)
     if options.dry_run:
         return 0
@@ -91,6 +96,14 @@ def sbatch_command(job: Job, overrides: Sequence[str]) -> list[str]:
     }
     given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
     return ["sbatch", *given, SCRIPT, *overrides]
+
+
+def check_run(job: Job, overrides: Sequence[str]) -> int:
+    """The exit code of `python -m train.check` on all processes of the job: 0 when the run can start."""
+    sizes = [f"cluster.nodes={job.nodes}", f"cluster.gpus_per_node={job.tasks_per_node}"]
+    command = [sys.executable, "-m", "train.check", *overrides, *sizes]
+    # Its tables would stand between the reader and the one line that can be copied.
+    return subprocess.run(command, cwd=ROOT, check=False, stdout=subprocess.DEVNULL).returncode
 
 
 def check_overrides(overrides: Sequence[str]) -> None:

@@ -1,13 +1,8 @@
 """`python -m train [group=option] [key=value]`: one run; with -m or another Hydra flag, Hydra's own ways."""
 
 import sys
-from typing import TYPE_CHECKING
 
 from conf.errors import exit_on_error
-
-if TYPE_CHECKING:
-    from train.config.environment import Environment
-    from train.config.run_config import RunConfig
 
 
 def main() -> None:
@@ -29,18 +24,9 @@ def start(arguments: list[str]) -> None:
 
     environment = read_environment()
     config = load_config(arguments, environment.world_size)
+    from train.loop.run import run_checked
+
     run_checked(config, environment)
-
-
-def run_checked(config: "RunConfig", environment: "Environment") -> None:
-    """Shows a checked config and trains."""
-    if environment.rank == 0:
-        from train.config.show import show_config
-
-        show_config(config, environment.world_size)
-    from train.loop.run import run
-
-    run(config, environment)
 
 
 if __name__ == "__main__":

@@ -25,13 +25,11 @@ def one_job(composed: Any) -> None:
     """One run of a sweep. Each has its own directory: run.dir/NUMBER."""
     from omegaconf import OmegaConf
 
-    from parallel.config.deepep import missing_for_deepep
-    from parallel.config.parallel import tensor_violations
-    from parallel.config.zero import missing_violations
-    from train.__main__ import run_checked
+    from train.config.checks import violations
     from train.config.environment import read_environment
-    from train.config.fields import run_violations
+    from train.config.load import with_global_batch
     from train.config.run_config import RunConfig
+    from train.loop.run import run_checked
 
     with exit_on_error():
         tree = OmegaConf.to_container(composed, resolve=True)
@@ -39,11 +37,9 @@ def one_job(composed: Any) -> None:
         known = {str(name): value for name, value in tree.items()}
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             known["run"]["dir"] = f"{known['run']['dir']}/{HydraConfig.get().job.num}"
-        config = validate(RunConfig, known)
         environment = read_environment()
-        found = run_violations(config, environment.world_size) + missing_violations(config.parallel)
-        found += missing_for_deepep(config.parallel)
-        found += tensor_violations(config.architecture, config.parallel.tp)
+        config = validate(RunConfig, with_global_batch(known, environment.world_size))
+        found = violations(config, environment.world_size, is_run_here=True)
         if found:
             raise ConfigError(found)
         run_checked(config, environment)

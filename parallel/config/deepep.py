@@ -4,13 +4,11 @@ Limits are those that the host code and the kernels of DeepEP 1.2.1 assert, on d
 """
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from conf.errors import Violation
 from model.moe.config import MoeConfig
-
-if TYPE_CHECKING:
-    from parallel.config.parallel import ParallelConfig
+from parallel.config.parallel import ParallelConfig
 
 # Later releases have no deep_ep.utils.EventOverlap, without which Megatron-Core 0.16.1 finds no DeepEP.
 RELEASE = "1.2.1"
@@ -29,7 +27,7 @@ NODES = 8
 
 
 def deepep_violations(
-    config: "ParallelConfig",
+    config: ParallelConfig,
     world_size: int,
     width: int,
     moe: MoeConfig,
@@ -73,7 +71,7 @@ def deepep_violations(
     return found
 
 
-def _legal_ranks(config: "ParallelConfig", world_size: int, experts: int) -> str:
+def _legal_ranks(config: ParallelConfig, world_size: int, experts: int) -> str:
     degrees = config.degrees(world_size)
     ranks = degrees.dp_shard * degrees.cp * degrees.tp
     legal = [
@@ -85,7 +83,7 @@ def _legal_ranks(config: "ParallelConfig", world_size: int, experts: int) -> str
     return f"legal values are {', '.join(legal)}, or set {other}" if legal else f"set {other}"
 
 
-def missing_for_deepep(config: "ParallelConfig") -> list[Violation]:
+def missing_for_deepep(config: ParallelConfig) -> list[Violation]:
     """What this machine lacks to run `parallel.ep_dispatch`."""
     if config.ep_dispatch != "deepep":
         return []

@@ -1,21 +1,14 @@
-"""How many ways each axis of the mesh is cut, and the check that the layout is possible."""
+"""The keys of `parallel`: how many ways each axis of the mesh is cut, and what blocks keep; without torch."""
 
-import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from conf.compose import Config
-from conf.errors import ConfigError, Violation
-from data.config import SHORTEST_ROW
-from parallel.config.degrees import ORDER, Degrees
-from parallel.config.pipeline import PipelinePlan, ScheduleName, fewest_chunks, plan_violations
+from parallel.config.degrees import Degrees
+from parallel.config.pipeline import PipelinePlan, ScheduleName, fewest_chunks
 from parallel.config.regions import region_names
 from parallel.config.zero import ZeroConfig
-
-if TYPE_CHECKING:
-    from model.config import Architecture
 
 
 class ParallelConfig(Config):
@@ -42,7 +35,7 @@ class ParallelConfig(Config):
 
     def degrees(self, world_size: int) -> Degrees:
         """All degrees, with a dp_shard of -1 replaced by what is left of `world_size`."""
-        shard = world_size // self._fixed() if self.dp_shard == -1 else self.dp_shard
+        shard = world_size // self.fixed_degrees() if self.dp_shard == -1 else self.dp_shard
         return Degrees(self.pp, self.dp_replicate, shard, self.cp, self.tp, self.ep)
 
     def describe(self, world_size: int) -> str:
@@ -65,175 +58,6 @@ class ParallelConfig(Config):
         """The regions that `recompute` names."""
         return region_names(self.recompute)
 
-    def _fixed(self) -> int:
+    def fixed_degrees(self) -> int:
+        """The product of the degrees other than dp_shard."""
         return self.pp * self.dp_replicate * self.cp * self.tp
-
-
-def layout_violations(
-    config: ParallelConfig, world_size: int, num_experts: int, tokens: int
-) -> list[Violation]:
-    """Everything that makes the layout impossible on `world_size` processes, with nearest legal values.
-
-    num_experts is that of each mixture, tokens that of a row.
-    """
-    found = _mesh_violations(config, world_size)
-    if not found:
-        found = _expert_violations(config, config.degrees(world_size), num_experts)
-    return found + _row_violations(config, tokens)
-
-
-def _mesh_violations(config: ParallelConfig, world_size: int) -> list[Violation]:
-    if config.dp_shard != -1 and config.dp_shard < 1:
-        return [Violation("parallel.dp_shard", f"must be -1 or at least 1; found {config.dp_shard}")]
-    found = []
-    for name in ("tp", "cp", "dp_replicate", "pp"):
-        degree = getattr(config, name)
-        others = config._fixed() // degree
-        if world_size % others == 0 and (world_size // others) % degree:
-            legal = ", ".join(map(str, _divisors(world_size // others)))
-            message = (
-                f"{degree} does not divide the {world_size} processes started"
-                f"{f' over {others} of the other axes' if others > 1 else ''}; legal values are {legal}"
-            )
-            found.append(Violation(f"parallel.{name}", message))
-    if not found and world_size % config._fixed():
-        product = config._fixed()
-        message = (
-            f"{_product(config, without_shard=True)} = {product} does not "
-            f"divide the {world_size} processes started; lower them, or start a multiple of {product}"
-        )
-        found.append(Violation("parallel.tp", message))
-    product = config._fixed() * config.dp_shard
-    if not found and config.dp_shard != -1 and product != world_size:
-        message = (
-            f"{_product(config)} = {product}, but "
-            f"{world_size} {'process was' if world_size == 1 else 'processes were'} started; "
-            f"set it to {world_size // config._fixed()} or -1, or start {product} processes"
-        )
-        found.append(Violation("parallel.dp_shard", message))
-    return found
-
-
-def _product(config: ParallelConfig, *, without_shard: bool = False) -> str:
-    shown = [
-        f"{name} {getattr(config, name)}"
-        for name in ORDER
-        if getattr(config, name) != 1 and not (without_shard and name == "dp_shard")
-    ]
-    return " x ".join(shown) or "one rank"
-
-
-def pipeline_violations(config: ParallelConfig, rows: int, micro: int) -> list[Violation]:
-    """What keeps the rows of a rank from going through its pipeline, `micro` at a time."""
-    plan = config.plan(rows // micro)
-    if plan is None:
-        if config.pp_layout is not None:
-            return [
-                Violation("parallel.pp_layout", "says what each stage has; set parallel.pp above 1, or null")
-            ]
-        return []
-    found = []
-    if config.prefetch:
-        message = f"{config.prefetch} is not for stages of a pipeline, which gather once a step; set it to 0"
-        found.append(Violation("parallel.prefetch", message))
-    for violation in plan_violations(plan):
-        message = violation.message
-        if violation.key == "train.micro_batch":
-            others = (
-                value for value in _divisors(rows) if not plan_violations(config.plan(rows // value) or plan)
-            )
-            legal = ", ".join(map(str, others))
-            message += f"; of {rows} rows per rank legal values are {legal}" if legal else ""
-            message += (
-                "" if legal else f"; no share of the {rows} rows per rank does, raise train.global_batch"
-            )
-        found.append(Violation(violation.key, message))
-    return found
-
-
-def stage_violations(config: "Architecture", parallel: ParallelConfig, tokens: int) -> list[Violation]:
-    """What keeps the layers from being the stages of the pipeline; tokens is the length of a row."""
-    from parallel.pipeline.partition import stage_layers
-
-    # How layers are cut where nothing is said depends on the micro-batches; whether they can be does not.
-    plan = parallel.plan(parallel.pp * (parallel.pp_chunks or 2))
-    if plan is None:
-        return []
-    try:
-        stage_layers(config, plan, tokens, parallel.pp_layout)
-    except ConfigError as error:
-        return list(error.violations)
-    return []
-
-
-def _expert_violations(config: ParallelConfig, degrees: Degrees, num_experts: int) -> list[Violation]:
-    ranks = degrees.dp_shard * degrees.cp * degrees.tp
-    legal = [degree for degree in _divisors(ranks) if num_experts % degree == 0]
-    if config.ep in legal:
-        return []
-    message = (
-        f"{config.ep} does not divide the {num_experts} experts and the {ranks} ranks of dp_shard x cp x tp; "
-        f"legal values are {', '.join(map(str, legal))}"
-    )
-    return [Violation("parallel.ep", message)]
-
-
-def _row_violations(config: ParallelConfig, tokens: int) -> list[Violation]:
-    unit = (2 * config.cp if config.cp > 1 else 1) * config.tp
-    if tokens % unit == 0:
-        return []
-    below = tokens - tokens % unit
-    legal = " or ".join(str(length) for length in (below, below + unit) if length >= SHORTEST_ROW)
-    message = (
-        f"{tokens} tokens are not a multiple of {unit}, two chunks for each rank of cp {config.cp} in parts "
-        f"for tp {config.tp}; use {legal}"
-    )
-    return [Violation("data.sequence_length", message)]
-
-
-def tensor_violations(config: "Architecture", degree: int) -> list[Violation]:
-    """What `degree` ranks of the tensor axis cannot share of a model, with degrees that they can."""
-    if degree == 1:
-        return []
-    found = []
-    names = dict.fromkeys(layer.mixer for layer in config.layers if layer.mixer in config.mixer)
-    mtp = config.model.mtp
-    names |= {mtp.mixer: None} if mtp.depth else {}
-    for name in names:
-        try:
-            config.mixer[name].per_rank(degree)
-        except ValueError as error:
-            found.append(Violation("parallel.tp", f"mixer.{name}: {error}"))
-    sizes = {"model.vocab_size": config.model.vocab_size}
-    kinds = {layer.ffn for layer in config.layers} | ({mtp.ffn} if mtp.depth else set())
-    if kinds & {"dense", "shortcut"}:
-        sizes["model.ffn_hidden"] = config.model.ffn_hidden
-    if kinds - {"dense", "none"} and config.moe.shared_hidden:
-        sizes["moe.shared_hidden"] = config.moe.shared_hidden
-    for key, size in sizes.items():
-        if size % degree:
-            common = math.gcd(size, degree)
-            larger = -(-size // degree) * degree
-            message = f"{degree} ranks cannot share {key} {size}; {common} can, or make it {larger}"
-            found.append(Violation("parallel.tp", message))
-    return found
-
-
-def compile_violations(config: ParallelConfig, forms: Mapping[str, str]) -> list[Violation]:
-    """What keeps parts of blocks from being compiled; forms are those of the families of kernels."""
-    if not config.compile:
-        return []
-    from kernels.choose import FUSED
-
-    found = [name for name in FUSED if forms[name] == "triton"]
-    message = "parallel.compile=true takes plain torch inside its graphs; found triton; set it to auto"
-    violations = [Violation(f"kernels.{name}", message) for name in found]
-    if config.pp > 1 and config.pp_schedule not in ("1f1b", "interleaved"):
-        # They run through a graph of backward twice, which compiled ones may refuse that reuse their memory.
-        message = f"true is not tried beside parallel.pp_schedule={config.pp_schedule}; set that to 1f1b"
-        violations.append(Violation("parallel.compile", message))
-    return violations
-
-
-def _divisors(number: int) -> list[int]:
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]

@@ -16,6 +16,7 @@ from conf.compose import did_you_mean
 from conf.errors import ConfigError, Violation
 from model.config import Architecture
 from model.layout import NONE, SHORTCUT, parse
+from parallel.config.parallel import ParallelConfig
 from parallel.config.pipeline import PipelinePlan
 from parallel.pipeline.cost import layer_costs, stage_costs
 from parallel.pipeline.timeline import simulate
@@ -66,6 +67,19 @@ def stage_layers(
         homes = {stage: rank for rank in range(plan.degree) for stage in plan.stages_of(rank)}
         found.insert(1, level_ranks(costs, cut, [homes[stage] for stage in range(plan.stages)], joined))
     return min(found, key=lambda each: simulate(plan, stage_costs(config, each, context)).span)
+
+
+def stage_violations(config: Architecture, parallel: ParallelConfig, tokens: int) -> list[Violation]:
+    """What keeps the layers from being the stages of the pipeline; tokens is the length of a row."""
+    # How layers are cut where nothing is said depends on the micro-batches; whether they can be does not.
+    plan = parallel.plan(parallel.pp * (parallel.pp_chunks or 2))
+    if plan is None:
+        return []
+    try:
+        stage_layers(config, plan, tokens, parallel.pp_layout)
+    except ConfigError as error:
+        return list(error.violations)
+    return []
 
 
 def equal_layers(config: Architecture, stages: int) -> list[range]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import parallel.config.zero
+import parallel.config.zero_checks
 from conf.errors import ConfigError, Violation
 from parallel.config.zero import RELEASE
 from tests.train.runs import overrides_of
@@ -85,10 +85,10 @@ def test_another_release_or_none_is_named_with_what_to_install(
 ) -> None:
     def version(name: str) -> str:
         if installed == "none":
-            raise parallel.config.zero.PackageNotFoundError(name)
+            raise parallel.config.zero_checks.PackageNotFoundError(name)
         return installed
 
-    monkeypatch.setattr(parallel.config.zero, "version", version)
+    monkeypatch.setattr(parallel.config.zero_checks, "version", version)
     (found,) = violations([ZERO], 2)
     assert found.key == "parallel.data"
     assert f"found {installed}; pip install deepspeed=={RELEASE}" in found.message

@@ -117,12 +117,25 @@ def test_all_violations_come_at_once() -> None:
 def test_a_dry_run_shows_the_command_and_starts_nothing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a dry run must start nothing"))
+    started = []
+    stock = subprocess.run
+    monkeypatch.setattr(
+        subprocess, "run", lambda *args, **more: started.append(args[0]) or stock(*args, **more)
+    )
     flags = ["--dry-run", "--job-name=night", "--time", "1:00:00"]
     assert submit.main(["cluster=h100_8n", *flags, "layout.pattern='gdn attn'"]) == 0
+    assert [command[1:3] for command in started] == [["-m", "train.check"]]
     shown = shlex.split(capsys.readouterr().out)
     assert shown[:3] == ["sbatch", "--job-name=night", "--nodes=8"]
     assert shown[-3:] == ["slurm/pretrain.sbatch", "cluster=h100_8n", "layout.pattern='gdn attn'"]
+
+
+def test_a_run_that_cannot_start_is_not_submitted(capfd: pytest.CaptureFixture[str]) -> None:
+    # Seven nodes: what the cluster alone would allow does not fit the job.
+    assert submit.main(["cluster=h100_8n", "--nodes=7", "parallel.tp=16"]) == 64
+    captured = capfd.readouterr()
+    assert "parallel.tp: 16 does not divide the 56 processes" in captured.err
+    assert "sbatch" not in captured.out
 
 
 @pytest.mark.parametrize(
@@ -163,5 +176,6 @@ def test_sbatch_gets_the_tokens_from_the_repository_root(tmp_path: Path) -> None
 
 def test_a_machine_without_sbatch_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(submit, "check_run", lambda job, overrides: 0)
     with pytest.raises(DataError, match="sbatch: not on the PATH"):
         submit.main([])

@@ -1,29 +1,17 @@
 """The fields of a run that need no torch to be checked, so that a mistyped key comes back at once."""
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, model_validator
 
 from conf.compose import Config
-from conf.errors import Violation
 from data.config import DataConfig
 from model.layout import LayoutConfig, expand_layers
 from model.moe.config import MoeConfig
 from model.shape import ModelConfig, ResidualConfig
-from parallel.config.deepep import deepep_violations
-from parallel.config.parallel import (
-    ParallelConfig,
-    compile_violations,
-    layout_violations,
-    pipeline_violations,
-)
-from parallel.config.regions import region_violations
-from parallel.config.zero import zero_violations
+from parallel.config.parallel import ParallelConfig
 from train.checkpoint.config import CheckpointConfig
 from train.track.config import TrackConfig
-
-if TYPE_CHECKING:
-    from train.config.run_config import RunConfig
 
 Dtype = Literal["float64", "float32", "bfloat16"]
 Form = Literal["auto", "triton", "reference"]
@@ -185,52 +173,3 @@ class RunDraft(RunFields):
     def _fits(self) -> "RunDraft":
         expand_layers(self.layout, self.model.depth, self.mixer)
         return self
-
-
-def run_violations(config: "RunDraft | RunConfig", world_size: int) -> list[Violation]:
-    """Everything that types and ranges cannot see: what does not fit together."""
-    tokens, experts = config.data.sequence_length, config.moe.num_experts
-    found = layout_violations(config.parallel, world_size, experts, tokens)
-    found += zero_violations(config.parallel, config.precision.parameters)
-    compute = config.precision.compute
-    found += deepep_violations(config.parallel, world_size, config.model.width, config.moe, compute)
-    mixers = {layer.mixer for layer in expand_layers(config.layout, config.model.depth, config.mixer)}
-    mixers |= {config.model.mtp.mixer} if config.model.mtp.depth else set()
-    found += region_violations(config.parallel.recompute, mixers)
-    found += compile_violations(config.parallel, config.kernels.forms())
-    # However the rest is cut, a layout that is possible leaves this many ranks with rows of their own.
-    others = config.parallel.pp * config.parallel.cp * config.parallel.tp
-    ranks, left = divmod(world_size, others)
-    if ranks and not left:
-        found += _batch_violations(config, ranks)
-    if config.data.tokenizer.vocab_size > config.model.vocab_size:
-        message = (
-            f"{config.model.vocab_size} rows cannot hold the {config.data.tokenizer.vocab_size} pieces of "
-            f"data.tokenizer.vocab_size; raise it to at least that"
-        )
-        found.append(Violation("model.vocab_size", message))
-    return found
-
-
-def _batch_violations(config: "RunDraft | RunConfig", ranks: int) -> list[Violation]:
-    """What keeps `ranks` ranks from sharing the rows of a step."""
-    found = []
-    rows, micro = config.train.global_batch, config.train.micro_batch
-    if rows % ranks:
-        below = rows - rows % ranks
-        legal = f"{below} or {below + ranks}" if below else str(ranks)
-        message = f"{rows} sequences cannot be shared evenly by {ranks} data-parallel ranks; use {legal}"
-        found.append(Violation("train.global_batch", message))
-    elif micro is not None and (rows // ranks) % micro:
-        share = rows // ranks
-        legal = ", ".join(str(n) for n in range(1, share + 1) if share % n == 0)
-        message = f"{micro} does not divide the {share} sequences of a rank; legal values are {legal}"
-        found.append(Violation("train.micro_batch", message))
-    share = rows // ranks
-    if not found:
-        found += pipeline_violations(config.parallel, share, micro or share)
-    if config.moe.balance_scope == "global" and config.moe.balance_loss and micro not in (None, share):
-        message = f"counts the load of the whole batch before backward; found train.micro_batch={micro}"
-        hint = f"; set train.micro_batch=null or {share}, or balance_scope=sequence"
-        found.append(Violation("moe.balance_scope", message + hint))
-    return found

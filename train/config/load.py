@@ -1,15 +1,15 @@
 """From overrides to the checked config of a run, without torch until nothing cheap is wrong."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from conf.compose import compose_known, validate
 from conf.errors import ConfigError, Violation
-from parallel.config.deepep import missing_for_deepep
-from parallel.config.zero import missing_violations
-from train.config.fields import RunDraft, run_violations
+from train.config.checks import early_violations, model_violations
+from train.config.fields import RunDraft
 
 if TYPE_CHECKING:
     from train.config.run_config import RunConfig
@@ -21,7 +21,8 @@ def load_config(overrides: Sequence[str], world_size: int | None) -> "RunConfig"
     Raises ConfigError with all violations.
     """
     tree = compose_known(overrides, RunDraft, started_architecture(overrides))
-    found = list(draft_violations(tree, world_size))
+    tree = with_global_batch(tree, world_size)
+    found = list(tree_violations(tree, world_size))
     if found and not any(override.lstrip("+").startswith("mixer.") for override in overrides):
         # What the mixers hold then comes from conf/ alone; looking into it would import torch for seconds.
         raise ConfigError(found)
@@ -31,14 +32,28 @@ def load_config(overrides: Sequence[str], world_size: int | None) -> "RunConfig"
         config = validate(RunConfig, tree)
     except ConfigError as error:
         raise ConfigError(list(dict.fromkeys([*error.violations, *found]))) from error
-    from parallel.config.parallel import stage_violations, tensor_violations
-
-    found += tensor_violations(config.architecture, config.parallel.tp)
-    if not any(violation.key.startswith("parallel.pp") for violation in found):
-        found += stage_violations(config.architecture, config.parallel, config.data.sequence_length)
+    found += model_violations(config, found)
     if found:
         raise ConfigError(found)
     return config
+
+
+def with_global_batch(tree: dict[str, Any], world_size: int | None) -> dict[str, Any]:
+    """The tree, its global batch filled in where there is none: two sequences for each data-parallel rank.
+
+    Whatever is of a wrong type stays as it is, for `validate` to name.
+    """
+    train, parallel, cluster = (tree.get(name) for name in ("train", "parallel", "cluster"))
+    if not isinstance(train, dict) or train.get("global_batch", 0) is not None:
+        return tree
+    ranks = _product(cluster, ("nodes", "gpus_per_node")) if world_size is None else world_size
+    batch = 2 * max(1, ranks // _product(parallel, ("pp", "cp", "tp")))
+    return {**tree, "train": {**train, "global_batch": batch}}
+
+
+def _product(tree: Any, names: Sequence[str]) -> int:
+    sizes = [tree.get(name) if isinstance(tree, dict) else None for name in names]
+    return math.prod(size for size in sizes if isinstance(size, int) and size > 0)
 
 
 def started_architecture(overrides: Sequence[str]) -> dict[str, Any] | None:
@@ -63,13 +78,11 @@ def started_architecture(overrides: Sequence[str]) -> dict[str, Any] | None:
     return None
 
 
-def draft_violations(tree: dict, world_size: int | None) -> Sequence[Violation]:
+def tree_violations(tree: dict, world_size: int | None) -> Sequence[Violation]:
     """Everything that is wrong with a composed tree, its mixers left out."""
     try:
         draft = validate(RunDraft, tree)
     except ConfigError as error:
         return error.violations
-    if world_size is None:
-        return run_violations(draft, draft.cluster.nodes * draft.cluster.gpus_per_node)
-    found = run_violations(draft, world_size) + missing_violations(draft.parallel)
-    return found + missing_for_deepep(draft.parallel)
+    ranks = draft.cluster.nodes * draft.cluster.gpus_per_node if world_size is None else world_size
+    return early_violations(draft, ranks, is_run_here=world_size is not None)

@@ -19,6 +19,7 @@ from train.checkpoint.lock import RunLock
 from train.checkpoint.store import CheckpointStore
 from train.config.environment import Environment, prepare_deepspeed
 from train.config.run_config import RunConfig, differences
+from train.config.show import show_config
 from train.eval.heldout import evaluate
 from train.loop.initial_weights import start_from
 from train.loop.interrupt import PREEMPT, REQUEUE, Interrupt
@@ -31,6 +32,13 @@ from train.optim.optimizer import build_optimizer
 from train.track.tracker import Tracker
 
 CONFIG_FILE, RUN_FILE, CHECKPOINTS = "config.json", "run.json", "checkpoints"
+
+
+def run_checked(config: RunConfig, environment: Environment) -> None:
+    """Shows a checked config and trains. Raises as `run` does."""
+    if environment.rank == 0:
+        show_config(config, environment.world_size)
+    run(config, environment)
 
 
 def run(config: RunConfig, environment: Environment) -> None:
