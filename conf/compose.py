@@ -308,6 +308,11 @@ def _violation(detail: ErrorDetails, known: Sequence[str], tree: Mapping[str, An
         return Violation(key, f"unknown key{_closest_key(parts, known)}")
     if detail["type"] == "missing":
         return Violation(key, "missing; give it a value")
+    if detail["type"] == "union_tag_invalid":
+        context = detail.get("ctx", {})
+        legal, tag = [name.strip("'") for name in context["expected_tags"].split(", ")], context["tag"]
+        message = f"{tag!r} is not one of {', '.join(legal)}{did_you_mean(tag, legal)}"
+        return Violation(f"{key}.{context['discriminator'].strip(chr(39))}", message)
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
         # A check across the fields of a node says all itself; at the root it names the key as well.

@@ -3,21 +3,20 @@
 A mixer is one file in model/mixers/: a MixerConfig with its own literal `kind`, and a Mixer.
 """
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from pydantic import BeforeValidator, Discriminator
+from pydantic import BeforeValidator
 from torch import Tensor, nn
 
 import model.mixers
 from conf.compose import Config
+from conf.kinds import kinds_in, one_of
 from model.rotary import RotaryScaling, rotary_table
 from model.sequence_sharding import UNSHARDED, AttentionView, Compression, SequenceSharding
 from model.tensor_shards import ALL_HEADS, HeadShards
@@ -222,21 +221,7 @@ class MixerConfig(Config, ABC):
 @cache
 def mixer_kinds() -> dict[str, type[MixerConfig]]:
     """Every mixer config by its kind: the files of model/mixers/."""
-    for module in pkgutil.iter_modules(model.mixers.__path__):
-        importlib.import_module(f"model.mixers.{module.name}")
-    kinds = {}
-    for config in _concrete(MixerConfig):
-        kinds[config.model_fields["kind"].default] = config
-    return dict(sorted(kinds.items()))
-
-
-def _concrete(base: type[MixerConfig]) -> list[type[MixerConfig]]:
-    found = []
-    for child in base.__subclasses__():
-        found += _concrete(child)
-        if "build" not in child.__abstractmethods__:
-            found.append(child)
-    return found
+    return kinds_in(model.mixers, MixerConfig)
 
 
 def _name_is_kind(entries: Any) -> Any:
@@ -251,6 +236,4 @@ def _name_is_kind(entries: Any) -> Any:
 
 def mixer_entries_type() -> Any:
     """The pydantic type of the `mixer` node: names to configs, told apart by `kind`."""
-    kinds = tuple(mixer_kinds().values())
-    union = Annotated[Union[kinds], Discriminator("kind")]  # noqa: UP007 (the members are found at run time)
-    return Annotated[dict[str, union], BeforeValidator(_name_is_kind)]
+    return Annotated[dict[str, one_of(mixer_kinds())], BeforeValidator(_name_is_kind)]

@@ -6,9 +6,9 @@ are stored under the names of the whole model, like the cuts of FSDP2.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,9 @@ from parallel.config.zero import BUCKET, ZeroConfig
 from parallel.mesh.world import World
 from parallel.micro_batches import Denominators, MicroBatch, added, objective_of
 from parallel.shard.shard_view import GlobalShardView
+
+# The optimizer's state of a tensor before its first update.
+InitialState: TypeAlias = Callable[[Tensor], dict[str, Tensor]]
 
 
 class FlatSlice(NamedTuple):
@@ -159,7 +162,14 @@ class Stage3Partitions(PartitionMap):
 class Engine:
     """DeepSpeed's engine: it runs, clips and updates."""
 
-    def __init__(self, engine: Any, optimizer: Optimizer, partition_map: PartitionMap, size: int) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        optimizer: Optimizer,
+        partition_map: PartitionMap,
+        size: int,
+        initial_state: InitialState,
+    ) -> None:
         self._engine, self._adam, self._size, self.partition_map = engine, optimizer, size, partition_map
 
     def step(self, batches: Sequence[MicroBatch], denominators: Denominators) -> Losses:
@@ -204,9 +214,7 @@ class Engine:
         partition = self.partition_map.partitions()[self.partition_map.index(parameter)]
         state = self._adam.state[partition]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=partition.device)
-            state["exp_avg"] = torch.zeros_like(partition.detach())
-            state["exp_avg_sq"] = torch.zeros_like(partition.detach())
+            state.update(self._initial_state(partition))
         return state
 
 
@@ -235,11 +243,11 @@ class Partitioned(Parallel):
         found = {}
         for name, parameter in self.parameters.items():
             if parameter.requires_grad:
-                moments = {
-                    key: self._checkpoint_view(name, self.engine.moment(parameter, key))
-                    for key in ("exp_avg", "exp_avg_sq")
+                # What has the shape of the partition is of its numbers; a count of steps is of all of them.
+                found[name] = {
+                    key: self._checkpoint_view(name, self.engine.moment(parameter, key)) if x.ndim else x
+                    for key, x in self.engine.state(parameter).items()
                 }
-                found[name] = {"step": self.engine.state(parameter)["step"], **moments}
         return found
 
     @torch.no_grad()
@@ -268,6 +276,7 @@ def partition(
     *,
     clip_norm: float,
     step_shape: tuple[int, int],
+    initial_state: InitialState,
 ) -> Partitioned:
     """Hands a plain model and its optimizer over to DeepSpeed. Mutates both.
 
@@ -284,7 +293,7 @@ def partition(
         dist_init_required=False,
     )
     partition_map = FlatPartitions(engine) if config.stage < 3 else Stage3Partitions(engine, world.rank)
-    driven = Engine(engine, optimizer, partition_map, world.size)
+    driven = Engine(engine, optimizer, partition_map, world.size, initial_state)
     return Partitioned(built.parts, built.shard_maps, driven, built.names, driven, parameters)
 
 
@@ -311,6 +320,8 @@ def engine_config(
         "zero_optimization": zero,
         # torch's fused AdamW also where state waits on the CPU: the same arithmetic, and nothing to compile.
         "zero_force_ds_cpu_optimizer": False,
+        # Ours are updates of each number alone, as those that DeepSpeed names are.
+        "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
     }
 

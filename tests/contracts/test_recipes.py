@@ -15,7 +15,7 @@ from parallel.mesh.world import World
 from train.config.load import load_config
 from train.estimate.memory import memory_per_rank
 from train.estimate.rehearsal import play, step_of
-from train.optim.optimizer import build_optimizer
+from train.optim.param_groups import build_optimizer
 
 SIZE = ("model.width=32", "model.depth=4", "model.vocab_size=4096", "moe.num_experts=8", "moe.hidden=16")
 

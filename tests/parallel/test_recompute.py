@@ -134,7 +134,7 @@ def test_other_random_numbers_the_second_time_are_seen() -> None:
 
         def forget(model: LanguageModel) -> None:
             for block, name, region in regions_of(model):
-                setattr(block, name, replace(region, draws=False))
+                setattr(block, name, replace(region, uses_rng=False))
 
         assert differing(step(config, keys, change=forget), expected)
 

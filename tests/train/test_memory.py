@@ -25,7 +25,7 @@ def bytes_of(mixer: str, ffn: str, depth: int, regions: Collection[str]) -> tupl
     layout = (f"layout.pattern={mixer}", f"layout.ffn.pattern={ffn}", f"model.depth={depth}")
     model = random_model(small_architecture(layout), torch.float32)
     for block in model.blocks:
-        recompute(block, regions, draws=False)
+        recompute(block, regions, uses_rng=False)
     tokens = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) % 64
     sequence = Tokens.whole(tokens)
     for parameter in model.parameters():

@@ -3,8 +3,8 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.config.fields import CosineConfig, WsdConfig
-from train.optim.schedule import lr_factor
+from train.optim.schedules.cosine import CosineConfig
+from train.optim.schedules.wsd import WsdConfig
 
 schedules = st.one_of(
     st.builds(
@@ -20,7 +20,7 @@ schedules = st.one_of(
 
 @given(schedule=schedules, steps=st.integers(1, 200))
 def test_rises_to_the_peak_and_falls_to_the_floor(schedule, steps: int) -> None:
-    factors = [lr_factor(schedule, step, steps) for step in range(steps)]
+    factors = [schedule.factor(step, steps) for step in range(steps)]
     warm = min(schedule.warmup_steps, steps)
     assert all(0 < factor <= 1 for factor in factors[:warm])
     assert factors[:warm] == sorted(factors[:warm])
@@ -32,9 +32,9 @@ def test_rises_to_the_peak_and_falls_to_the_floor(schedule, steps: int) -> None:
 
 def test_shapes_are_the_published_ones() -> None:
     wsd = WsdConfig(kind="wsd", warmup_steps=10, decay_fraction=0.4, floor=0.1)
-    assert lr_factor(wsd, 0, 100) == 0.1
-    assert lr_factor(wsd, 9, 100) == lr_factor(wsd, 59, 100) == lr_factor(wsd, 60, 100) == 1.0
-    assert math.isclose(lr_factor(wsd, 70, 100), 0.1 + 0.9 * (1 - math.sqrt(10 / 40)))
+    assert wsd.factor(0, 100) == 0.1
+    assert wsd.factor(9, 100) == wsd.factor(59, 100) == wsd.factor(60, 100) == 1.0
+    assert math.isclose(wsd.factor(70, 100), 0.1 + 0.9 * (1 - math.sqrt(10 / 40)))
     cosine = CosineConfig(kind="cosine", warmup_steps=0, floor=0.2)
-    assert math.isclose(lr_factor(cosine, 50, 100), 0.6)
-    assert math.isclose(lr_factor(cosine, 25, 100), 0.2 + 0.8 * 0.5 * (1 + math.sqrt(0.5)))
+    assert math.isclose(cosine.factor(50, 100), 0.6)
+    assert math.isclose(cosine.factor(25, 100), 0.2 + 0.8 * 0.5 * (1 + math.sqrt(0.5)))

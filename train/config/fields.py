@@ -1,8 +1,8 @@
 """The fields of a run that need no torch to be checked, so that a mistyped key comes back at once."""
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Discriminator, Field, model_validator
+from pydantic import Field, model_validator
 
 from conf.compose import Config
 from data.config import DataConfig
@@ -11,7 +11,16 @@ from model.moe.config import MoeConfig
 from model.shape import ModelConfig, ResidualConfig
 from parallel.config.parallel import ParallelConfig
 from train.checkpoint.config import CheckpointConfig
+from train.optim.optimizer import OptimizerConfig, optimizer_type
+from train.optim.schedule import ScheduleConfig, schedule_type
 from train.track.config import TrackConfig
+
+if TYPE_CHECKING:
+    OptimizerEntry = OptimizerConfig
+    ScheduleEntry = ScheduleConfig
+else:
+    OptimizerEntry = optimizer_type()
+    ScheduleEntry = schedule_type()
 
 Dtype = Literal["float64", "float32", "bfloat16"]
 Form = Literal["auto", "triton", "reference"]
@@ -44,36 +53,6 @@ class SampleConfig(Config):
     prompt: str
     tokens: int = Field(ge=0)
     temperature: float = Field(ge=0)
-
-
-class AdamwConfig(Config):
-    """AdamW."""
-
-    kind: Literal["adamw"]
-    lr: float = Field(gt=0)
-    beta1: float = Field(ge=0, lt=1)
-    beta2: float = Field(ge=0, lt=1)
-    eps: float = Field(gt=0)
-    weight_decay: float = Field(ge=0)
-    clip_norm: float = Field(gt=0)
-    lr_scales: dict[str, Annotated[float, Field(ge=0)]]
-
-
-class WsdConfig(Config):
-    """Warm-up, stable, decay."""
-
-    kind: Literal["wsd"]
-    warmup_steps: int = Field(ge=0)
-    decay_fraction: float = Field(gt=0, le=1)
-    floor: float = Field(ge=0, le=1)
-
-
-class CosineConfig(Config):
-    """Warm-up, then half a cosine."""
-
-    kind: Literal["cosine"]
-    warmup_steps: int = Field(ge=0)
-    floor: float = Field(ge=0, le=1)
 
 
 class PrecisionConfig(Config):
@@ -148,8 +127,8 @@ class RunFields(Config):
     train: TrainConfig
     sample: SampleConfig
     data: DataConfig
-    optim: AdamwConfig
-    schedule: Annotated[WsdConfig | CosineConfig, Discriminator("kind")]
+    optim: OptimizerEntry
+    schedule: ScheduleEntry
     precision: PrecisionConfig
     parallel: ParallelConfig
     kernels: KernelsConfig

@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from parallel.apply import Parallel
+from train.optim.optimizer import OptimizerConfig
 
 KINDS = ("dense", "experts", "tables")
 _TABLES = ("embed.", "head.")
@@ -20,7 +21,7 @@ def kind_of(built: Parallel, name: str) -> str:
     return "tables" if name.startswith(_TABLES) else "dense"
 
 
-def held_bytes(built: Parallel, optimizer: Optimizer) -> dict[str, dict[str, int]]:
+def local_bytes(built: Parallel, optimizer: Optimizer, config: OptimizerConfig) -> dict[str, dict[str, int]]:
     """Bytes of parameters, gradients and optimizer state on this rank, by kind of parameter and in all.
 
     Gradients and moments that a step has not made yet are counted in the form of their parameter.
@@ -37,8 +38,8 @@ def held_bytes(built: Parallel, optimizer: Optimizer) -> dict[str, dict[str, int
         if parameter in trained:
             row["gradients"] += size if parameter.grad is None else bytes_of(parameter.grad)
             state = [x for x in optimizer.state.get(parameter, {}).values() if isinstance(x, Tensor)]
-            # Two moments, and the number of steps in float32.
-            row["optimizer"] += sum(bytes_of(x) for x in state) if state else 2 * size + 4
+            expected = len(config.slots) * size + 4 * config.counts_steps
+            row["optimizer"] += sum(bytes_of(x) for x in state) if state else expected
             tensors += [x for x in (parameter.grad, *state) if x is not None]
     total = {what: sum(row[what] for row in rows.values()) for what in rows["dense"]}
     return rows | {"total": total | {"allocated": allocated_bytes(tensors)}}

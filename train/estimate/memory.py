@@ -116,8 +116,8 @@ def shares_of(config: RunConfig, degrees: Degrees) -> list[Share]:
 def memory_per_rank(config: RunConfig, world_size: int) -> Memory:
     """Bytes of the fullest rank of `world_size`.
 
-    Weights are kept in the optimizer's precision and sharded, with gradients and both moments; a rank's part
-    of two blocks, or of more by `prefetch`, and of the tables is gathered in the precision of the
+    Weights are kept in the optimizer's precision and sharded, with gradients and optimizer state; a rank's
+    part of two blocks, or of more by `prefetch`, and of the tables is gathered in the precision of the
     computation. The few weights that ranks of the tensor axis all hold are counted as if they were cut.
     """
     degrees = config.parallel.degrees(world_size)
@@ -152,9 +152,10 @@ def memory_of(config: RunConfig, degrees: Degrees, share: Share) -> Memory:
         gathered = (computed + max(4, computed)) * ((total - experts) // degrees.tp + experts // degrees.ep)
     elif shards == 1 and computed < stored:
         gathered = computed * total
-    held = Held(stored * owned, stored * owned, 2 * stored * owned, gathered, 0)
+    slots = len(config.optim.slots)
+    held = Held(stored * owned, stored * owned, slots * stored * owned, gathered, 0)
     if config.parallel.data == "zero":
-        held = held_by_zero(config.parallel.zero, total, shards, tables + 2 * largest, computed)
+        held = held_by_zero(config.parallel.zero, slots, total, shards, tables + 2 * largest, computed)
     away = config.parallel.offload == "activations"
     kept, again = _activations(config, degrees, share)
     rows = min(512, _tokens(config, degrees)) * architecture.model.vocab_size * share.is_last
@@ -171,8 +172,10 @@ def memory_of(config: RunConfig, degrees: Degrees, share: Share) -> Memory:
     )
 
 
-def held_by_zero(config: ZeroConfig, numbers: int, ranks: int, used: int, computed: int) -> Held:
+def held_by_zero(config: ZeroConfig, slots: int, numbers: int, ranks: int, used: int, computed: int) -> Held:
     """Bytes of a rank under DeepSpeed, for so many numbers of which `used` are used at a time.
+
+    slots: entries of the optimizer's state for each number.
 
     All float32; of what a rank updates there is a second copy beside the weights of forward. Narrower copies
     of all weights stay until backward in every stage, since the model makes them itself.
@@ -181,12 +184,12 @@ def held_by_zero(config: ZeroConfig, numbers: int, ranks: int, used: int, comput
     weights = 4 * numbers if config.stage < 3 else part
     gradients = bucket + (4 * numbers if config.stage < 2 else part)
     gathered = (4 * used if config.stage == 3 else 0) + (computed * numbers if computed < 4 else 0)
-    held = Held(weights, gradients, 3 * part, gathered, 0)
+    held = Held(weights, gradients, (1 + slots) * part, gathered, 0)
     if config.offload != "none":
-        held = held._replace(optimizer=0, host=4 * part)
+        held = held._replace(optimizer=0, host=(2 + slots) * part)
         held = held if config.stage < 2 else held._replace(gradients=bucket)
     if config.offload == "parameters":
-        held = held._replace(weights=0, host=5 * part)
+        held = held._replace(weights=0, host=(3 + slots) * part)
     return held
 
 

@@ -36,10 +36,10 @@ from parallel.shard.expert import AllToAll
 from parallel.shard.fsdp import reduce_over_copies
 from train.checkpoint.storage import flatten
 from train.config.run_config import RunConfig
-from train.estimate.local_state import held_bytes
+from train.estimate.local_state import local_bytes
 from train.loop.state import TrainState
 from train.loop.step import summed_over_ranks
-from train.optim.optimizer import build_optimizer, clip_gradients, gradient_norm
+from train.optim.param_groups import build_optimizer, clip_gradients, gradient_norm
 
 
 def sampled_ranks(degrees: Degrees) -> list[int]:
@@ -124,8 +124,8 @@ def step_shape_of(config: RunConfig, size: int) -> StepShape:
 def play_some(config: RunConfig, rank: int, size: int, layers: Collection[int]) -> dict[str, Any]:
     """What a rank with some of its layers holds, and what it saves."""
     with built_for(config, rank, size, layers) as (built, world):
-        state = TrainState(built, build_optimizer(built, config.optim))
-        held = held_bytes(built, state.optimizer)
+        state = TrainState(built, build_optimizer(built, config.optim), config.optim)
+        held = local_bytes(built, state.optimizer, config.optim)
         del held["total"]["allocated"]
         return {"bytes": held, **save_plan(config, state, world)}
 
@@ -185,14 +185,15 @@ def save_plan(config: RunConfig, state: TrainState, world: World) -> dict[str, A
     coverage = CoverageCheck(config.architecture, state.built, world.axes)
     problems += coverage.violations(held)
     numbers = sum(shard_map.shape.numel() for shard_map in state.built.shard_maps.values())
-    # Weights and both moments in one dtype, and a step count for each parameter.
+    # Weights and slots of the optimizer in one dtype, and perhaps a step count for each parameter.
     trained = sum(len(group["params"]) for group in state.optimizer.param_groups)
     width = getattr(torch, config.precision.parameters).itemsize
     counts = {
         "parameters": len(names),
         "items": len(plan.items),
         "bytes": saved,
-        "whole_bytes": 3 * width * numbers + 4 * trained,
+        "whole_bytes": (1 + len(config.optim.slots)) * width * numbers
+        + 4 * trained * config.optim.counts_steps,
     }
     return {"counts": counts, "blocks": {name: held[name] for name in names}, "problems": problems}
 
@@ -278,7 +279,7 @@ def step_some(
     built_so = built_for(config, rank, size, layers, micro_batches)
     with built_so as (built, world), FakeTensorMode():
         materialise_shapes(built)
-        state = TrainState(built, build_optimizer(built, config.optim))
+        state = TrainState(built, build_optimizer(built, config.optim), config.optim)
         run = run_step if built.whole is not None else run_pipeline
         calls = run(state, config, world, micro_batches)
         is_routed_evenly = any(
@@ -286,7 +287,7 @@ def step_some(
             for module in built.modules()
         )
         axes = named_axes(chain.from_iterable(calls.values()), world.axes)
-        return RecordedStep(calls, held_bytes(built, state.optimizer), axes, is_routed_evenly)
+        return RecordedStep(calls, local_bytes(built, state.optimizer, config.optim), axes, is_routed_evenly)
 
 
 def run_step(

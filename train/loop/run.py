@@ -28,7 +28,7 @@ from train.loop.measure import Meter
 from train.loop.report import finish
 from train.loop.state import TrainState
 from train.loop.step import StepResult, train_step
-from train.optim.optimizer import build_optimizer
+from train.optim.param_groups import build_optimizer
 from train.track.tracker import Tracker
 
 CONFIG_FILE, RUN_FILE, CHECKPOINTS = "config.json", "run.json", "checkpoints"
@@ -200,7 +200,7 @@ def build_state(config: RunConfig, world: World) -> TrainState:
         from train.loop.zero import build_zero_state
 
         return build_zero_state(built, config, step_shape, world)
-    return TrainState(built, build_optimizer(built, config.optim))
+    return TrainState(built, build_optimizer(built, config.optim), config.optim)
 
 
 def save(state: TrainState, store: CheckpointStore, loader: Loader, world: World) -> None:

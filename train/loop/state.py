@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.optim import AdamW
+from torch.optim import Optimizer
 
 from parallel.apply import Parallel
 from parallel.mesh.world import World
-from train.optim.optimizer import clip_gradients, gradient_norm
+from train.optim.optimizer import OptimizerConfig
+from train.optim.param_groups import clip_gradients, gradient_norm
 
 
 @dataclass
@@ -21,7 +22,8 @@ class TrainState:
     """
 
     built: Parallel
-    optimizer: AdamW
+    optimizer: Optimizer
+    optim: OptimizerConfig
     step: int = 0
     cursor: int = 0
     tokens: int = 0
@@ -53,15 +55,13 @@ class TrainState:
             if parameter in trained:
                 state = self.optimizer.state[parameter]
                 if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                    state["exp_avg"] = torch.zeros_like(parameter.detach())
-                    state["exp_avg_sq"] = torch.zeros_like(parameter.detach())
+                    state.update(self.optim.initial_state(parameter))
                 if name in found:
                     continue  # both ends of a pipeline are here: the first one's table is kept
-                moments = {
-                    key: self.built.checkpoint_view(name, state[key]) for key in ("exp_avg", "exp_avg_sq")
+                found[name] = {
+                    key: self.built.checkpoint_view(name, value) if key in self.optim.slots else value
+                    for key, value in state.items()
                 }
-                found[name] = {"step": state["step"], **moments}
         return found
 
     def update(self, loss: float, lr: float, limit: float, world: World) -> tuple[float, bool]:

@@ -14,7 +14,6 @@ from parallel.mesh.world import World
 from parallel.micro_batches import Denominators
 from train.config.run_config import RunConfig
 from train.loop.state import TrainState
-from train.optim.schedule import lr_factor
 
 
 class StepResult(NamedTuple):
@@ -45,7 +44,7 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World)
     batch = to_device(batch, world.device)
     tokens = config.train.global_batch * batch.tokens.shape[1]
     _, micro = config.rank_rows(axes.batch.size)
-    options = {"draw": step_uniform(config.train.seed, state.step), "predicted": config.model.mtp.depth}
+    options = {"uniform": step_uniform(config.train.seed, state.step), "mtp_depth": config.model.mtp.depth}
     batches = [
         cut_rows(Batch(*(part[start : start + micro] for part in batch)), axes.cp, **options)
         for start in range(0, batch.tokens.shape[0], micro)
@@ -54,7 +53,7 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World)
     total = summed_over_ranks(total, world)
     cross_entropy = total.cross_entropy / targets.clamp(min=1)
 
-    lr = config.optim.lr * lr_factor(config.schedule, state.step, config.train.steps)
+    lr = config.optim.lr * config.schedule.factor(state.step, config.train.steps)
     loss, count = float(cross_entropy), int(targets)
     norm, is_taken = state.update(loss, lr, config.optim.clip_norm, world)
     if is_taken:

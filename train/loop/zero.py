@@ -10,7 +10,7 @@ from parallel.deepspeed import Partitioned, partition
 from parallel.mesh.world import World
 from train.config.run_config import RunConfig
 from train.loop.state import TrainState
-from train.optim.optimizer import build_optimizer
+from train.optim.param_groups import build_optimizer
 
 
 @dataclass
@@ -50,5 +50,6 @@ def build_zero_state(built: Parallel, config: RunConfig, step_shape: StepShape, 
         config.parallel.zero,
         clip_norm=config.optim.clip_norm,
         step_shape=(step_shape.micro_batches, step_shape.rows),
+        initial_state=config.optim.initial_state,
     )
-    return ZeroState(zero, optimizer, zero=zero)
+    return ZeroState(zero, optimizer, config.optim, zero=zero)

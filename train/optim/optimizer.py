@@ -1,85 +1,81 @@
-"""AdamW over the parameters of a rank, and the global norm of their gradients."""
+"""The contract of an optimizer: its keys, the state that it keeps of a parameter, its update; without torch.
 
-from fnmatch import fnmatchcase
+An optimizer is one file of train/optim/optimizers/, which imports torch inside its methods only, so that a
+mistyped key comes back at once, and one file of conf/optim/.
+"""
 
-import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.optim import AdamW
+from abc import ABC, abstractmethod
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from conf.errors import ConfigError, Violation
-from parallel.apply import Parallel
-from parallel.mesh.world import World
-from parallel.shard.shard_map import local_slices
-from train.config.fields import AdamwConfig
+from pydantic import Field
+
+import train.optim.optimizers
+from conf.compose import Config
+from conf.kinds import kinds_in, one_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
 
 
-def build_optimizer(built: Parallel, config: AdamwConfig) -> AdamW:
-    """AdamW that decays matrices and stacks of matrices, but neither vectors nor the embedding.
+class OptimizerConfig(Config, ABC):
+    """Keys that every optimizer has. A subclass has a literal `kind` with its own default, and its own keys.
 
-    Every group has `lr_scale`, its factor on the learning rate. Parameters whose factor is 0 are frozen: they
-    get no gradient and are in no group. Mutates requires_grad.
-
-    Raises ConfigError for a pattern of optim.lr_scales that no parameter fits.
+    What checkpoints, the memory plan, the rehearsal and ZeRO need to know follows from `slots`.
     """
-    groups: dict[tuple[bool, float, int], list[nn.Parameter]] = {}
-    # One update over many tensors takes those of one mesh only.
-    meshes: list[object] = []
-    for name, parameter in built.named_parameters():
-        scale = scale_of(name, config)
-        parameter.requires_grad_(scale > 0)
-        if scale:
-            is_decayed = parameter.ndim >= 2 and not name.startswith("embed.")
-            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
-            meshes += [mesh] * (mesh not in meshes)
-            groups.setdefault((is_decayed, scale, meshes.index(mesh)), []).append(parameter)
-    # Other ranks of a pipeline have other parameters; what is wrong is wrong on all of them.
-    names = sorted(built.names)
-    unused = [
-        pattern for pattern in config.lr_scales if not any(fnmatchcase(name, pattern) for name in names)
-    ]
-    if unused:
-        message = f"fits no parameter; their names are like {names[0]} and {names[len(names) // 2]}"
-        raise ConfigError([Violation(f"optim.lr_scales.{pattern}", message) for pattern in unused])
-    if not any(scale_of(name, config) for name in names):
-        raise ConfigError([Violation("optim.lr_scales", "freezes every parameter; leave some above 0")])
-    return AdamW(
-        [
-            {"params": parameters, "weight_decay": config.weight_decay * is_decayed, "lr_scale": scale}
-            for (is_decayed, scale, _), parameters in sorted(
-                groups.items(), key=lambda item: item[0], reverse=True
-            )
-        ],
-        config.lr,
-        (config.beta1, config.beta2),
-        config.eps,
-        fused=True,
-    )
+
+    lr: float = Field(gt=0)
+    weight_decay: float = Field(ge=0)
+    clip_norm: float = Field(gt=0)
+    lr_scales: dict[str, Annotated[float, Field(ge=0)]]
+
+    # Entries of the optimizer's state that have the shape and dtype of their parameter.
+    slots: ClassVar[tuple[str, ...]] = ()
+    # Whether the state has `step` as well, a float32 count of updates.
+    counts_steps: ClassVar[bool] = False
+
+    @abstractmethod
+    def build(self, groups: list[dict[str, Any]]) -> "Optimizer":
+        """The torch optimizer of parameter groups, each with `params`, `weight_decay` and `lr_scale`."""
+
+    def initial_state(self, parameter: "Tensor") -> dict[str, "Tensor"]:
+        """The state of a parameter before its first update: all zeros."""
+        import torch
+
+        state = {}
+        if self.counts_steps:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        return state | {slot: torch.zeros_like(parameter.detach()) for slot in self.slots}
 
 
-def scale_of(name: str, config: AdamwConfig) -> float:
-    """The factor on the learning rate of a parameter: that of the last pattern which fits its name."""
-    scales = [scale for pattern, scale in config.lr_scales.items() if fnmatchcase(name, pattern)]
-    return scales[-1] if scales else 1.0
+class ElementwiseConfig(OptimizerConfig, ABC):
+    """An optimizer whose update of a number needs no other number of the parameter."""
+
+    def build(self, groups: list[dict[str, Any]]) -> "Optimizer":
+        """`update` as a torch optimizer, on local shards."""
+        from train.optim.elementwise import Elementwise
+
+        return Elementwise(groups, self)
+
+    @abstractmethod
+    def update(
+        self,
+        parameters: "list[Tensor]",
+        grads: "list[Tensor]",
+        *slots: "list[Tensor]",
+        lr: float,
+        weight_decay: float,
+    ) -> None:
+        """Updates parameters and slots in place; each list has an entry for each parameter."""
 
 
-def gradient_norm(built: Parallel, world: World) -> Tensor:
-    """The Euclidean norm of all gradients together, over all ranks, each number counted once; in float64."""
-    blocks: dict[int, list[Tensor]] = {}
-    for name, parameter in built.counted_parameters():
-        if parameter.grad is not None:
-            for block, piece in local_slices(parameter.grad, built.shard_maps[name]):
-                blocks.setdefault(piece.replicas, []).append(block)
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for sharers, parts in blocks.items():
-        total += torch.nn.utils.get_total_norm(parts).double().square() / sharers
-    return (world.sum(total) / world.axes.dp_replicate.size).sqrt()
+@cache
+def optimizer_kinds() -> dict[str, type[OptimizerConfig]]:
+    """Every optimizer config by its kind: the files of train/optim/optimizers/."""
+    return kinds_in(train.optim.optimizers, OptimizerConfig)
 
 
-def clip_gradients(built: Parallel, norm: Tensor, limit: float) -> None:
-    """Scales all gradients in place so that their global norm is at most `limit`."""
-    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-    for _, parameter in built.named_parameters():
-        if parameter.grad is not None:
-            local = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
-            local.mul_(scale)
+def optimizer_type() -> Any:
+    """The pydantic type of the `optim` node."""
+    return one_of(optimizer_kinds())

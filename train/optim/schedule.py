@@ -1,18 +1,41 @@
-"""Learning rate as a pure function of the step."""
+"""The contract of a learning-rate schedule: a pure function of the step; without torch.
 
-import math
+A schedule is one file of train/optim/schedules/ and one of conf/schedule/.
+"""
 
-from train.config.fields import CosineConfig, WsdConfig
+from abc import ABC, abstractmethod
+from functools import cache
+from typing import Any
+
+from pydantic import Field
+
+import train.optim.schedules
+from conf.compose import Config
+from conf.kinds import kinds_in, one_of
 
 
-def lr_factor(schedule: WsdConfig | CosineConfig, step: int, steps: int) -> float:
-    """Share of the peak for the update that makes step `step` into `step + 1` of `steps`, in [0, 1]."""
-    if step < schedule.warmup_steps:
-        return (step + 1) / schedule.warmup_steps
-    if isinstance(schedule, WsdConfig):
-        start = max(schedule.warmup_steps, steps - round(schedule.decay_fraction * steps))
-        if step < start:
-            return 1.0
-        return schedule.floor + (1 - schedule.floor) * (1 - math.sqrt((step - start) / (steps - start)))
-    progress = (step - schedule.warmup_steps) / max(1, steps - schedule.warmup_steps)
-    return schedule.floor + (1 - schedule.floor) * 0.5 * (1 + math.cos(math.pi * progress))
+class ScheduleConfig(Config, ABC):
+    """Linear warm-up, then what a subclass says. A subclass has a literal `kind` with its own default."""
+
+    warmup_steps: int = Field(ge=0)
+
+    def factor(self, step: int, steps: int) -> float:
+        """Share of the peak for the update that makes step `step` into `step + 1` of `steps`, in [0, 1]."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        return self.after_warmup(step, steps)
+
+    @abstractmethod
+    def after_warmup(self, step: int, steps: int) -> float:
+        """The same for a step at or after `warmup_steps`."""
+
+
+@cache
+def schedule_kinds() -> dict[str, type[ScheduleConfig]]:
+    """Every schedule config by its kind: the files of train/optim/schedules/."""
+    return kinds_in(train.optim.schedules, ScheduleConfig)
+
+
+def schedule_type() -> Any:
+    """The pydantic type of the `schedule` node."""
+    return one_of(schedule_kinds())
