@@ -3,7 +3,7 @@
 #   make train    the default recipe on this machine; RUN="key=value ..." changes it
 #   make test     lint and the test suite; TESTS="tests/data -k packing" runs a part
 #   make prove    the long proofs
-#   make equality every mixer in every parallel layout against one process; writes its table into README.md
+#   make equality every mixer in every parallel layout against one process; writes its table into docs/parallelism.md
 #   make lint     style, types, import layers and file lengths only
 #   make setup    everything that the commands above need, without running them
 #   make lock     write requirements.lock anew from .venv

@@ -1,7 +1,7 @@
-"""How far every mixer in every layout is from one process: the table in README.md.
+"""How far every mixer in every layout is from one process: the table in docs/parallelism.md.
 
 `make equality` measures and writes bench/results/equality.json. `python -m bench.equality` prints its table;
-`python -m bench.equality write` puts it into README.md.
+`python -m bench.equality write` puts it into docs/parallelism.md.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.origin import origin
-from bench.readme import show
+from bench.tables import show
 from conf.errors import exit_on_error
 
 RESULT = Path("bench/results/equality.json")

@@ -3,8 +3,8 @@
 `python -m bench.pipeline [degree=8] [micro_batches=32] [only=NAME,..]` prints a table for each schedule at 4K
 and 128K tokens: the slowest stage and the slowest rank over the mean, the share of time in which ranks wait,
 and how much longer a step takes with equal layers. It writes bench/results/pipeline.json and a plot of one
-model's timelines. `python -m bench.pipeline write` puts what the first says into README.md. Costs are counted
-operations, so that no machine is needed; nothing is measured here.
+model's timelines. `python -m bench.pipeline write` puts what the first says into docs/parallelism.md. Costs
+are counted operations, so that no machine is needed; nothing is measured here.
 """
 
 import json
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import readme
+from bench import tables
 from conf.compose import compose
 from conf.errors import exit_on_error
 from model.config import Architecture
@@ -54,9 +54,9 @@ class Row(NamedTuple):
 
 
 def main(arguments: list[str]) -> None:
-    """Prints and writes the table, draws the plot; or writes README.md."""
+    """Prints and writes the table, draws the plot; or writes docs/parallelism.md."""
     if arguments == ["write"]:
-        readme.show(table(), "pipeline", arguments)
+        tables.show(table(), "pipeline", arguments)
         return
     given = dict(argument.split("=", 1) for argument in arguments)
     degree, micro_batches = int(given.get("degree", "8")), int(given.get("micro_batches", "32"))
@@ -137,7 +137,7 @@ def show(rows: list[Row]) -> None:
 
 
 def table() -> str:
-    """Of the result file, the two schedules of README.md, one line for each model, and all in a sentence."""
+    """Of the result file, the two schedules that the page shows, a line for each model, and all in a sentence."""
     rows = json.loads((RESULTS / "pipeline.json").read_text())
     columns = [(schedule, context) for schedule in ("1f1b", "zero_bubble_v") for context in CONTEXTS]
     heads = [f"{schedule}, {context // 1024}K" for schedule, context in columns]

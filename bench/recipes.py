@@ -1,11 +1,11 @@
-"""The table of recipes for whole runs in README.md, planned from their configs.
+"""The table of recipes for whole runs in docs/planning.md, planned from their configs.
 
-`python -m bench.recipes` prints it; `python -m bench.recipes write` puts it into README.md.
+`python -m bench.recipes` prints it; `python -m bench.recipes write` puts it into docs/planning.md.
 """
 
 import sys
 
-from bench.readme import show
+from bench.tables import show
 from conf.compose import CONF_DIR, group_options
 from conf.errors import exit_on_error
 from parallel.config.degrees import Degrees

@@ -1,11 +1,11 @@
-"""The table of all published systems in README.md, counted from their configs.
+"""The table of all published systems in docs/models.md, counted from their configs.
 
-`python -m bench.systems` prints it; `python -m bench.systems write` puts it into README.md.
+`python -m bench.systems` prints it; `python -m bench.systems write` puts it into docs/models.md.
 """
 
 import sys
 
-from bench.readme import show
+from bench.tables import show
 from conf.compose import compose, group_options
 from conf.errors import exit_on_error
 from model.config import Architecture

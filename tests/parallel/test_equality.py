@@ -1,4 +1,4 @@
-"""Training in every layout is training on one process, for every mixer: the matrix of README.md."""
+"""Training in every layout is training on one process, for every mixer: the matrix of docs/parallelism.md."""
 
 import itertools
 from collections.abc import Iterator, Sequence

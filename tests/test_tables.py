@@ -1,9 +1,9 @@
-"""What README.md says about systems, recipes and pipelines is what their configs and results give."""
+"""What the pages say about systems, recipes and pipelines is what their configs and results give."""
 
 import pytest
 
 from bench import pipeline, recipes, systems
-from bench.readme import read
+from bench.tables import read
 
 
 def test_the_table_of_systems_is_current() -> None:
