@@ -1,36 +1,11 @@
 """Short causal depthwise convolution, usually with SiLU, which stops at document starts."""
 
-from typing import NamedTuple
-
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.arguments import checked, require, require_order
 from kernels.choose import takes_triton
 from kernels.convolution.reference import ShortConvolution, behind
-
-
-class Case(NamedTuple):
-    """One shape that tests and benchmarks share."""
-
-    rows: int
-    tokens: int
-    channels: int
-    taps: int
-    has_documents: bool = True
-    has_bias: bool = False
-    has_state: bool = False
-    has_silu: bool = True
-
-
-CASES = (
-    Case(1, 1, 3, 4),
-    Case(2, 3, 5, 4, has_bias=True),
-    Case(2, 17, 8, 4, has_documents=False),
-    Case(1, 9, 4, 1, has_silu=False),
-    Case(2, 9, 6, 3, has_bias=True, has_state=True),
-    Case(1, 2, 4, 4, has_documents=False, has_state=True, has_silu=False),
-)
 
 
 @checked

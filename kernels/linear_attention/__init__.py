@@ -1,7 +1,5 @@
 """Linear attention with decay: a state that forgets by a factor per head or per key channel."""
 
-from typing import NamedTuple
-
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -9,26 +7,6 @@ from kernels.arguments import checked, require, require_order
 from kernels.choose import takes_triton
 from kernels.linear_attention.channel import linear_attention_by_channel
 from kernels.linear_attention.reference import linear_attention_chunked
-
-
-class Case(NamedTuple):
-    """One shape that tests and benchmarks share."""
-
-    rows: int
-    tokens: int
-    key_heads: int
-    value_heads: int
-    key_dim: int
-    value_dim: int
-
-
-CASES = (
-    Case(1, 1, 1, 1, 4, 4),
-    Case(2, 63, 2, 2, 8, 8),
-    Case(1, 64, 1, 2, 8, 16),
-    Case(2, 65, 2, 4, 16, 8),
-    Case(1, 200, 2, 6, 16, 24),
-)
 
 
 @checked

@@ -1,24 +1,10 @@
 """Selective scan: a diagonal linear state space per channel whose step depends on the token."""
 
-from typing import NamedTuple
-
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.arguments import checked, require, require_order
 from kernels.selective_scan.reference import selective_scan_chunked
-
-
-class Case(NamedTuple):
-    """One shape that tests and benchmarks share."""
-
-    rows: int
-    tokens: int
-    channels: int
-    state_dim: int
-
-
-CASES = (Case(1, 1, 2, 3), Case(2, 15, 4, 2), Case(1, 16, 3, 4), Case(2, 17, 6, 4), Case(1, 100, 5, 8))
 
 
 @checked

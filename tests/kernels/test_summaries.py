@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from kernels.choose import chosen
+from kernels.choose import use_backends
 from kernels.delta_rule.reference import gated_delta_rule_recurrent
 from kernels.delta_rule.summary import delta_rule_start_gradient, delta_rule_summary
 from kernels.linear_attention.reference import linear_attention_recurrent
@@ -130,7 +130,7 @@ def test_delta_rule_in_triton(decay: str) -> None:
     document = documents_of("many", tokens)
     inputs = drawn(decay, tokens, torch.float32)
     inputs["beta"] = torch.rand(ROWS, tokens, HEADS)
-    with chosen({"delta_rule": "triton"}):
+    with use_backends({"delta_rule": "triton"}):
         found = delta_rule_summary(**inputs, document=document)
     exact = {name: x.double() for name, x in inputs.items()}
     for ours, reference in zip(found, delta_rule_summary(**exact, document=document), strict=True):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.choose import chosen
+from kernels.choose import use_backends
 from model.cut import View
 from model.mixer import Mixer, MixerConfig, Sequence
 from model.mixers.lightning import LightningConfig
@@ -332,7 +332,8 @@ def test_two_chunks_in_triton(name: str) -> None:
 
     axis, case = Axis("cp", 0, (0,), None), CASES[-1]
     x, weight = (part.float() for part in drawn(case))
-    with corrected(), chosen(dict.fromkeys(("delta_rule", "linear_attention", "convolution"), "triton")):
+    backends = dict.fromkeys(("delta_rule", "linear_attention", "convolution"), "triton")
+    with corrected(), use_backends(backends):
         mixer, sequence = build(config_of(name)).float(), cut(packed(case), axis, Chunks)
         found = outcome(mixer, x, weight, sequence)
     assert worst(found, alone_all()[name, case]) < 1e-4

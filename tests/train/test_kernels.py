@@ -3,38 +3,38 @@ import torch
 
 from conf.errors import NumericsError
 from kernels.check import Verdict
-from kernels.choose import FAMILIES, choose, chosen, describe, takes_triton
+from kernels.choose import FAMILIES, describe, set_backends, takes_triton, use_backends
 from model.language_model import LanguageModel
 from parallel.mesh.world import World
 from tests.architectures import small_architecture
-from train import kernels
 from train.config.fields import KernelsConfig
 from train.config.load import load_config
+from train.loop import kernel_check
 
 
 @pytest.fixture(autouse=True)
 def _own_choice():
-    with chosen({}):
+    with use_backends({}):
         yield
 
 
 def test_the_config_has_every_family() -> None:
     assert set(KernelsConfig.model_fields) == {*FAMILIES, "check"}
-    assert set(load_config(["kernels=reference"], 1).kernels.forms().values()) == {"reference"}
+    assert set(load_config(["kernels=reference"], 1).kernels.backends().values()) == {"reference"}
 
 
 def test_plain_torch_on_a_cpu_and_an_error_where_triton_is_asked_for() -> None:
     x = torch.ones(1)
     assert not takes_triton("norm", x)
     assert describe(torch.device("cpu"), torch.float32) == "kernels on cpu in float32: plain torch: all"
-    with chosen({"norm": "triton"}), pytest.raises(ValueError, match=r"kernels\.norm: .*needs a GPU"):
+    with use_backends({"norm": "triton"}), pytest.raises(ValueError, match=r"kernels\.norm: .*needs a GPU"):
         takes_triton("norm", x)
     with pytest.raises(ValueError, match=r"kernels\.nrm: no such family"):
-        choose({"nrm": "auto"})
+        set_backends({"nrm": "auto"})
 
 
 def test_a_model_names_the_families_that_it_uses() -> None:
-    used = kernels.used_families(LanguageModel(small_architecture(["model=qwen3_next_small"])).modules())
+    used = kernel_check.used_families(LanguageModel(small_architecture(["model=qwen3_next_small"])).modules())
     assert {"delta_rule", "attention", "convolution", "experts", "norm", "cross_entropy"} <= set(used)
     assert not {"indexer", "block_attention", "selective_scan"} & set(used)
 
@@ -42,16 +42,16 @@ def test_a_model_names_the_families_that_it_uses() -> None:
 def test_a_wrong_kernel_stops_the_run_or_is_left_out(capsys) -> None:
     world, families = World.alone(torch.device("cpu")), ["attention", "norm"]
     verdict = Verdict("attention.window", torch.bfloat16, "grad q", 0.3, 0.01)
-    assert kernels.wrong_anywhere([], families, world) == []
-    wrong = kernels.wrong_anywhere([verdict], families, world)
+    assert kernel_check.wrong_anywhere([], families, world) == []
+    wrong = kernel_check.wrong_anywhere([verdict], families, world)
     assert wrong == ["attention"]
     assert "attention.window is WRONG on this GPU: grad q is off by 3.0e-01" in capsys.readouterr().err
     config = load_config([], 1).kernels
     with pytest.raises(NumericsError, match=r"leave them out by kernels\.attention=reference"):
-        kernels.settled(config, wrong)
-    assert set(kernels.settled(config, []).values()) == {"auto"}
-    forms = kernels.settled(load_config(["kernels.check=fall_back"], 1).kernels, wrong)
-    assert [name for name, form in forms.items() if form == "reference"] == ["attention"]
+        kernel_check.settled(config, wrong)
+    assert set(kernel_check.settled(config, []).values()) == {"auto"}
+    backends = kernel_check.settled(load_config(["kernels.check=fall_back"], 1).kernels, wrong)
+    assert [name for name, backend in backends.items() if backend == "reference"] == ["attention"]
 
 
 def test_a_verdict_that_is_no_number_is_wrong() -> None:
