@@ -28,8 +28,10 @@ def _delta_rule(name: str) -> Callable[[Any], Peer]:
     def build(shape: Any) -> Peer:
         function = _fla(f"ops.{name}", f"chunk_{name}")
 
-        def run(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor) -> Outputs:
-            options = {"scale": 1.0, "initial_state": state.float(), "output_final_state": True}
+        def run(
+            q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, initial_state: Tensor
+        ) -> Outputs:
+            options = {"scale": 1.0, "initial_state": initial_state.float(), "output_final_state": True}
             return function(q, k, v, log_decay, beta, **options)
 
         return run
@@ -40,10 +42,12 @@ def _delta_rule(name: str) -> Callable[[Any], Peer]:
 def _simple_gla(shape: Any) -> Peer:
     function = _fla("ops.simple_gla", "chunk_simple_gla")
 
-    def run(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None = None) -> Outputs:
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor, log_decay: Tensor | None = None
+    ) -> Outputs:
         repeat = v.shape[2] // q.shape[2]
         q, k = (x.repeat_interleave(repeat, dim=2) for x in (q, k))
-        options = {"scale": 1.0, "initial_state": state.float(), "output_final_state": True}
+        options = {"scale": 1.0, "initial_state": initial_state.float(), "output_final_state": True}
         return function(q, k, v, log_decay, **options)
 
     return run

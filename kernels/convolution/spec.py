@@ -16,16 +16,20 @@ def draw(shape: Shape, factory: InputFactory) -> KernelCase:
     if shape.has_bias:
         inputs["bias"] = factory.normal(shape.channels)
     if shape.has_state:
-        inputs["state"] = factory.normal(shape.rows, taps - 1, shape.channels)
+        inputs["initial_state"] = factory.normal(shape.rows, taps - 1, shape.channels)
     document = factory.documents(shape.rows, shape.tokens, 4.0)[0] if shape.has_documents else None
     tiles = Tiles(4, 4, 1) if factory.uses_small_tiles else None
     options = {"document": document, "has_silu": shape.has_silu}
 
-    def ours(x, weight, bias=None, state=None):
-        return (short_convolution_triton(x[..., 1:-1], weight, bias, state=state, tiles=tiles, **options),)
+    def ours(x, weight, bias=None, initial_state=None):
+        return (
+            short_convolution_triton(
+                x[..., 1:-1], weight, bias, initial_state=initial_state, tiles=tiles, **options
+            ),
+        )
 
-    def reference(x, weight, bias=None, state=None):
-        return (convolution_direct(x[..., 1:-1], weight, bias, state=state, **options),)
+    def reference(x, weight, bias=None, initial_state=None):
+        return (convolution_direct(x[..., 1:-1], weight, bias, initial_state=initial_state, **options),)
 
     return KernelCase(inputs, ours, reference)
 

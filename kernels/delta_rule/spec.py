@@ -25,16 +25,18 @@ def draw_of(span: str) -> Callable[[Shape, InputFactory], KernelCase]:
             "v": factory.normal(rows, tokens, heads, value_dim),
             "log_decay": factory.uniform(*size, low=-1.0, high=0.0),
             "beta": factory.uniform(rows, tokens, heads),
-            "state": factory.normal(rows, heads, key_dim, value_dim),
+            "initial_state": factory.normal(rows, heads, key_dim, value_dim),
         }
         document = factory.documents(rows, tokens, mean=40.0)[0] if tokens % 2 else None
         tiles = small_tiles(tokens) if factory.uses_small_tiles else None
 
-        def kernel(state: Tensor, **parts: Tensor) -> tuple[Tensor, ...]:
-            return gated_delta_rule_triton(**parts, state=state, document=document, tiles=tiles)
+        def kernel(initial_state: Tensor, **parts: Tensor) -> tuple[Tensor, ...]:
+            return gated_delta_rule_triton(
+                **parts, initial_state=initial_state, document=document, tiles=tiles
+            )
 
-        def reference(state: Tensor, **parts: Tensor) -> tuple[Tensor, ...]:
-            return gated_delta_rule_recurrent(**parts, state=state, document=document)
+        def reference(initial_state: Tensor, **parts: Tensor) -> tuple[Tensor, ...]:
+            return gated_delta_rule_recurrent(**parts, initial_state=initial_state, document=document)
 
         return KernelCase(inputs, kernel, reference)
 

@@ -51,5 +51,5 @@ def test_a_state_stands_for_the_tokens_before() -> None:
     for cut in (3, 5, 7, 8):
         is_own = document[:, cut - 3 : cut] == document[:, cut : cut + 1]
         state = torch.where(is_own[..., None], x[:, cut - 3 : cut], 0.0)
-        rest = short_convolution(x[:, cut:], weight, document=document[:, cut:], state=state)
+        rest = short_convolution(x[:, cut:], weight, document=document[:, cut:], initial_state=state)
         assert torch.allclose(rest, whole[:, cut:], rtol=0, atol=1e-14)

@@ -48,7 +48,7 @@ def documents_of(rows: int, tokens: int, starts: float) -> Tensor:
 
 def compare(inputs: list[Tensor], document: Tensor | None, limit: float) -> None:
     def call(rule):
-        return lambda q, k, v, g, b, s: rule(q, k, v, g, b, document=document, state=s)
+        return lambda q, k, v, g, b, s: rule(q, k, v, g, b, document=document, initial_state=s)
 
     chunked = outputs_and_grads(call(gated_delta_rule_chunked), inputs)
     recurrent = outputs_and_grads(call(gated_delta_rule_recurrent), inputs)
@@ -92,18 +92,18 @@ def test_float32_stays_exact_after_a_strong_decay() -> None:
     inputs = inputs_of(shape, "random", "random", torch.float32)
     inputs[3] = torch.full_like(inputs[3], -1e-3)
     inputs[3][:, 5] = -900.0
-    single = outputs_and_grads(lambda *x: gated_delta_rule(*x[:5], state=x[5]), inputs)
+    single = outputs_and_grads(lambda *x: gated_delta_rule(*x[:5], initial_state=x[5]), inputs)
     double = outputs_and_grads(
-        lambda *x: gated_delta_rule_recurrent(*x[:5], state=x[5]), [x.double() for x in inputs]
+        lambda *x: gated_delta_rule_recurrent(*x[:5], initial_state=x[5]), [x.double() for x in inputs]
     )
     assert_close(single, double, 1e-5)
 
 
 def test_states_carry_over_between_calls() -> None:
     inputs = inputs_of(Shape(2, 100, 2, 4, 6, 5), "random", "random")
-    whole, last = gated_delta_rule(*inputs[:5], state=inputs[5])
-    head, middle = gated_delta_rule(*(x[:, :37] for x in inputs[:5]), state=inputs[5])
-    tail, end = gated_delta_rule(*(x[:, 37:] for x in inputs[:5]), state=middle)
+    whole, last = gated_delta_rule(*inputs[:5], initial_state=inputs[5])
+    head, middle = gated_delta_rule(*(x[:, :37] for x in inputs[:5]), initial_state=inputs[5])
+    tail, end = gated_delta_rule(*(x[:, 37:] for x in inputs[:5]), initial_state=middle)
     assert_close([torch.cat([head, tail], 1), end], [whole, last], LIMIT)
 
 
@@ -122,7 +122,7 @@ def by_channel(shape: Shape, keys: str, decay: str, dtype: torch.dtype = torch.f
 
 def compare_by_channel(inputs: list[Tensor], document: Tensor | None, limit: float) -> None:
     def call(rule):
-        return lambda q, k, v, g, b, s: rule(q, k, v, g, b, document=document, state=s)
+        return lambda q, k, v, g, b, s: rule(q, k, v, g, b, document=document, initial_state=s)
 
     ours = outputs_and_grads(call(gated_delta_rule), inputs)
     reference = outputs_and_grads(call(gated_delta_rule_recurrent), [x.double() for x in inputs])
@@ -151,17 +151,17 @@ def test_one_decay_for_all_channels_is_decay_per_head() -> None:
     inputs = inputs_of(SHAPES[-1], "random", "random")
     wide = [*inputs]
     wide[3] = inputs[3][..., None].expand(*inputs[3].shape, SHAPES[-1].key_dim)
-    by_head = outputs_and_grads(lambda *x: gated_delta_rule(*x[:5], state=x[5]), inputs)
-    channels = outputs_and_grads(lambda *x: channel_delta_rule_chunked(*x[:5], state=x[5]), wide)
+    by_head = outputs_and_grads(lambda *x: gated_delta_rule(*x[:5], initial_state=x[5]), inputs)
+    channels = outputs_and_grads(lambda *x: channel_delta_rule_chunked(*x[:5], initial_state=x[5]), wide)
     channels[5] = channels[5].sum(-1)
     assert_close(channels, by_head, LIMIT)
 
 
 def test_states_carry_over_with_decay_per_channel() -> None:
     inputs = by_channel(Shape(2, 100, 2, 4, 6, 5), "random", "random")
-    whole, last = gated_delta_rule(*inputs[:5], state=inputs[5])
-    head, middle = gated_delta_rule(*(x[:, :37] for x in inputs[:5]), state=inputs[5])
-    tail, end = gated_delta_rule(*(x[:, 37:] for x in inputs[:5]), state=middle)
+    whole, last = gated_delta_rule(*inputs[:5], initial_state=inputs[5])
+    head, middle = gated_delta_rule(*(x[:, :37] for x in inputs[:5]), initial_state=inputs[5])
+    tail, end = gated_delta_rule(*(x[:, 37:] for x in inputs[:5]), initial_state=middle)
     assert_close([torch.cat([head, tail], 1), end], [whole, last], LIMIT)
 
 

@@ -47,7 +47,7 @@ def documents_of(rows: int, tokens: int, starts: float) -> Tensor:
 
 def compare(inputs: list[Tensor], document: Tensor | None, limit: float, reference: list[Tensor]) -> None:
     def call(rule):
-        return lambda q, k, v, s, g=None: rule(q, k, v, g, document=document, state=s)
+        return lambda q, k, v, s, g=None: rule(q, k, v, g, document=document, initial_state=s)
 
     ours = outputs_and_grads(call(linear_attention), inputs)
     expected = outputs_and_grads(call(linear_attention_recurrent), reference)
@@ -94,7 +94,7 @@ def test_equals_the_recurrence_for_any_shape_and_documents(
 @pytest.mark.parametrize("span", ["head", "channel"])
 def test_total_decay_leaves_each_token_alone(span: str) -> None:
     q, k, v, state, log_decay = inputs_of(Shape(1, 100, 2, 2, 6, 5), span, "zero")
-    out, end = linear_attention(q, k, v, log_decay, state=state)
+    out, end = linear_attention(q, k, v, log_decay, initial_state=state)
     assert_close([out], [(q * k).sum(-1, keepdim=True) * v], LIMIT)
     assert_close([end], [k[:, -1, :, :, None] * v[:, -1, :, None]], LIMIT)
 
@@ -120,9 +120,9 @@ def test_gradients_of_strong_decays_are_their_own(span: str) -> None:
 def test_states_carry_over_between_calls(span: str) -> None:
     q, k, v, state, *gates = inputs_of(Shape(2, 100, 2, 4, 6, 5), span, "random")
     parts = [q, k, v, *gates]
-    whole, last = linear_attention(*parts, state=state)
-    head, middle = linear_attention(*(x[:, :37] for x in parts), state=state)
-    tail, end = linear_attention(*(x[:, 37:] for x in parts), state=middle)
+    whole, last = linear_attention(*parts, initial_state=state)
+    head, middle = linear_attention(*(x[:, :37] for x in parts), initial_state=state)
+    tail, end = linear_attention(*(x[:, 37:] for x in parts), initial_state=middle)
     assert_close([torch.cat([head, tail], 1), end], [whole, last], LIMIT)
 
 
@@ -135,7 +135,7 @@ def test_another_document_changes_nothing_bit_for_bit(span: str) -> None:
         x[:, 37:70] = -torch.rand_like(x[:, 37:70])
 
     def call(q, k, v, s, g=None):
-        out = linear_attention(q, k, v, g, document=document, state=s)[0]
+        out = linear_attention(q, k, v, g, document=document, initial_state=s)[0]
         return torch.cat([out[:, :37], out[:, 70:]], dim=1)
 
     first, second = outputs_and_grads(call, inputs), outputs_and_grads(call, others)

@@ -48,8 +48,8 @@ def factors_without_limit(gate, up, limit, KIND: tl.constexpr, CLAMP: tl.constex
 
 
 def read_from_any_document(
-    x, state, document, first, shifts, channel, row, tokens, channels, row_stride, token_stride, own,
-    TAPS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_DOCUMENT: tl.constexpr,
+    x, initial_state, document, first, shifts, channel, row, tokens, channels, row_stride, token_stride, own,
+    TAPS: tl.constexpr, HAS_INITIAL_STATE: tl.constexpr, HAS_DOCUMENT: tl.constexpr,
 ):  # fmt: skip
     place = first + shifts
     is_in = ((place >= 0) & (place < tokens))[:, None] & (channel < channels)[None, :]

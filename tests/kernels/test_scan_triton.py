@@ -33,7 +33,7 @@ def inputs_of(span: str, tokens: int = TOKENS, groups: int = 1) -> dict[str, Ten
         "v": torch.randn(1, tokens, HEADS, VALUE_DIM),
         "log_decay": -torch.rand(shape),
         "beta": torch.rand(1, tokens, HEADS),
-        "state": torch.randn(1, HEADS, KEY_DIM, VALUE_DIM),
+        "initial_state": torch.randn(1, HEADS, KEY_DIM, VALUE_DIM),
     }
 
 
@@ -117,7 +117,7 @@ def test_documents_of_any_length(tokens: int, groups: int, starts: float, span: 
 @pytest.mark.parametrize("span", SPANS)
 def test_a_document_is_the_same_packed_and_alone(span: str) -> None:
     inputs = inputs_of(span)
-    inputs.pop("state")
+    inputs.pop("initial_state")
     document = (torch.arange(TOKENS) >= 21).long()[None]
     packed, _ = gated_delta_rule_triton(**inputs, document=document, tiles=TILES)
     before = {name: x.clone() for name, x in inputs.items()}
@@ -135,10 +135,10 @@ def test_a_state_carries_a_row_on(span: str) -> None:
     inputs = inputs_of(span)
     whole, end = gated_delta_rule_triton(**inputs, tiles=TILES)
     first, state = gated_delta_rule_triton(
-        **{name: x if name == "state" else x[:, :19] for name, x in inputs.items()}, tiles=TILES
+        **{name: x if name == "initial_state" else x[:, :19] for name, x in inputs.items()}, tiles=TILES
     )
-    rest = {name: x[:, 19:] for name, x in inputs.items() if name != "state"}
-    second, last = gated_delta_rule_triton(**rest, state=state, tiles=TILES)
+    rest = {name: x[:, 19:] for name, x in inputs.items() if name != "initial_state"}
+    second, last = gated_delta_rule_triton(**rest, initial_state=state, tiles=TILES)
     # Other tiles, and a state that passed through memory: float32 sums in another order.
     assert torch.allclose(torch.cat([first, second], dim=1), whole, rtol=0, atol=1e-5)
     assert torch.allclose(last, end, rtol=0, atol=1e-5)

@@ -32,7 +32,7 @@ def inputs_of(shape: Shape, steps: str, dtype: torch.dtype = torch.float64) -> l
 
 def compare(inputs: list[Tensor], document: Tensor | None, limit: float, reference: list[Tensor]) -> None:
     def call(scan):
-        return lambda x, step, rate, k, q, s: scan(x, step, rate, k, q, document=document, state=s)
+        return lambda x, step, rate, k, q, s: scan(x, step, rate, k, q, document=document, initial_state=s)
 
     ours = outputs_and_grads(call(selective_scan), inputs)
     assert_close(ours, outputs_and_grads(call(selective_scan_recurrent), reference), limit)
@@ -74,9 +74,9 @@ def test_equals_the_recurrence_for_any_length_and_documents(
 
 def test_states_carry_over_between_calls() -> None:
     x, step, rate, k, q, state = inputs_of(Shape(2, 60, 4, 3), "random")
-    whole, last = selective_scan(x, step, rate, k, q, state=state)
-    head, middle = selective_scan(x[:, :21], step[:, :21], rate, k[:, :21], q[:, :21], state=state)
-    tail, end = selective_scan(x[:, 21:], step[:, 21:], rate, k[:, 21:], q[:, 21:], state=middle)
+    whole, last = selective_scan(x, step, rate, k, q, initial_state=state)
+    head, middle = selective_scan(x[:, :21], step[:, :21], rate, k[:, :21], q[:, :21], initial_state=state)
+    tail, end = selective_scan(x[:, 21:], step[:, 21:], rate, k[:, 21:], q[:, 21:], initial_state=middle)
     assert_close([torch.cat([head, tail], 1), end], [whole, last], LIMIT)
 
 

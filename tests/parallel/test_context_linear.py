@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from kernels.choose import use_backends
 from model.cut import View
 from model.mixer import Mixer, MixerConfig, Sequence
-from model.mixers.lightning import LightningConfig
 from model.recurrence import Recurrence
 from parallel.config.degrees import Degrees
 from parallel.context.chunks import cut_row, whole_row
@@ -81,7 +80,7 @@ def build(config: MixerConfig) -> Mixer:
     randomise(mixer)
     with torch.no_grad():
         for name, parameter in mixer.named_parameters():
-            if name in ("decay.bias", "step.bias") and not isinstance(config, LightningConfig):
+            if name in ("decay.dt_bias", "step.dt_bias"):
                 parameter -= 4.0
     return mixer
 
@@ -218,8 +217,8 @@ class NoStart(Chunks):
     def recur(
         self, recurrence: Recurrence, inputs: tuple[Tensor, ...], position: Tensor, document: Tensor | None
     ) -> Tensor:
-        made = recurrence.start_gradient
-        with mock.patch.object(recurrence, "start_gradient", lambda *args: torch.zeros_like(made(*args))):
+        made = recurrence.initial_state_grad
+        with mock.patch.object(recurrence, "initial_state_grad", lambda *args: torch.zeros_like(made(*args))):
             return super().recur(recurrence, inputs, position, document)
 
 
