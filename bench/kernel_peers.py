@@ -1,4 +1,4 @@
-"""The same operations by fla-core and by torch, for `bench.kernels`; each takes a trial's inputs by name."""
+"""The same operations by fla-core and by torch, for `bench.kernels`; each takes a case's inputs by name."""
 
 import importlib
 from collections.abc import Callable
@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from kernels.experts.reference import experts_grouped
-from kernels.trial import Outputs
+from kernels.spec import Outputs
 
 Peer = Callable[..., Outputs]
 
 
-def peers_of(subject: str) -> dict[str, Callable[[Any], Peer]]:
-    """By name, what makes the peer from the case of the subject; none where nobody else has the operation."""
-    return PEERS.get(subject, {})
+def peers_of(spec: str) -> dict[str, Callable[[Any], Peer]]:
+    """By name, what makes the peer from a shape of the spec; none where nobody else has the operation."""
+    return PEERS.get(spec, {})
 
 
 def _fla(module: str, name: str) -> Callable[..., Any]:
@@ -25,11 +25,13 @@ def _fla(module: str, name: str) -> Callable[..., Any]:
 
 
 def _delta_rule(name: str) -> Callable[[Any], Peer]:
-    def build(case: Any) -> Peer:
+    def build(shape: Any) -> Peer:
         function = _fla(f"ops.{name}", f"chunk_{name}")
 
-        def run(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor) -> Outputs:
-            options = {"scale": 1.0, "initial_state": state.float(), "output_final_state": True}
+        def run(
+            q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, initial_state: Tensor
+        ) -> Outputs:
+            options = {"scale": 1.0, "initial_state": initial_state.float(), "output_final_state": True}
             return function(q, k, v, log_decay, beta, **options)
 
         return run
@@ -37,13 +39,15 @@ def _delta_rule(name: str) -> Callable[[Any], Peer]:
     return build
 
 
-def _simple_gla(case: Any) -> Peer:
+def _simple_gla(shape: Any) -> Peer:
     function = _fla("ops.simple_gla", "chunk_simple_gla")
 
-    def run(q: Tensor, k: Tensor, v: Tensor, state: Tensor, log_decay: Tensor | None = None) -> Outputs:
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, initial_state: Tensor, log_decay: Tensor | None = None
+    ) -> Outputs:
         repeat = v.shape[2] // q.shape[2]
         q, k = (x.repeat_interleave(repeat, dim=2) for x in (q, k))
-        options = {"scale": 1.0, "initial_state": state.float(), "output_final_state": True}
+        options = {"scale": 1.0, "initial_state": initial_state.float(), "output_final_state": True}
         return function(q, k, v, log_decay, **options)
 
     return run
@@ -67,26 +71,26 @@ def _fla_attention(masked: Any) -> Peer:
     return run
 
 
-def _grouped_mm(case: Any) -> Peer:
+def _grouped_mm(variant: Any) -> Peer:
     def run(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor) -> Outputs:
         ids = torch.rand(x.shape[0], gate_up.shape[0], device=x.device)
         chosen = ids.topk(weights.shape[1], dim=-1).indices
-        return (experts_grouped(x, gate_up, down, chosen, weights.to(x.dtype), case.form),)
+        return (experts_grouped(x, gate_up, down, chosen, weights.to(x.dtype), variant.form),)
 
     return run
 
 
-def _fla_norm(case: Any) -> Peer:
+def _fla_norm(shape: Any) -> Peer:
     function = _fla("modules.layernorm", "rms_norm")
     return lambda x, weight: (function(x, weight, None, eps=1e-6),)
 
 
-def _torch_norm(case: Any) -> Peer:
+def _torch_norm(shape: Any) -> Peer:
     compiled = torch.compile(lambda x, weight: rms_norm(x, x.shape[-1:], weight.to(x.dtype), 1e-6))
     return lambda x, weight: (compiled(x, weight),)
 
 
-def _fla_loss(case: Any) -> Peer:
+def _fla_loss(shape: Any) -> Peer:
     function = _fla("modules.fused_linear_cross_entropy", "fused_linear_cross_entropy_loss")
 
     def run(x: Tensor, weight: Tensor) -> Outputs:
@@ -96,12 +100,12 @@ def _fla_loss(case: Any) -> Peer:
     return run
 
 
-def _fla_convolution(case: Any) -> Peer:
+def _fla_convolution(shape: Any) -> Peer:
     function = _fla("modules.convolution", "causal_conv1d")
     return lambda x, weight: (function(x[..., 1:-1].contiguous(), weight, activation="silu")[0],)
 
 
-def _fla_swiglu(case: Any) -> Peer:
+def _fla_swiglu(shape: Any) -> Peer:
     function = _fla("modules.activations", "swiglu")
     return lambda hidden: (function(*hidden.chunk(2, dim=-1)),)
 

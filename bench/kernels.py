@@ -1,6 +1,6 @@
 """`python -m bench.kernels [only=NAME,..] [tokens=2048,8192,..]`: kernels beside their peers and the limit.
 
-On a GPU every subject runs forward and backward in bfloat16 with the dims of a model; a table and a plot show
+On a GPU every kernel runs forward and backward in bfloat16 with the dims of a model; a table and a plot show
 its time, that of fla-core and torch in the same run, and the share of the least time that the GPU allows. The
 results go to bench/results/kernels-DEVICE.json. Without a GPU it prints work and bytes, and times nothing.
 """
@@ -20,7 +20,7 @@ from bench.origin import origin
 from conf.errors import exit_on_error
 from kernels.check import times
 from kernels.limits import Limits, measured_limits, seconds, share
-from kernels.trial import Subject, Trial, setting, subjects
+from kernels.spec import KernelCase, KernelSpec, input_factory, kernel_specs
 
 TOKENS = (2048, 8192, 32768, 131072)
 RESULTS = Path("bench/results")
@@ -33,48 +33,48 @@ def main(arguments: list[str]) -> None:
     given = dict(argument.split("=", 1) for argument in arguments)
     only = given["only"].split(",") if "only" in given else None
     tokens = tuple(map(int, given["tokens"].split(","))) if "tokens" in given else TOKENS
-    wanted = [s for s in subjects() if only is None or s.name in only or s.name.split(".")[0] in only]
+    wanted = [s for s in kernel_specs() if only is None or s.name in only or s.name.split(".")[0] in only]
     if not torch.cuda.is_available():
         show_model(wanted, tokens)
         return
     limits = measured_limits(torch.device("cuda"))
     rows = []
-    for subject in wanted:
+    for spec in wanted:
         for count in tokens:
-            rows.append(measure(subject, count, limits))
+            rows.append(measure(spec, count, limits))
             print(described(rows[-1]), flush=True)
     write(rows, limits)
 
 
-def show_model(wanted: list[Subject], tokens: Sequence[int]) -> None:
-    """The work of every subject, and the least time that it takes on an H100 by its formula."""
+def show_model(wanted: list[KernelSpec], tokens: Sequence[int]) -> None:
+    """The cost of every kernel, and the least time that it takes on an H100 by its formula."""
     print("no GPU here: nothing was timed. Work and bytes, and the least time at 798 TFLOP/s and 3.0 TB/s:")
-    print(f"{'subject':28s} {'tokens':>7s} {'forward':>24s} {'backward':>24s} {'least, ms':>18s}")
-    for subject in wanted:
+    print(f"{'kernel':28s} {'tokens':>7s} {'forward':>24s} {'backward':>24s} {'least, ms':>18s}")
+    for spec in wanted:
         for count in tokens:
-            work = subject.work(subject.at(count))
-            forward = H100.seconds(work.forward_flops, work.forward_bytes) * 1e3
-            backward = H100.seconds(work.backward_flops, work.backward_bytes) * 1e3
-            moved = [f"{flops / 1e12:9.3f} TF {size / 1e9:8.3f} GB" for flops, size in (work[:2], work[2:])]
+            cost = spec.cost(spec.shape_at(count))
+            forward = H100.seconds(cost.forward_flops, cost.forward_bytes) * 1e3
+            backward = H100.seconds(cost.backward_flops, cost.backward_bytes) * 1e3
+            moved = [f"{flops / 1e12:9.3f} TF {size / 1e9:8.3f} GB" for flops, size in (cost[:2], cost[2:])]
             least = f"{forward:8.3f} {backward:8.3f}"
-            print(f"{subject.name:28s} {count:7d} {moved[0]:>24s} {moved[1]:>24s} {least}")
+            print(f"{spec.name:28s} {count:7d} {moved[0]:>24s} {moved[1]:>24s} {least}")
 
 
-def measure(subject: Subject, tokens: int, limits: Limits) -> dict[str, Any]:
+def measure(spec: KernelSpec, tokens: int, limits: Limits) -> dict[str, Any]:
     """Milliseconds of ours and of the peers, forward and backward, and the shares of the limit."""
-    case = subject.at(tokens)
-    row: dict[str, Any] = {"subject": subject.name, "tokens": tokens}
-    trial: Trial | None = None
+    shape = spec.shape_at(tokens)
+    row: dict[str, Any] = {"kernel": spec.name, "tokens": tokens}
+    case: KernelCase | None = None
     try:
-        trial = subject.draw(case, setting(torch.bfloat16, "cuda"))
-        forward, backward = times(trial, seconds)
+        case = spec.draw(shape, input_factory(torch.bfloat16, "cuda"))
+        forward, backward = times(case, seconds)
     except torch.cuda.OutOfMemoryError:
         row["weft"] = "out of memory"
         return row
     row["weft"] = milliseconds(forward, backward)
-    row["share"] = share(subject.work(case), limits, forward, backward)
-    for name, build in peers_of(subject.name).items():
-        row[name] = tried(lambda build=build, trial=trial: times(trial._replace(triton=build(case)), seconds))
+    row["share"] = share(spec.cost(shape), limits, forward, backward)
+    for name, build in peers_of(spec.name).items():
+        row[name] = tried(lambda build=build, case=case: times(case._replace(triton=build(shape)), seconds))
     return row
 
 
@@ -94,7 +94,7 @@ def milliseconds(forward: float, backward: float | None) -> list[float | None]:
 
 def described(row: dict[str, Any]) -> str:
     """One line of the table."""
-    parts = [f"{row['subject']:28s} {row['tokens']:7d}"]
+    parts = [f"{row['kernel']:28s} {row['tokens']:7d}"]
     for name in ("weft", "fla", "torch"):
         found = row.get(name)
         if isinstance(found, str):
@@ -122,15 +122,15 @@ def write(rows: list[dict[str, Any]], limits: Limits) -> None:
 
 
 def plot(rows: list[dict[str, Any]], device: str, path: Path) -> None:
-    """The share of the limit of every subject by tokens, forward and backward."""
+    """The share of the limit of every kernel by tokens, forward and backward."""
     from matplotlib.figure import Figure
 
-    names = sorted({row["subject"] for row in rows if "share" in row})
+    names = sorted({row["kernel"] for row in rows if "share" in row})
     figure = Figure(figsize=(12, max(3.0, 0.35 * len(names) + 1.5)), layout="constrained")
     for column, title in enumerate(("forward", "backward")):
         axes = figure.add_subplot(1, 2, column + 1)
         for marker, tokens in zip("o^sD", TOKENS, strict=True):
-            found = {r["subject"]: r["share"][column] for r in rows if r["tokens"] == tokens and "share" in r}
+            found = {r["kernel"]: r["share"][column] for r in rows if r["tokens"] == tokens and "share" in r}
             kept = {name: value for name, value in found.items() if value is not None}
             axes.plot(
                 [100 * x for x in kept.values()], [names.index(n) for n in kept], marker, label=f"{tokens:,}"

@@ -137,7 +137,7 @@ def show(rows: list[Row]) -> None:
 
 
 def table() -> str:
-    """Of the result file, the two schedules that the page shows, a line for each model, and all in a sentence."""
+    """Of the result file: two of its schedules, one line for each model, and all in a sentence."""
     rows = json.loads((RESULTS / "pipeline.json").read_text())
     columns = [(schedule, context) for schedule in ("1f1b", "zero_bubble_v") for context in CONTEXTS]
     heads = [f"{schedule}, {context // 1024}K" for schedule, context in columns]

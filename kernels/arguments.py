@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from kernels.shapes import of_shapes
+from kernels.fake_tensors import fake_outputs
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -74,8 +74,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     """The function, which raises ValueError for tensors that do not fit the annotations of its signature.
 
     Shapes and dtypes are those of jaxtyping; dims of one name are equal over all arguments, and all tensors
-    are on the device of the first. Whole numbers are int32 or int64. Tensors that are shapes alone
-    (FakeTensorMode) give tensors that are shapes alone.
+    are on the device of the first. Whole numbers are int32 or int64. Fake tensors
+    (FakeTensorMode) give fake tensors.
     """
     parameters = inspect.signature(function).parameters
     shapes = {name: _shapes(parameter.annotation) for name, parameter in parameters.items()}
@@ -96,7 +96,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
             device = value.device if device is None else device
             _check(name, value, shapes[name], sizes, device)
         if any(isinstance(value, FakeTensor) for value in (*args, *kwargs.values())):
-            return of_shapes(function, *args, **kwargs)
+            return fake_outputs(function, *args, **kwargs)
         return function(*args, **kwargs)
 
     return call
@@ -114,7 +114,7 @@ def _others(annotation: Any) -> tuple[type, ...]:
 
 def _shape(annotation: Any) -> _Shape:
     dims = tuple(annotation.dim_str.split())
-    cut = next((place for place, dim in enumerate(dims) if dim.startswith("*")), len(dims))
+    cut = next((index for index, dim in enumerate(dims) if dim.startswith("*")), len(dims))
     dtypes = WHOLE if "int32" in annotation.dtypes else FLOATING
     return _Shape(annotation.dim_str, dims[:cut], dims[cut + 1 :], dims[cut : cut + 1], dtypes)
 

@@ -1,4 +1,4 @@
-"""Which form of a kernel runs: Triton on a GPU, plain torch elsewhere, or what the run's config says.
+"""Which backend of a kernel runs: Triton on a GPU, plain torch elsewhere, or what the run's config says.
 
 The choice is the process's own and made once, before the first call: autograd recomputes parts of a model in
 threads of its own, and these must choose as forward did.
@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Form = Literal["auto", "triton", "reference"]
+KernelBackend = Literal["auto", "triton", "reference"]
 # Those with Triton kernels; the selective scan has none and always runs in plain torch.
 FAMILIES = (
     "activation",
@@ -34,35 +34,35 @@ FAMILIES = (
 )
 # Work on each token alone: inside compiled code they are plain torch, which the compiler fuses with the rest.
 FUSED = ("activation", "norm", "rotary", "sinkhorn")
-# What the kernels compute in; a run in float64 is a proof and takes the plain form.
+# What the kernels compute in; a run in float64 is a proof and takes plain torch.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_chosen: dict[str, Form] = {}
+_backends: dict[str, KernelBackend] = {}
 
 
-def choose(forms: Mapping[str, Form]) -> None:
-    """Sets the form of each family named, for this process; a family not named is `auto`.
+def set_backends(backends: Mapping[str, KernelBackend]) -> None:
+    """Sets the backend of each family named, for this process; a family not named is `auto`.
 
-    Raises ValueError for an unknown family or form.
+    Raises ValueError for an unknown family or backend.
     """
-    for family, form in forms.items():
+    for family, backend in backends.items():
         if family not in FAMILIES:
             raise ValueError(f"kernels.{family}: no such family; there are {', '.join(FAMILIES)}")
-        if form not in ("auto", "triton", "reference"):
-            raise ValueError(f"kernels.{family}: expected auto, triton or reference, found {form}")
-    _chosen.clear()
-    _chosen.update(forms)
+        if backend not in ("auto", "triton", "reference"):
+            raise ValueError(f"kernels.{family}: expected auto, triton or reference, found {backend}")
+    _backends.clear()
+    _backends.update(backends)
 
 
 @contextmanager
-def chosen(forms: Mapping[str, Form]) -> Iterator[None]:
-    """Within it families take the forms named; for checks and tests."""
-    before = dict(_chosen)
-    choose({**before, **forms})
+def use_backends(backends: Mapping[str, KernelBackend]) -> Iterator[None]:
+    """Within it families take the backends named; for checks and tests."""
+    before = dict(_backends)
+    set_backends({**before, **backends})
     try:
         yield
     finally:
-        choose(before)
+        set_backends(before)
 
 
 def takes_triton(family: str, x: Tensor) -> bool:
@@ -71,14 +71,14 @@ def takes_triton(family: str, x: Tensor) -> bool:
     Raises ValueError where the config asks for Triton and x is not on a GPU or not of DTYPES; in code that is
     being compiled where it asks for Triton or the family is not of FUSED.
     """
-    form = _chosen.get(family, "auto")
+    backend = _backends.get(family, "auto")
     if torch.compiler.is_compiling():
-        if family not in FUSED or form == "triton":
-            raise ValueError(f"kernels.{family}: {form} is not for code that is compiled")
+        if family not in FUSED or backend == "triton":
+            raise ValueError(f"kernels.{family}: {backend} is not for code that is compiled")
         return False
-    if form == "auto":
+    if backend == "auto":
         return x.is_cuda and x.dtype in DTYPES and has_triton()
-    if form == "reference":
+    if backend == "reference":
         return False
     if not (x.is_cuda or is_interpreted()):
         raise ValueError(f"kernels.{family}: triton was asked for, which needs a GPU; found {x.device}")
@@ -102,7 +102,7 @@ def is_interpreted() -> bool:
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:
-    """One line that says which families run in which form on tensors of this device and dtype."""
+    """One line that says which families run on which backend for tensors of this device and dtype."""
     probe = torch.empty(0, dtype=dtype, device=device)
     triton = [family for family in FAMILIES if takes_triton(family, probe)]
     plain = [family for family in FAMILIES if family not in triton]

@@ -1,9 +1,9 @@
-"""`python -m kernels.compiled [SUBJECT ...]`: every kernel compiled for Hopper without a GPU, and its size.
+"""`python -m kernels.compiled [SPEC ...]`: every kernel compiled for Hopper without a GPU, and its size.
 
-Each subject runs once, forward and backward, on tensors without memory and with the dims of a model; whatever
-it would launch is compiled with the very types and sizes of a run on an H100, and not launched. Exits with 1
-if a kernel asks for more shared memory than there is, spills, or multiplies matrices off the fast tensor
-cores, without an excuse in its `trials.py`.
+The kernels of each spec run once, forward and backward, on tensors without memory and with the dims of a
+model; whatever would be launched is compiled with the very types and sizes of a run on an H100, and not
+launched. Exits with 1 if a kernel asks for more shared memory than there is, or if it spills or multiplies
+matrices off the fast tensor cores and its `spec.py` does not list it in known_spills.
 """
 
 import re
@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from kernels.trial import Subject, outputs_and_grads, setting, subjects
+from kernels.spec import KernelSpec, input_factory, kernel_specs, outputs_and_grads
 
 TARGET = GPUTarget("cuda", 90, 32)
 # Bytes that a block may ask for on an H100 or H200, and other limits of the chip.
@@ -42,7 +42,7 @@ TOKENS = 8192
 class Binary(NamedTuple):
     """What one kernel became. spills counts instructions that move registers to memory and back."""
 
-    subject: str
+    spec: str
     kernel: str
     warps: int
     registers: int
@@ -53,21 +53,21 @@ class Binary(NamedTuple):
     has_dot: bool
 
 
-def compile_subject(subject: Subject, dtype: torch.dtype = torch.bfloat16) -> list[Binary]:
-    """The distinct binaries of one forward and backward of the subject at TOKENS tokens."""
-    with recording(subject.name) as binaries:
-        trial = subject.draw(subject.at(TOKENS), setting(dtype, "meta"))
-        outputs_and_grads(trial.triton, trial.inputs)
+def compile_spec(spec: KernelSpec, dtype: torch.dtype = torch.bfloat16) -> list[Binary]:
+    """The distinct binaries of one forward and backward of the spec at TOKENS tokens."""
+    with recording(spec.name) as binaries:
+        case = spec.draw(spec.shape_at(TOKENS), input_factory(dtype, "meta"))
+        outputs_and_grads(case.triton, case.inputs)
     return binaries
 
 
 def compile_named(name: str) -> list[Binary]:
-    """The same by the subject's name, in whatever process."""
-    return compile_subject(next(subject for subject in subjects(name.split(".")[0]) if subject.name == name))
+    """The same by the spec's name, in whatever process."""
+    return compile_spec(next(spec for spec in kernel_specs(name.split(".")[0]) if spec.name == name))
 
 
-def faults(subject: Subject, binaries: Sequence[Binary]) -> list[str]:
-    """What is wrong with the binaries and has no excuse, one line each."""
+def faults(spec: KernelSpec, binaries: Sequence[Binary]) -> list[str]:
+    """What is wrong with the binaries and not known, one line each."""
     found = []
     for binary in binaries:
         own = []
@@ -77,33 +77,33 @@ def faults(subject: Subject, binaries: Sequence[Binary]) -> list[str]:
             own.append(f"{binary.kernel}: {binary.spills} instructions spill registers")
         if binary.has_dot and not binary.fast_products:
             own.append(f"{binary.kernel}: multiplies matrices without HGMMA")
-        if excuse(subject, binary.kernel) is None:
+        if known_spill(spec, binary.kernel) is None:
             found += own
     return found
 
 
-def excuse(subject: Subject, kernel: str) -> str | None:
-    """Why a kernel may be as it is, with this release of triton or with any."""
+def known_spill(spec: KernelSpec, kernel: str) -> str | None:
+    """Why a kernel spills, with this release of triton or with any; None where it must not."""
     release = ".".join(triton.__version__.split(".")[:2])
-    return subject.excused.get(kernel) or subject.excused.get(f"{kernel}@{release}")
+    return spec.known_spills.get(kernel) or spec.known_spills.get(f"{kernel}@{release}")
 
 
-def excuses(subject: Subject, binaries: Sequence[Binary]) -> list[str]:
-    """Excuses that were needed, one line each."""
+def known_spills(spec: KernelSpec, binaries: Sequence[Binary]) -> list[str]:
+    """The binaries that spill and may, each with its reason, one line each."""
     found = {}
     for binary in binaries:
-        reason = excuse(subject, binary.kernel)
+        reason = known_spill(spec, binary.kernel)
         if reason and (binary.spills or (binary.has_dot and not binary.fast_products)):
             found[binary.kernel, binary.spills] = f"{binary.kernel}: {binary.spills} spills: {reason}"
     return list(found.values())
 
 
 @contextmanager
-def recording(subject: str) -> Iterator[list[Binary]]:
+def recording(spec: str) -> Iterator[list[Binary]]:
     """Within it, launches compile for TARGET and are recorded instead of run; once per binary."""
     binaries: list[Binary] = []
     before = driver._active
-    driver.set_active(cast(Any, _Driver(subject, binaries)))
+    driver.set_active(cast(Any, _Driver(spec, binaries)))
     try:
         yield binaries
     finally:
@@ -113,9 +113,9 @@ def recording(subject: str) -> Iterator[list[Binary]]:
 class _Driver:
     """A GPU that takes every binary and runs none."""
 
-    def __init__(self, subject: str, binaries: list[Binary]) -> None:
+    def __init__(self, spec: str, binaries: list[Binary]) -> None:
         self.utils = self
-        self._subject, self._binaries, self._pending = subject, binaries, {}
+        self._spec, self._binaries, self._pending = spec, binaries, {}
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         """Called once for each binary before it is loaded."""
@@ -131,7 +131,7 @@ class _Driver:
         count = lambda pattern: len(re.findall(pattern, code))  # noqa: E731
         self._binaries.append(
             Binary(
-                self._subject,
+                self._spec,
                 name,
                 self._pending["warps"],
                 int(match[1]),
@@ -205,7 +205,7 @@ def _dump(what: str, cubin: bytes) -> str:
 
 def table(binaries: Sequence[Binary]) -> str:
     """One line per binary."""
-    head = ("subject", "kernel", "warps", "registers", "spills", "shared", "HGMMA", "HMMA")
+    head = ("spec", "kernel", "warps", "registers", "spills", "shared", "HGMMA", "HMMA")
     rows = [tuple(str(x) for x in binary[:-1]) for binary in binaries]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = []
@@ -220,21 +220,21 @@ def table(binaries: Sequence[Binary]) -> str:
 def main(names: Sequence[str]) -> int:
     """Prints the table and the faults; 1 if there is a fault."""
     families = {name.split(".")[0] for name in names} or {None}
-    known = {subject.name: subject for family in families for subject in subjects(family)}
-    unknown = [name for name in names if name not in known]
+    specs = {spec.name: spec for family in families for spec in kernel_specs(family)}
+    unknown = [name for name in names if name not in specs]
     if unknown:
-        print(f"no such subject: {', '.join(unknown)}", file=sys.stderr)
+        print(f"no such spec: {', '.join(unknown)}", file=sys.stderr)
         return 64
-    binaries, found, excused = [], [], []
-    wanted = list(names or known)
+    binaries, found, known = [], [], []
+    wanted = list(names or specs)
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         for name, own in zip(wanted, pool.map(compile_named, wanted), strict=True):
             binaries += own
-            found += [f"{name}: {fault}" for fault in faults(known[name], own)]
-            excused += [f"excused: {name}: {line}" for line in excuses(known[name], own)]
+            found += [f"{name}: {fault}" for fault in faults(specs[name], own)]
+            known += [f"known spills: {name}: {line}" for line in known_spills(specs[name], own)]
     print(f"triton {triton.__version__}, sm_{TARGET.arch}, bfloat16, {TOKENS} tokens")
     print(table(binaries))
-    print("\n".join([*excused, *(found or ["every kernel fits"])]))
+    print("\n".join([*known, *(found or ["every kernel fits"])]))
     return 1 if found else 0
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels.trial import Work
+from kernels.spec import KernelCost
 
 
 class Limits(NamedTuple):
@@ -15,7 +15,7 @@ class Limits(NamedTuple):
     bytes: float
 
     def seconds(self, flops: float, moved: float) -> float:
-        """The least time for this work."""
+        """The least time for so many flops and bytes."""
         return max(flops / self.flops, moved / self.bytes)
 
 
@@ -49,9 +49,11 @@ def seconds(function: Callable[[], object], *, repeats: int = 10) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def share(work: Work, limits: Limits, forward: float, backward: float | None) -> tuple[float, float | None]:
+def share(
+    cost: KernelCost, limits: Limits, forward: float, backward: float | None
+) -> tuple[float, float | None]:
     """Least time over measured time, forward and backward."""
-    least = limits.seconds(work.forward_flops, work.forward_bytes)
+    least = limits.seconds(cost.forward_flops, cost.forward_bytes)
     if backward is None:
         return least / forward, None
-    return least / forward, limits.seconds(work.backward_flops, work.backward_bytes) / backward
+    return least / forward, limits.seconds(cost.backward_flops, cost.backward_bytes) / backward

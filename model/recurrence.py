@@ -1,6 +1,6 @@
 """Linear recurrences along a row, in the parts that a row cut into chunks needs.
 
-A state enters a chunk and another leaves it, an affine map of the first: end = M start + added. A cut row
+A state enters a chunk and another leaves it, an affine map of the first: final = M initial + added. A cut row
 runs every chunk by itself, once it knows the state that enters it from the maps of the chunks before.
 
 Letters: X chunks, C tokens of a chunk, H heads (or channels), K key dim, V value dim, *S dims of one head's
@@ -15,18 +15,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.delta_rule import gated_delta_rule
-from kernels.delta_rule.summary import delta_rule_start_gradient, delta_rule_summary
+from kernels.delta_rule.summary import delta_rule_initial_state_grad, delta_rule_summary
 from kernels.linear_attention import linear_attention
-from kernels.linear_attention.summary import linear_attention_start_gradient, linear_attention_summary
+from kernels.linear_attention.summary import linear_attention_initial_state_grad, linear_attention_summary
 from kernels.selective_scan import selective_scan
-from kernels.selective_scan.summary import selective_scan_start_gradient, selective_scan_summary
+from kernels.selective_scan.summary import selective_scan_initial_state_grad, selective_scan_summary
 
 
 class Summary(NamedTuple):
     """The affine map of chunks.
 
     transition is what stands for M, [X H *M] in the dtype of added, [X H *S], float32 at least. Where a
-    document starts in the chunk M is zero, which transition need not say. kept is what `start_gradient`
+    document starts in the chunk M is zero, which transition need not say. kept is what `initial_state_grad`
     takes.
     """
 
@@ -45,9 +45,9 @@ class Recurrence(ABC):
 
     @abstractmethod
     def run(
-        self, inputs: tuple[Tensor, ...], document: Int[Tensor, "X C"] | None, state: Tensor | None
+        self, inputs: tuple[Tensor, ...], document: Int[Tensor, "X C"] | None, initial_state: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Outputs [X C H ...] and the last states. state is of the document of the first token."""
+        """Outputs [X C H ...] and the final states. initial_state is of the document of the first token."""
 
     @abstractmethod
     def summarize(self, inputs: tuple[Tensor, ...], document: Int[Tensor, "X C"] | None) -> Summary:
@@ -55,8 +55,8 @@ class Recurrence(ABC):
 
     @staticmethod
     @abstractmethod
-    def start_gradient(grad_out: Tensor, *kept: Tensor | None) -> Tensor:
-        """Gradient of the first states [X H *S], if none of the last states have any."""
+    def initial_state_grad(grad_out: Tensor, *kept: Tensor | None) -> Tensor:
+        """Gradient of the initial states [X H *S], if none of the final states have any."""
 
     @abstractmethod
     def factor(self, transition: Float[Tensor, "J h B *M"], heads: slice) -> Tensor:
@@ -70,11 +70,11 @@ class DeltaRule(Recurrence):
     is_matrix = True
 
     def run(
-        self, inputs: tuple[Tensor, ...], document: Int[Tensor, "X C"] | None, state: Tensor | None
+        self, inputs: tuple[Tensor, ...], document: Int[Tensor, "X C"] | None, initial_state: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Outputs [X C H V] and states [X H K V]."""
+        """Outputs [X C H V] and final states [X H K V]."""
         q, k, v, log_decay, beta = inputs
-        return gated_delta_rule(q, k, v, log_decay, beta, document=document, state=state)
+        return gated_delta_rule(q, k, v, log_decay, beta, document=document, initial_state=initial_state)
 
     def summarize(self, inputs: tuple[Tensor, ...], document: Int[Tensor, "X C"] | None) -> Summary:
         """transition is M."""
@@ -83,11 +83,11 @@ class DeltaRule(Recurrence):
         return Summary(transition, added, (reads,))
 
     @staticmethod
-    def start_gradient(grad_out: Tensor, *kept: Tensor | None) -> Tensor:
+    def initial_state_grad(grad_out: Tensor, *kept: Tensor | None) -> Tensor:
         """Work is K V per token."""
         (reads,) = kept
-        assert reads is not None, "the delta rule keeps what tokens read of the first state"
-        return delta_rule_start_gradient(grad_out, reads)
+        assert reads is not None, "the delta rule keeps what tokens read of the initial state"
+        return delta_rule_initial_state_grad(grad_out, reads)
 
     def factor(self, transition: Float[Tensor, "J h B *M"], heads: slice) -> Tensor:
         """M as it is."""
@@ -100,11 +100,11 @@ class LinearAttention(Recurrence):
     family = "linear_attention"
 
     def run(
-        self, inputs: tuple[Tensor, ...], document: Int[Tensor, "X C"] | None, state: Tensor | None
+        self, inputs: tuple[Tensor, ...], document: Int[Tensor, "X C"] | None, initial_state: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Outputs [X C H V] and states [X H K V]."""
+        """Outputs [X C H V] and final states [X H K V]."""
         q, k, v, log_decay = inputs
-        return linear_attention(q, k, v, log_decay, document=document, state=state)
+        return linear_attention(q, k, v, log_decay, document=document, initial_state=initial_state)
 
     def summarize(self, inputs: tuple[Tensor, ...], document: Int[Tensor, "X C"] | None) -> Summary:
         """transition is a factor per head or per key channel."""
@@ -113,11 +113,11 @@ class LinearAttention(Recurrence):
         return Summary(factor, added, (q, log_decay, document))
 
     @staticmethod
-    def start_gradient(grad_out: Tensor, *kept: Tensor | None) -> Tensor:
+    def initial_state_grad(grad_out: Tensor, *kept: Tensor | None) -> Tensor:
         """Work is K V per token."""
         q, log_decay, document = kept
         assert q is not None, "linear attention keeps its queries"
-        return linear_attention_start_gradient(grad_out, q, log_decay, document=document)
+        return linear_attention_initial_state_grad(grad_out, q, log_decay, document=document)
 
     def factor(self, transition: Float[Tensor, "J h B *M"], heads: slice) -> Tensor:
         """Of a head, or of each row of its state."""
@@ -133,11 +133,11 @@ class SelectiveScan(Recurrence):
         self.rate = rate
 
     def run(
-        self, inputs: tuple[Tensor, ...], document: Int[Tensor, "X C"] | None, state: Tensor | None
+        self, inputs: tuple[Tensor, ...], document: Int[Tensor, "X C"] | None, initial_state: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Outputs [X C D] and states [X D K]."""
+        """Outputs [X C D] and final states [X D K]."""
         x, step, k, q = inputs
-        return selective_scan(x, step, self.rate, k, q, document=document, state=state)
+        return selective_scan(x, step, self.rate, k, q, document=document, initial_state=initial_state)
 
     def summarize(self, inputs: tuple[Tensor, ...], document: Int[Tensor, "X C"] | None) -> Summary:
         """transition is the sum of the steps, one number for the K of a channel."""
@@ -146,13 +146,13 @@ class SelectiveScan(Recurrence):
         return Summary(steps, added, (step, self.rate.detach(), q, document))
 
     @staticmethod
-    def start_gradient(grad_out: Tensor, *kept: Tensor | None) -> Tensor:
+    def initial_state_grad(grad_out: Tensor, *kept: Tensor | None) -> Tensor:
         """Work is K per token and channel."""
         step, rate, q, document = kept
         assert step is not None, "the selective scan keeps its steps"
         assert rate is not None, "the selective scan keeps its rates"
         assert q is not None, "the selective scan keeps its queries"
-        return selective_scan_start_gradient(grad_out, step, rate, q, document=document)
+        return selective_scan_initial_state_grad(grad_out, step, rate, q, document=document)
 
     def factor(self, transition: Float[Tensor, "J h B *M"], heads: slice) -> Tensor:
         """exp(-steps rate) of each number of the state."""

@@ -1,7 +1,5 @@
 """Activations of feed-forwards: gated by SiLU or GELU, clamped, shifted, or a squared ReLU without gate."""
 
-from typing import NamedTuple
-
 from jaxtyping import Float
 from torch import Tensor
 
@@ -9,27 +7,7 @@ from kernels.activation.reference import Kind, activate_direct, is_gated
 from kernels.arguments import checked, require
 from kernels.choose import takes_triton
 
-__all__ = ["CASES", "Case", "Kind", "activate", "is_gated"]
-
-
-class Case(NamedTuple):
-    """One shape and form that tests and benchmarks share."""
-
-    rows: int
-    hidden: int
-    kind: Kind
-    limit: float | None
-    clamps_product: bool
-
-
-CASES = (
-    Case(1, 1, "swiglu", None, False),
-    Case(17, 24, "swiglu", 0.5, False),
-    Case(17, 24, "swiglu", 0.5, True),
-    Case(5, 16, "geglu", None, False),
-    Case(17, 24, "shifted_swiglu", 0.7, False),
-    Case(17, 24, "relu2", None, False),
-)
+__all__ = ["Kind", "activate", "is_gated"]
 
 
 @checked

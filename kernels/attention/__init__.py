@@ -1,6 +1,6 @@
 """Causal softmax attention with grouped heads, windows, blocks, sinks, a soft cap and packed documents."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -12,30 +12,6 @@ from kernels.places import require_places
 
 # Up to so many tokens one mask over all pairs of a row costs less than going block by block.
 MASKED_TOKENS = 2048
-
-
-class Case(NamedTuple):
-    """One shape that tests and benchmarks share."""
-
-    rows: int
-    tokens: int
-    heads: int
-    key_heads: int
-    key_dim: int
-    value_dim: int
-    window: int | None
-
-
-CASES = (
-    Case(1, 1, 1, 1, 4, 4, None),
-    Case(2, 17, 4, 2, 8, 8, None),
-    Case(2, 33, 6, 2, 16, 8, 5),
-    Case(1, 64, 4, 4, 8, 12, 1),
-    Case(1, 130, 4, 1, 16, 16, 200),
-    Case(2, 150, 4, 2, 8, 6, 40),
-    Case(1, 65, 3, 1, 96, 80, None),
-    Case(1, 63, 2, 2, 192, 128, None),
-)
 
 
 @checked

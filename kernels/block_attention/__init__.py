@@ -1,6 +1,6 @@
 """Softmax attention over the query's own block of keys and selected blocks before it."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -9,29 +9,6 @@ from kernels.arguments import checked, require, require_within
 from kernels.block_attention.reference import block_attention_gathered
 from kernels.choose import takes_triton
 from kernels.places import require_places
-
-
-class Case(NamedTuple):
-    """One shape that tests and benchmarks share; `selectors` is the number of heads that select."""
-
-    rows: int
-    tokens: int
-    heads: int
-    key_heads: int
-    selectors: int
-    key_dim: int
-    value_dim: int
-    block: int
-    chosen: int
-
-
-CASES = (
-    Case(1, 1, 1, 1, 1, 4, 4, 4, 2),
-    Case(2, 17, 4, 2, 2, 8, 8, 4, 1),
-    Case(2, 33, 6, 2, 6, 8, 4, 3, 4),
-    Case(1, 64, 4, 4, 4, 8, 12, 16, 2),
-    Case(1, 100, 4, 1, 1, 16, 16, 8, 12),
-)
 
 
 @checked

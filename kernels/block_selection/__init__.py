@@ -1,6 +1,6 @@
 """Which earlier blocks of keys a query attends to: by the mean of a block's keys, or by its best key."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -9,27 +9,6 @@ from kernels.arguments import checked, require
 from kernels.block_selection.reference import select_by_mean_slabs, select_by_peak_slabs
 from kernels.choose import takes_triton
 from kernels.places import require_places
-
-
-class Case(NamedTuple):
-    """One shape that tests and benchmarks share."""
-
-    rows: int
-    tokens: int
-    heads: int
-    key_heads: int
-    dim: int
-    block: int
-    chosen: int
-    local: int
-
-
-CASES = (
-    Case(1, 1, 1, 1, 4, 4, 2, 1),
-    Case(2, 17, 4, 2, 8, 4, 1, 1),
-    Case(2, 33, 6, 2, 4, 3, 4, 2),
-    Case(1, 130, 4, 1, 16, 8, 5, 3),
-)
 
 
 @checked

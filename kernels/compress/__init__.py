@@ -1,7 +1,5 @@
 """Windows of tokens compressed to one entry each: by mean, by a perceptron, or by gates per channel."""
 
-from typing import NamedTuple
-
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -9,25 +7,6 @@ from kernels.arguments import checked, require
 from kernels.choose import takes_triton
 from kernels.compress.reference import gated_compress_gathered, mlp_compress_gathered
 from kernels.document_windows import Windows
-
-
-class Case(NamedTuple):
-    """One shape that tests and benchmarks share."""
-
-    rows: int
-    tokens: int
-    heads: int
-    dim: int
-    length: int
-    stride: int
-
-
-CASES = (
-    Case(1, 1, 1, 4, 2, 1),
-    Case(2, 17, 2, 3, 4, 2),
-    Case(1, 40, 1, 5, 3, 3),
-    Case(2, 50, 3, 4, 6, 2),
-)
 
 
 @checked

@@ -1,6 +1,6 @@
 """Softmax attention over compressed entries: alone, or joined with a window of raw keys."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -19,40 +19,12 @@ from kernels.document_windows import Windows
 from kernels.places import require_places
 
 __all__ = [
-    "CASES",
-    "JOINT_CASES",
-    "Case",
     "Choice",
-    "JointCase",
     "entry_attention",
     "entry_importance",
     "joint_attention",
     "select_by_entries",
 ]
-
-
-class Case(NamedTuple):
-    """One shape that tests and benchmarks share: entries of `length` tokens each `stride`."""
-
-    rows: int
-    tokens: int
-    heads: int
-    key_heads: int
-    key_dim: int
-    value_dim: int
-    length: int
-    stride: int
-    block: int
-    chosen: int
-
-
-CASES = (
-    Case(1, 1, 1, 1, 4, 4, 2, 2, 4, 2),
-    Case(2, 17, 4, 2, 8, 6, 4, 2, 4, 3),
-    Case(1, 31, 6, 2, 4, 4, 3, 3, 3, 4),
-    Case(1, 44, 4, 1, 8, 8, 4, 2, 8, 3),
-    Case(1, 50, 2, 1, 8, 8, 6, 2, 4, 5),
-)
 
 
 @checked
@@ -161,27 +133,6 @@ def _check(
     stride = entries.stride
     is_whole = entries.length % stride == 0 and blocks.length % stride == 0 and blocks.stride == blocks.length
     require(is_whole, "blocks", f"disjoint, and of whole strides of {stride}, as the entries", blocks.length)
-
-
-class JointCase(NamedTuple):
-    """One shape of the joint attention for tests and benchmarks; `chosen` of None reads all entries."""
-
-    rows: int
-    tokens: int
-    heads: int
-    dim: int
-    length: int
-    window: int
-    chosen: int | None
-
-
-JOINT_CASES = (
-    JointCase(1, 1, 1, 4, 2, 3, 2),
-    JointCase(2, 17, 4, 6, 2, 4, 3),
-    JointCase(2, 33, 3, 4, 3, 1, None),
-    JointCase(1, 50, 2, 8, 16, 70, None),
-    JointCase(1, 70, 4, 8, 4, 9, 5),
-)
 
 
 @checked

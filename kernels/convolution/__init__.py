@@ -1,36 +1,11 @@
 """Short causal depthwise convolution, usually with SiLU, which stops at document starts."""
 
-from typing import NamedTuple
-
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.arguments import checked, require, require_order
 from kernels.choose import takes_triton
 from kernels.convolution.reference import ShortConvolution, behind
-
-
-class Case(NamedTuple):
-    """One shape that tests and benchmarks share."""
-
-    rows: int
-    tokens: int
-    channels: int
-    taps: int
-    has_documents: bool = True
-    has_bias: bool = False
-    has_state: bool = False
-    has_silu: bool = True
-
-
-CASES = (
-    Case(1, 1, 3, 4),
-    Case(2, 3, 5, 4, has_bias=True),
-    Case(2, 17, 8, 4, has_documents=False),
-    Case(1, 9, 4, 1, has_silu=False),
-    Case(2, 9, 6, 3, has_bias=True, has_state=True),
-    Case(1, 2, 4, 4, has_documents=False, has_state=True, has_silu=False),
-)
 
 
 @checked
@@ -40,12 +15,12 @@ def short_convolution(
     bias: Float[Tensor, "D"] | None = None,
     *,
     document: Int[Tensor, "B T"] | None = None,
-    state: Float[Tensor, "B U D"] | None = None,
+    initial_state: Float[Tensor, "B U D"] | None = None,
     has_silu: bool = True,
 ) -> Float[Tensor, "B T D"]:
     """SiLU of a causal depthwise convolution plus bias; taps that reach into another document count as zero.
 
-    state: the U = W - 1 tokens before the row, of the document of its first token; None is zeros.
+    initial_state: the U = W - 1 tokens before the row, of the document of its first token; None is zeros.
 
     Raises ValueError for an argument of the wrong shape or dtype.
     """
@@ -54,19 +29,23 @@ def short_convolution(
     require(weight.dtype == x.dtype, "weight", f"dtype {x.dtype}, as x", weight.dtype)
     if bias is not None:
         require(bias.dtype == x.dtype, "bias", f"dtype {x.dtype}, as x", bias.dtype)
-    if state is not None:
+    if initial_state is not None:
         expected = (x.shape[0], weight.shape[1] - 1, x.shape[2])
-        require(state.shape == expected, "state", expected, tuple(state.shape))
-        require(state.dtype == x.dtype, "state", f"dtype {x.dtype}, as x", state.dtype)
+        require(initial_state.shape == expected, "initial_state", expected, tuple(initial_state.shape))
+        require(
+            initial_state.dtype == x.dtype, "initial_state", f"dtype {x.dtype}, as x", initial_state.dtype
+        )
     if takes_triton("convolution", x):
         from kernels.convolution.triton import short_convolution_triton
 
-        return short_convolution_triton(x, weight, bias, document=document, state=state, has_silu=has_silu)
-    if state is not None:
-        x, document = behind(state, x, document)
+        return short_convolution_triton(
+            x, weight, bias, document=document, initial_state=initial_state, has_silu=has_silu
+        )
+    if initial_state is not None:
+        x, document = behind(initial_state, x, document)
         out = ShortConvolution.apply(x, weight, bias, document, has_silu)
         assert isinstance(out, Tensor), f"{type(out)=}"
-        return out[:, state.shape[1] :]
+        return out[:, initial_state.shape[1] :]
     out = ShortConvolution.apply(x, weight, bias, document, has_silu)
     assert isinstance(out, Tensor), f"{type(out)=}"
     return out

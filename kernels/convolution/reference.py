@@ -24,13 +24,13 @@ def convolution_direct(
     bias: Float[Tensor, "D"] | None = None,
     *,
     document: Int[Tensor, "B T"] | None = None,
-    state: Float[Tensor, "B U D"] | None = None,
+    initial_state: Float[Tensor, "B U D"] | None = None,
     has_silu: bool = True,
 ) -> Float[Tensor, "B T D"]:
     """The sum over taps, plus bias, through SiLU, one token and one tap at a time."""
     taps = weight.shape[1]
-    if state is not None:
-        x, document = behind(state, x, document)
+    if initial_state is not None:
+        x, document = behind(initial_state, x, document)
         out = convolution_direct(x, weight, bias, document=document, has_silu=has_silu)
         return out[:, taps - 1 :]
     rows, length, _ = x.shape

@@ -1,6 +1,6 @@
 """Cross entropy of a linear projection, without the logits of all tokens in memory at once."""
 
-from typing import NamedTuple, cast
+from typing import cast
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -9,27 +9,7 @@ from kernels.arguments import checked, require, require_within
 from kernels.choose import takes_triton
 from kernels.cross_entropy.reference import IGNORED, PLAIN, Form, LinearCrossEntropy
 
-__all__ = ["CASES", "IGNORED", "PLAIN", "Case", "Form", "linear_cross_entropy"]
-
-
-class Case(NamedTuple):
-    """One shape and form that tests and benchmarks share."""
-
-    tokens: int
-    width: int
-    vocabulary: int
-    form: Form = PLAIN
-
-
-CASES = (
-    Case(1, 4, 2),
-    Case(17, 8, 33),
-    Case(513, 8, 40),
-    Case(9, 8, 65, Form(cap=3.0)),
-    Case(12, 16, 50, Form(z=0.1)),
-    Case(7, 8, 20, Form(cap=5.0, z=0.02)),
-    Case(3, 4, 1),
-)
+__all__ = ["IGNORED", "PLAIN", "Form", "linear_cross_entropy"]
 
 
 @checked

@@ -1,7 +1,5 @@
 """Gated delta rule: a linear-time mixer core whose state forgets by gates and overwrites by key."""
 
-from typing import NamedTuple
-
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -9,26 +7,6 @@ from kernels.arguments import checked, require, require_order
 from kernels.choose import takes_triton
 from kernels.delta_rule.channel import channel_delta_rule_chunked
 from kernels.delta_rule.reference import gated_delta_rule_chunked
-
-
-class Case(NamedTuple):
-    """One shape that tests and benchmarks share."""
-
-    rows: int
-    tokens: int
-    key_heads: int
-    value_heads: int
-    key_dim: int
-    value_dim: int
-
-
-CASES = (
-    Case(1, 1, 1, 1, 4, 4),
-    Case(2, 63, 2, 2, 8, 8),
-    Case(1, 64, 1, 2, 8, 16),
-    Case(2, 65, 2, 4, 16, 8),
-    Case(1, 200, 2, 6, 16, 24),
-)
 
 
 @checked
@@ -40,13 +18,14 @@ def gated_delta_rule(
     beta: Float[Tensor, "B T H"],
     *,
     document: Int[Tensor, "B T"] | None = None,
-    state: Float[Tensor, "B H K V"] | None = None,
+    initial_state: Float[Tensor, "B H K V"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
-    """Decay the state, erase along k, write v, read with q, for every token.
+    """Decay the state, erase what it holds along k, write v there and read with q, for every token.
 
     Value head h reads key head h // (H / G). log_decay is a natural logarithm, at most 0, per head or per key
     channel; -inf forgets all. beta is in [0, 2]. q is used as given: scale it before. document numbers the
-    documents of a row in order; the state is zero at the start of each. Work is O(T K V) per head.
+    documents of a row in order; the state is zero at the start of each, and initial_state is of the document
+    of the first token. The second result is the final state. Work is O(T K V) per head.
 
     Raises ValueError for an argument of the wrong shape, dtype or device.
     Gated DeltaNet, arXiv 2412.06464, equation 10; per channel Kimi Delta Attention, 2510.26692, equation 1.
@@ -60,7 +39,11 @@ def gated_delta_rule(
     if takes_triton("delta_rule", q):
         from kernels.delta_rule.triton import gated_delta_rule_triton
 
-        return gated_delta_rule_triton(q, k, v, log_decay, beta, document=document, state=state)
+        return gated_delta_rule_triton(
+            q, k, v, log_decay, beta, document=document, initial_state=initial_state
+        )
     if log_decay.ndim == 4:
-        return channel_delta_rule_chunked(q, k, v, log_decay, beta, document=document, state=state)
-    return gated_delta_rule_chunked(q, k, v, log_decay, beta, document=document, state=state)
+        return channel_delta_rule_chunked(
+            q, k, v, log_decay, beta, document=document, initial_state=initial_state
+        )
+    return gated_delta_rule_chunked(q, k, v, log_decay, beta, document=document, initial_state=initial_state)

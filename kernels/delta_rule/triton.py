@@ -14,8 +14,8 @@ def gated_delta_rule_triton(
     beta: Float[Tensor, "B T H"],
     *,
     document: Int[Tensor, "B T"] | None = None,
-    state: Float[Tensor, "B H K V"] | None = None,
+    initial_state: Float[Tensor, "B H K V"] | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
     """`kernels.delta_rule.gated_delta_rule` in Triton; the final state is in float32."""
-    return scan_triton(q, k, v, log_decay, beta, document=document, state=state, tiles=tiles)
+    return scan_triton(q, k, v, log_decay, beta, document=document, initial_state=initial_state, tiles=tiles)

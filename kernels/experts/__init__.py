@@ -1,7 +1,5 @@
 """Routed experts: every token through its chosen experts, none dropped."""
 
-from typing import NamedTuple
-
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -10,20 +8,7 @@ from kernels.arguments import checked, require, require_within
 from kernels.choose import takes_triton
 from kernels.experts.reference import PLAIN, ExpertBiases, ExpertForm, experts_grouped
 
-__all__ = ["CASES", "PLAIN", "Case", "ExpertBiases", "ExpertForm", "routed_experts"]
-
-
-class Case(NamedTuple):
-    """One shape that tests and benchmarks share."""
-
-    tokens: int
-    width: int
-    experts: int
-    top_k: int
-    hidden: int
-
-
-CASES = (Case(1, 16, 4, 1, 16), Case(33, 16, 8, 3, 16), Case(64, 32, 4, 4, 16), Case(7, 16, 32, 2, 32))
+__all__ = ["PLAIN", "ExpertBiases", "ExpertForm", "routed_experts"]
 
 
 @checked

@@ -1,6 +1,6 @@
 """The lightning indexer: cheap scores that choose keys, and the loss that teaches it what attention reads."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,28 +12,7 @@ from kernels.indexer.loss import index_loss_full, index_loss_selected
 from kernels.indexer.reference import choose_in_blocks, pool_keys, pool_selection
 from kernels.places import require_places
 
-__all__ = ["CASES", "index_loss", "index_loss_of_chosen", "index_select", "pool_keys", "pool_selection"]
-
-
-class Case(NamedTuple):
-    """One shape that tests and benchmarks share."""
-
-    rows: int
-    tokens: int
-    index_heads: int
-    index_dim: int
-    heads: int
-    key_dim: int
-    top_k: int
-    pools: bool = False
-
-
-CASES = (
-    Case(1, 1, 1, 4, 1, 4, 1),
-    Case(2, 17, 2, 8, 3, 6, 4),
-    Case(2, 40, 4, 4, 2, 8, 7, pools=True),
-    Case(1, 65, 3, 8, 4, 8, 100),
-)
+__all__ = ["index_loss", "index_loss_of_chosen", "index_select", "pool_keys", "pool_selection"]
 
 
 @checked

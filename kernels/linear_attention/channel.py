@@ -1,4 +1,4 @@
-"""Decay per key channel in plain torch: the products of all pairs in a chunk, and the chunked form on them.
+"""Decay per key channel in plain torch: the products of all pairs in a chunk, and the chunkwise form on them.
 
 Letters: B rows, T tokens, G key heads, H value heads, K key dim, V value dim, C chunk, N chunks, R kinds of
 rows.
@@ -32,9 +32,9 @@ def linear_attention_by_channel(
     log_decay: Float[Tensor, "B T H K"],
     *,
     document: Int[Tensor, "B T"] | None = None,
-    state: Float[Tensor, "B H K V"] | None = None,
+    initial_state: Float[Tensor, "B H K V"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
-    """Outputs and final state, in chunks of CHUNK tokens: the form that training on CPU uses.
+    """Outputs and final state, in chunks of CHUNK tokens: what training on CPU uses.
 
     Computes in float32 at least; outputs take v's dtype, the state keeps the precision of the computation.
     """
@@ -43,16 +43,17 @@ def linear_attention_by_channel(
     factor = channel_factors(log_decay.to(dtype), document, CHUNK)
     q, k = (per_head(to_chunks(x.to(dtype), CHUNK), heads) for x in (q, k))
     v = to_chunks(v.to(dtype), CHUNK)
-    scores, from_start, to_end = pair_products(q[..., None, :], k, factor)
+    scores, decay_from_start, decay_to_end = pair_products(q[..., None, :], k, factor)
     scores = scores[..., 0, :] + (q * k).sum(-1).diag_embed()
-    written = (k * to_end).mT.contiguous() @ v
-    carried = from_start[..., -1, :, None]
-    state = v.new_zeros(rows, heads, k.shape[-1], v.shape[-1]) if state is None else state.to(dtype)
+    added = (k * decay_to_end).mT.contiguous() @ v
+    chunk_decay = decay_from_start[..., -1, :, None]
+    state = v.new_zeros(rows, heads, k.shape[-1], v.shape[-1])
+    state = state if initial_state is None else initial_state.to(dtype)
     states = []
-    for own, kept in zip(written.unbind(), carried.unbind(), strict=True):
+    for own, decay in zip(added.unbind(), chunk_decay.unbind(), strict=True):
         states.append(state)
-        state = torch.addcmul(own, state, kept)
-    outputs = (q * from_start) @ torch.stack(states) + scores @ v
+        state = torch.addcmul(own, state, decay)
+    outputs = (q * decay_from_start) @ torch.stack(states) + scores @ v
     return from_chunks(outputs, length).to(out_dtype), state
 
 

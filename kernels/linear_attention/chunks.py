@@ -1,4 +1,4 @@
-"""What chunked forms share: the cut into chunks, and decays per head that stop at document starts.
+"""What the chunkwise forms share: the cut into chunks, and decays per head that stop at document starts.
 
 Letters: B rows, T tokens, G key heads, H value heads, C chunk, N chunks. Chunks come first, so that one
 chunk, or a slab of them, is contiguous.
@@ -12,15 +12,16 @@ from torch import Tensor
 
 
 class Decays(NamedTuple):
-    """Decay factors of a chunk, zero across documents.
+    """Decay factors in a chunk, zero across documents; g are the sums of `chunk_local_cumsum`.
 
-    between [N B H C C]: from j to i, j at most i. from_start, to_end [N B H C 1]: of the state that enters
-    the chunk until i, and of the write of i until the chunk ends.
+    decay_mask [N B H C C]: exp(g_i - g_j), from token j to token i, zero for j after i (the matrix Gamma of
+    Gated DeltaNet, L of Mamba-2). decay_from_start [N B H C 1]: exp(g_i), of the state that enters the chunk
+    until token i. decay_to_end [N B H C 1]: exp(g_last - g_i), of what token i writes until the chunk ends.
     """
 
-    between: Tensor
-    from_start: Tensor
-    to_end: Tensor
+    decay_mask: Tensor
+    decay_from_start: Tensor
+    decay_to_end: Tensor
 
 
 def to_chunks(x: Float[Tensor, "B T H D"], size: int) -> Float[Tensor, "N B H C D"]:
@@ -52,11 +53,11 @@ def starts_document(document: Int[Tensor, "N B C"]) -> Bool[Tensor, "N B C"]:
     return document != before
 
 
-def running_decay(
+def chunk_local_cumsum(
     log_decay: Float[Tensor, "N B H C"], document: Int[Tensor, "N B C"]
 ) -> Float[Tensor, "N B H C"]:
-    """Sum of the log decays from the start of the chunk, or of the document in it, in float64."""
-    # Differences of a float32 running sum lose digits after a strong decay; float64 keeps them, and below
+    """g: sums of log decays from the start of the chunk, or of the document in it, in float64."""
+    # Differences of a float32 cumulative sum lose digits after a strong decay; float64 keeps them, and below
     # the floor exp is exactly zero in either dtype. The sum is a product with the mask of the documents: one
     # over the whole chunk would carry the rounding of one document into the next.
     same = document[..., :, None] == document[..., None, :]
@@ -64,23 +65,21 @@ def running_decay(
     return (same.tril().double() @ gates).mT
 
 
-def decays_of(
-    running: Float[Tensor, "N B H C"], document: Int[Tensor, "N B C"], dtype: torch.dtype
-) -> Decays:
-    """The decay factors that follow from running log decays."""
+def decays_of(g: Float[Tensor, "N B H C"], document: Int[Tensor, "N B C"], dtype: torch.dtype) -> Decays:
+    """The decay factors that follow from `chunk_local_cumsum`."""
     same = (document[..., :, None] == document[..., None, :]).tril()[:, :, None]
     before = torch.cat([document[:1, :, :1], document[:-1, :, -1:]])
-    carried, kept = (document == before)[:, :, None], (document == document[..., -1:])[:, :, None]
+    is_first, is_last = (document == before)[:, :, None], (document == document[..., -1:])[:, :, None]
     # Masked before exp: above the diagonal the difference is positive and would overflow.
-    difference = (running[..., :, None] - running[..., None, :]).to(dtype)
-    between = difference.masked_fill_(~same, float("-inf")).exp_()
-    from_start = running.to(dtype).exp() * carried
-    to_end = (running[..., -1:] - running).to(dtype).masked_fill(~kept, float("-inf")).exp()
-    return Decays(between, from_start[..., None], to_end[..., None])
+    difference = (g[..., :, None] - g[..., None, :]).to(dtype)
+    decay_mask = difference.masked_fill_(~same, float("-inf")).exp_()
+    decay_from_start = g.to(dtype).exp() * is_first
+    decay_to_end = (g[..., -1:] - g).to(dtype).masked_fill(~is_last, float("-inf")).exp()
+    return Decays(decay_mask, decay_from_start[..., None], decay_to_end[..., None])
 
 
 def per_head(x: Float[Tensor, "N B G C D"], heads: int) -> Float[Tensor, "N B H C D"]:
-    """x of each value head's key head; x itself when there are as many."""
+    """x repeated for the value heads of each key head; x itself when there are as many."""
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
 
 

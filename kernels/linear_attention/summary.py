@@ -10,7 +10,7 @@ from kernels.arguments import checked, require, require_order
 
 
 class DecaySummary(NamedTuple):
-    """state after = factor * state before + added; a factor is of a head, or of each of its key channels."""
+    """final state = factor * initial state + added; a factor is of a head, or of each of its key channels."""
 
     factor: Float[Tensor, "B H"] | Float[Tensor, "B H K"]
     added: Float[Tensor, "B H K V"]
@@ -49,14 +49,14 @@ def linear_attention_summary(
 
 @checked
 @torch.no_grad()
-def linear_attention_start_gradient(
+def linear_attention_initial_state_grad(
     grad_out: Float[Tensor, "B T H V"],
     q: Float[Tensor, "B T G K"],
     log_decay: Float[Tensor, "B T H"] | Float[Tensor, "B T H K"] | None = None,
     *,
     document: Int[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B H K V"]:
-    """Gradient of the state before the tokens, from outputs alone: none of the state after them.
+    """Gradient of the initial state from outputs alone: none of the final state.
 
     In float32 at least. Only the document of the first token reads that state.
 

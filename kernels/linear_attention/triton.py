@@ -371,11 +371,11 @@ def linear_attention_triton(
     log_decay: Float[Tensor, "B T H"] | Float[Tensor, "B T H K"] | None = None,
     *,
     document: Int[Tensor, "B T"] | None = None,
-    state: Float[Tensor, "B H K V"] | None = None,
+    initial_state: Float[Tensor, "B H K V"] | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
     """`kernels.linear_attention.linear_attention` in Triton; the final state is in float32."""
-    return scan_triton(q, k, v, log_decay, None, document=document, state=state, tiles=tiles)
+    return scan_triton(q, k, v, log_decay, None, document=document, initial_state=initial_state, tiles=tiles)
 
 
 def scan_triton(
@@ -386,9 +386,9 @@ def scan_triton(
     beta: Float[Tensor, "B T H"] | None,
     *,
     document: Int[Tensor, "B T"] | None,
-    state: Float[Tensor, "B H K V"] | None,
+    initial_state: Float[Tensor, "B H K V"] | None,
     tiles: Tiles | None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B H K V"]]:
     """The delta rule where there is beta, else linear attention. Raises ValueError for no rows or no dims."""
-    found = ScanTriton.apply(q, k, v, log_decay, beta, state, document, tiles)
+    found = ScanTriton.apply(q, k, v, log_decay, beta, initial_state, document, tiles)
     return cast(tuple[Tensor, Tensor], found)

@@ -1,7 +1,5 @@
 """Root-mean-square norms along the last dim: plain, zero-centred, gated, and to unit length."""
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -10,34 +8,7 @@ from kernels.arguments import checked, require
 from kernels.choose import takes_triton
 from kernels.norm.reference import Gate, RmsNorm, gated_rms_norm_direct, unit_norm_direct
 
-__all__ = ["CASES", "GATED_CASES", "Case", "Gate", "GatedCase", "gated_rms_norm", "rms_norm", "unit_norm"]
-
-
-class Case(NamedTuple):
-    """One shape and form that tests and benchmarks share."""
-
-    rows: int
-    width: int
-    is_zero_centered: bool = False
-
-
-class GatedCase(NamedTuple):
-    """One shape and form of the gated norm: rows of `heads` heads."""
-
-    rows: int
-    heads: int
-    width: int
-    kind: Gate
-    gates_first: bool
-
-
-CASES = (Case(1, 2), Case(3, 5, True), Case(17, 64), Case(2, 1000, True), Case(5, 3), Case(33, 24))
-GATED_CASES = (
-    GatedCase(1, 1, 4, "silu", False),
-    GatedCase(7, 3, 24, "sigmoid", False),
-    GatedCase(5, 2, 16, "silu", True),
-    GatedCase(9, 4, 5, "sigmoid", True),
-)
+__all__ = ["Gate", "gated_rms_norm", "rms_norm", "unit_norm"]
 
 
 @checked

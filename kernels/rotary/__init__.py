@@ -1,7 +1,5 @@
 """Rotary positions: pairs of dims turned by angles."""
 
-from typing import NamedTuple
-
 from jaxtyping import Float
 from torch import Tensor
 
@@ -9,28 +7,7 @@ from kernels.arguments import checked, require
 from kernels.choose import takes_triton
 from kernels.rotary.reference import RotaryLayout, rotate_direct
 
-__all__ = ["CASES", "Case", "RotaryLayout", "rotate"]
-
-
-class Case(NamedTuple):
-    """One shape and form that tests and benchmarks share; `turned` of the `dim` dims are turned."""
-
-    rows: int
-    tokens: int
-    heads: int
-    dim: int
-    turned: int
-    layout: RotaryLayout
-    on_last: bool
-
-
-CASES = (
-    Case(1, 1, 1, 2, 2, "half_split", False),
-    Case(2, 5, 3, 8, 8, "interleaved", False),
-    Case(1, 7, 2, 12, 4, "half_split", True),
-    Case(2, 3, 5, 10, 6, "interleaved", True),
-    Case(1, 9, 4, 16, 6, "half_split", False),
-)
+__all__ = ["RotaryLayout", "rotate"]
 
 
 @checked

@@ -1,7 +1,5 @@
 """Softmax attention in which every query has its own list of keys."""
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -9,31 +7,6 @@ from torch import Tensor
 from kernels.arguments import checked, require, require_within
 from kernels.choose import takes_triton
 from kernels.selected_attention.reference import selected_attention_gathered
-
-
-class Case(NamedTuple):
-    """One shape that tests and benchmarks share; with `is_shared` values are the first part of the keys."""
-
-    rows: int
-    tokens: int
-    heads: int
-    key_heads: int
-    key_dim: int
-    value_dim: int
-    chosen: int
-    keys: int | None = None
-    is_shared: bool = False
-    has_sinks: bool = False
-
-
-CASES = (
-    Case(1, 1, 1, 1, 4, 4, 1),
-    Case(2, 17, 4, 1, 8, 6, 5),
-    Case(2, 33, 6, 2, 5, 8, 12, has_sinks=True),
-    Case(1, 70, 4, 4, 8, 8, 100),
-    Case(1, 9, 3, 1, 24, 16, 7, is_shared=True, has_sinks=True),
-    Case(2, 6, 20, 1, 16, 16, 40, keys=30, is_shared=True),
-)
 
 
 @checked

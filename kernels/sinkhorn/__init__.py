@@ -1,24 +1,11 @@
 """Matrices pulled towards doubly stochastic ones, for manifold-constrained hyper-connections."""
 
-from typing import NamedTuple
-
 from jaxtyping import Float
 from torch import Tensor
 
 from kernels.arguments import checked, require
 from kernels.choose import takes_triton
 from kernels.sinkhorn.reference import sinkhorn_planar
-
-
-class Case(NamedTuple):
-    """One shape that tests and benchmarks share."""
-
-    matrices: int
-    streams: int
-    iterations: int
-
-
-CASES = (Case(1, 1, 1), Case(3, 2, 4), Case(17, 4, 20), Case(5, 3, 7))
 
 
 @checked

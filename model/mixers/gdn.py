@@ -91,7 +91,7 @@ class GdnConfig(MixerConfig):
             "out_norm.weight": TPShard(None),
             "out_proj.weight": TPShard(1, "key_heads"),
         }
-        decay = {"decay.log_rate": TPShard(0, "key_heads"), "decay.bias": TPShard(0, "key_heads")}
+        decay = {"decay.A_log": TPShard(0, "key_heads"), "decay.dt_bias": TPShard(0, "key_heads")}
         return tp_plan | decay if self.has_decay else tp_plan
 
     @property
@@ -101,7 +101,7 @@ class GdnConfig(MixerConfig):
 
 
 class Decay(nn.Module):
-    """Log decay per head, -exp(log_rate) softplus(x + bias), in float32 at least."""
+    """Log decay per head, -exp(A_log) softplus(x + dt_bias), in float32 at least."""
 
     # In bfloat16 a rate near 1 would round the memory length by percents.
     needs_full_precision = True
@@ -109,19 +109,19 @@ class Decay(nn.Module):
 
     def __init__(self, heads: int, dt_min: float, dt_max: float) -> None:
         super().__init__()
-        self.log_rate = nn.Parameter(torch.empty(heads))
-        self.bias = nn.Parameter(torch.empty(heads))
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
         # Rates of 1 to 16 and steps of dt_min to dt_max spread the memory over 1 to 1000 tokens.
         self.initial = {
-            "log_rate": Initial("log_of_uniform", 1.0, 16.0),
-            "bias": Initial("inverse_softplus_of_log_uniform", dt_min, dt_max),
+            "A_log": Initial("log_of_uniform", 1.0, 16.0),
+            "dt_bias": Initial("inverse_softplus_of_log_uniform", dt_min, dt_max),
         }
 
     def forward(self, x: Float[Tensor, "B T H"]) -> Float[Tensor, "B T H"]:
         """At most zero."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        rate = self.log_rate.to(dtype).exp()
-        return -rate * softplus(x.to(dtype) + self.bias.to(dtype))
+        rate = self.A_log.to(dtype).exp()
+        return -rate * softplus(x.to(dtype) + self.dt_bias.to(dtype))
 
 
 class ConvWeight(nn.Module):
@@ -145,7 +145,7 @@ class ConvWeight(nn.Module):
             self.weight.to(x.dtype),
             bias,
             document=document,
-            state=self._tail(x, sequence),
+            initial_state=self._tail(x, sequence),
             has_silu=has_silu,
         )
         return sharding.restore(out)

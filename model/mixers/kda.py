@@ -86,8 +86,8 @@ class KdaConfig(MixerConfig):
             "gate_down_proj.weight": TPShard(None),
             "gate_up_proj.weight": TPShard(0, "heads"),
             "conv.weight": TPShard(0, "heads", self._parts()[:3]),
-            "decay.log_rate": TPShard(0, "heads"),
-            "decay.bias": TPShard(0, "heads"),
+            "decay.A_log": TPShard(0, "heads"),
+            "decay.dt_bias": TPShard(0, "heads"),
             "out_norm.weight": TPShard(None),
             "out_proj.weight": TPShard(1, "heads"),
         }
@@ -101,7 +101,7 @@ class KdaConfig(MixerConfig):
 class ChannelDecay(nn.Module):
     """Log decay per key channel, in float32 at least.
 
-    softplus: -exp(log_rate) softplus(x + bias). bounded_sigmoid: bound sigmoid(exp(log_rate) (x + bias)).
+    softplus: -exp(A_log) softplus(x + dt_bias). bounded_sigmoid: bound sigmoid(exp(A_log) (x + dt_bias)).
     """
 
     # In bfloat16 a rate near 1 would round the memory length by percents.
@@ -111,17 +111,17 @@ class ChannelDecay(nn.Module):
     def __init__(self, config: KdaConfig) -> None:
         super().__init__()
         self.bound = config.decay_bound if config.decay == "bounded_sigmoid" else None
-        self.log_rate = nn.Parameter(torch.empty(config.num_heads))
-        self.bias = nn.Parameter(torch.empty(config.num_heads * config.key_dim))
+        self.A_log = nn.Parameter(torch.empty(config.num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(config.num_heads * config.key_dim))
         rates = Initial("log_of_uniform", 1.0, 16.0) if self.bound is None else Initial("constant", 0.0)
         steps = Initial("inverse_softplus_of_log_uniform", config.dt_min, config.dt_max)
-        self.initial = {"log_rate": rates, "bias": steps}
+        self.initial = {"A_log": rates, "dt_bias": steps}
 
     def forward(self, x: Float[Tensor, "B T HK"]) -> Float[Tensor, "B T H K"]:
         """At most zero."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        rate = self.log_rate.to(dtype).exp()[:, None]
-        x = (x.to(dtype) + self.bias.to(dtype)).unflatten(-1, (len(rate), -1))
+        rate = self.A_log.to(dtype).exp()[:, None]
+        x = (x.to(dtype) + self.dt_bias.to(dtype)).unflatten(-1, (len(rate), -1))
         return -rate * softplus(x) if self.bound is None else self.bound * (rate * x).sigmoid()
 
 

@@ -73,8 +73,8 @@ class MambaConfig(MixerConfig):
             "conv.weight": split,
             "x_proj.weight": TPShard(1, "channels"),
             "dt_proj.weight": split,
-            "step.log_rate": split,
-            "step.bias": split,
+            "step.A_log": split,
+            "step.dt_bias": split,
             "skip": split,
             "out_proj.weight": TPShard(1, "channels"),
         }
@@ -97,7 +97,7 @@ class LogOfIndex(Initial):
 
 
 class ChannelStep(nn.Module):
-    """Step of each channel, softplus(x + bias), and the rates of its states, exp(log_rate)."""
+    """Step of each channel, softplus(x + dt_bias), and the rates of its states, exp(A_log)."""
 
     # In bfloat16 a rate near 1 would round the memory length by percents.
     needs_full_precision = True
@@ -105,17 +105,17 @@ class ChannelStep(nn.Module):
 
     def __init__(self, channels: int, state_dim: int, dt_min: float, dt_max: float) -> None:
         super().__init__()
-        self.log_rate = nn.Parameter(torch.empty(channels, state_dim))
-        self.bias = nn.Parameter(torch.empty(channels))
+        self.A_log = nn.Parameter(torch.empty(channels, state_dim))
+        self.dt_bias = nn.Parameter(torch.empty(channels))
         self.initial = {
-            "log_rate": LogOfIndex("log_of_index", 0.0),
-            "bias": Initial("inverse_softplus_of_log_uniform", dt_min, dt_max),
+            "A_log": LogOfIndex("log_of_index", 0.0),
+            "dt_bias": Initial("inverse_softplus_of_log_uniform", dt_min, dt_max),
         }
 
     def forward(self, x: Float[Tensor, "B T X"]) -> tuple[Float[Tensor, "B T X"], Float[Tensor, "X K"]]:
         """Both above zero, in float32 at least."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return softplus(x.to(dtype) + self.bias.to(dtype)), self.log_rate.to(dtype).exp()
+        return softplus(x.to(dtype) + self.dt_bias.to(dtype)), self.A_log.to(dtype).exp()
 
 
 class Mamba(Mixer):

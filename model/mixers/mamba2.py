@@ -87,8 +87,8 @@ class Mamba2Config(MixerConfig):
         tp_plan = {
             "in_proj.weight": TPShard(0, "heads", self._parts()),
             "conv.weight": mixed,
-            "step.log_rate": split,
-            "step.bias": split,
+            "step.A_log": split,
+            "step.dt_bias": split,
             "skip": split,
             "out_norm.weight": split,
             "out_proj.weight": TPShard(1, "heads"),
@@ -102,7 +102,7 @@ class Mamba2Config(MixerConfig):
 
 
 class Step(nn.Module):
-    """Step of each head, max(floor, softplus(x + bias)), and its log decay, -exp(log_rate) times the step."""
+    """Step of each head, max(floor, softplus(x + dt_bias)), and its log decay, -exp(A_log) times the step."""
 
     # In bfloat16 a rate near 1 would round the memory length by percents.
     needs_full_precision = True
@@ -111,18 +111,18 @@ class Step(nn.Module):
     def __init__(self, heads: int, floor: float, dt_min: float, dt_max: float) -> None:
         super().__init__()
         self.floor = floor
-        self.log_rate = nn.Parameter(torch.empty(heads))
-        self.bias = nn.Parameter(torch.empty(heads))
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads))
         self.initial = {
-            "log_rate": Initial("log_of_uniform", 1.0, 16.0),
-            "bias": Initial("inverse_softplus_of_log_uniform", dt_min, dt_max),
+            "A_log": Initial("log_of_uniform", 1.0, 16.0),
+            "dt_bias": Initial("inverse_softplus_of_log_uniform", dt_min, dt_max),
         }
 
     def forward(self, x: Float[Tensor, "B T H"]) -> tuple[Float[Tensor, "B T H"], Float[Tensor, "B T H"]]:
         """Steps above zero, and log decays of at most zero, in float32 at least."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        step = softplus(x.to(dtype) + self.bias.to(dtype)).clamp(min=self.floor)
-        return step, -self.log_rate.to(dtype).exp() * step
+        step = softplus(x.to(dtype) + self.dt_bias.to(dtype)).clamp(min=self.floor)
+        return step, -self.A_log.to(dtype).exp() * step
 
 
 class GatedGroupNorm(nn.Module):

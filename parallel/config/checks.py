@@ -149,13 +149,13 @@ def tensor_violations(config: "Architecture", degree: int) -> list[Violation]:
     return found
 
 
-def compile_violations(config: ParallelConfig, forms: Mapping[str, str]) -> list[Violation]:
-    """What keeps parts of blocks from being compiled; forms are those of the families of kernels."""
+def compile_violations(config: ParallelConfig, backends: Mapping[str, str]) -> list[Violation]:
+    """What keeps parts of blocks from being compiled; backends are those of the families of kernels."""
     if not config.compile:
         return []
     from kernels.choose import FUSED
 
-    found = [name for name in FUSED if forms[name] == "triton"]
+    found = [name for name in FUSED if backends[name] == "triton"]
     message = "parallel.compile=true takes plain torch inside its graphs; found triton; set it to auto"
     violations = [Violation(f"kernels.{name}", message) for name in found]
     if config.pp > 1 and config.pp_schedule not in ("1f1b", "interleaved"):

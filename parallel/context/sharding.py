@@ -51,8 +51,8 @@ class HeadTailSharding(HeadTailViews, SequenceSharding):
             summary = recurrence.summarize(chunks, document)
         states, factors = start_states(recurrence, summary, passes, self.axis)
         states = states * goes_on.view(-1, *[1] * (states.ndim - 1))
-        out, end = recurrence.run(chunks, document, states)
-        out = pass_back(out, end, recurrence, summary.kept, goes_on, factors, self.axis)
+        out, final = recurrence.run(chunks, document, states)
+        out = pass_back(out, final, recurrence, summary.kept, goes_on, factors, self.axis)
         return self.restore(out)
 
 

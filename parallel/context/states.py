@@ -101,13 +101,13 @@ class _PassBack(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(goes_on, factors, *kept)
         ctx.axis, ctx.end_dtype = axis, end.dtype
-        ctx.is_matrix, ctx.start_gradient = recurrence.is_matrix, recurrence.start_gradient
+        ctx.is_matrix, ctx.initial_state_grad = recurrence.is_matrix, recurrence.initial_state_grad
         return out.view_as(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         goes_on, factors, *kept = ctx.saved_tensors
-        asked = ctx.start_gradient(grads[0], *kept)
+        asked = ctx.initial_state_grad(grads[0], *kept)
         asked = asked * goes_on.view(-1, *[1] * (asked.ndim - 1))
         grad_end = end_gradients(asked.to(factors.dtype), factors, ctx.axis, is_matrix=ctx.is_matrix)
         return grads[0], grad_end.to(ctx.end_dtype), *[None] * (4 + len(kept))

@@ -3,13 +3,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.attention import CASES, Case, attention, attention_with_lse
+from kernels.attention import attention, attention_with_lse
 from kernels.attention import reference as forms
 from kernels.attention.reference import Pattern, attention_blocked, attention_direct
+from kernels.attention.shapes import SHAPES, Shape
 from tests.closeness import assert_close, outputs_and_grads
 
 
-def inputs_of(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
+def inputs_of(case: Shape, dtype: torch.dtype) -> list[torch.Tensor]:
     rows, tokens, heads, key_heads, key_dim, value_dim, _ = case
     shapes = ((heads, key_dim), (key_heads, key_dim), (key_heads, value_dim))
     return [torch.randn(rows, tokens, *shape, dtype=dtype) for shape in shapes]
@@ -49,7 +50,7 @@ def one_query_at_a_time(q, k, v, sinks, *, scale, pattern, logit_cap, document, 
 PATTERNS = (Pattern(), Pattern(5), Pattern(12, 4), Pattern(8, 4, 3), Pattern(6, 1, 9))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
 @pytest.mark.parametrize("has_documents", [False, True])
 @pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
@@ -77,7 +78,7 @@ def test_public_form_equals_direct(case, has_documents, has_sinks, dtype, limit)
 def test_blocked_equals_direct(pattern, queries, logit_cap, starts, monkeypatch) -> None:
     monkeypatch.setattr(forms, "QUERIES", queries)
     document, position = documents_of(2, 67, starts)
-    inputs = [*inputs_of(Case(2, 67, 6, 2, 4, 3, None), torch.float64), torch.randn(6, dtype=torch.float64)]
+    inputs = [*inputs_of(Shape(2, 67, 6, 2, 4, 3, None), torch.float64), torch.randn(6, dtype=torch.float64)]
     options = {"scale": 0.7, "pattern": pattern, "logit_cap": logit_cap}
     options |= {"document": document, "position": position} if starts else {}
     blocked = outputs_and_grads(lambda *x: attention_blocked(*x[:3], sinks=x[3], **options), inputs)
@@ -97,7 +98,7 @@ def test_direct_equals_one_query_at_a_time(tokens, pattern, group, logit_cap, st
     torch.manual_seed(seed)
     document, position = documents_of(2, tokens, starts)
     sinks = torch.randn(2 * group, dtype=torch.float64)
-    inputs = [*inputs_of(Case(2, tokens, 2 * group, 2, 3, 5, None), torch.float64), sinks]
+    inputs = [*inputs_of(Shape(2, tokens, 2 * group, 2, 3, 5, None), torch.float64), sinks]
     options = {"scale": 0.7, "pattern": pattern, "logit_cap": logit_cap}
     options |= {"document": document, "position": position}
     direct = outputs_and_grads(lambda *x: attention_direct(*x[:3], sinks=x[3], **options)[0], inputs)
@@ -107,14 +108,14 @@ def test_direct_equals_one_query_at_a_time(tokens, pattern, group, logit_cap, st
 
 @pytest.mark.parametrize("size", [1e-3, 30.0, 1e3])
 def test_scores_of_any_size(size: float) -> None:
-    inputs = [x * size for x in inputs_of(Case(1, 200, 2, 1, 8, 8, None), torch.float64)]
+    inputs = [x * size for x in inputs_of(Shape(1, 200, 2, 1, 8, 8, None), torch.float64)]
     ours = outputs_and_grads(lambda *x: attention_with_lse(*x, scale=1.0, window=50), inputs)
     direct = outputs_and_grads(lambda *x: attention_direct(*x, scale=1.0, pattern=Pattern(50)), inputs)
     assert_close(ours, direct, 1e-10)
 
 
 def test_far_sinks_take_all_or_nothing() -> None:
-    inputs = inputs_of(Case(1, 20, 2, 2, 4, 4, None), torch.float64)
+    inputs = inputs_of(Shape(1, 20, 2, 2, 4, 4, None), torch.float64)
     plain = attention(*inputs, scale=0.5)
     assert_close([attention(*inputs, scale=0.5, sinks=torch.full((2,), -1e4).double())], [plain], 1e-12)
     swallowed = attention(*inputs, scale=0.5, sinks=torch.full((2,), 1e4).double())
@@ -122,7 +123,7 @@ def test_far_sinks_take_all_or_nothing() -> None:
 
 
 def test_bfloat16_in_and_out_is_computed_in_float32() -> None:
-    inputs = inputs_of(Case(1, 150, 4, 2, 16, 8, None), torch.bfloat16)
+    inputs = inputs_of(Shape(1, 150, 4, 2, 16, 8, None), torch.bfloat16)
     ours = attention(*inputs, scale=0.25, window=20)
     exact = attention_direct(*(x.double() for x in inputs), scale=0.25, pattern=Pattern(20))[0]
     assert ours.dtype == torch.bfloat16
@@ -140,6 +141,6 @@ def test_bfloat16_in_and_out_is_computed_in_float32() -> None:
     ],
 )
 def test_wrong_arguments_are_named(name: str, options) -> None:
-    inputs = inputs_of(Case(1, 8, 2, 2, 4, 4, None), torch.float32)
+    inputs = inputs_of(Shape(1, 8, 2, 2, 4, 4, None), torch.float32)
     with pytest.raises(Exception, match=name):
         attention(*inputs, scale=1.0, **options)

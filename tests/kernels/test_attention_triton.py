@@ -19,10 +19,10 @@ from kernels.attention import (
     triton_forward,
 )
 from kernels.attention.reference import FULL, Pattern, attention_direct
-from kernels.attention.trials import SMALL, SMALL_SPLIT
+from kernels.attention.spec import SMALL, SMALL_SPLIT
 from kernels.attention.triton import Interval, Spec, attention_triton, interval_attention
-from kernels.choose import chosen
-from kernels.trial import Trial, deviations, setting
+from kernels.choose import use_backends
+from kernels.spec import KernelCase, input_factory, relative_errors
 
 pytestmark = pytest.mark.interpreted
 
@@ -30,14 +30,14 @@ LIMITS = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
 PATTERNS = (FULL, Pattern(1), Pattern(7), Pattern(200), Pattern(12, 4), Pattern(8, 4, 3), Pattern(6, 1, 9))
 
 
-def trial(inputs: dict[str, Tensor], tiles: Any = SMALL, **options: Any) -> Trial:
+def case_of(inputs: dict[str, Tensor], tiles: Any = SMALL, **options: Any) -> KernelCase:
     def ours(q, k, v, sinks=None):
         return attention_triton(q, k, v, sinks=sinks, tiles=tiles, **options)
 
-    def truth(q, k, v, sinks=None):
+    def reference(q, k, v, sinks=None):
         return attention_direct(q, k, v, sinks=sinks, **options)
 
-    return Trial(inputs, ours, truth)
+    return KernelCase(inputs, ours, reference)
 
 
 def drawn(
@@ -48,7 +48,7 @@ def drawn(
     rows: int = 1,
     **more: Any,
 ) -> dict[str, Tensor]:
-    draw = setting(more.get("dtype", torch.float32), seed=more.get("seed", 0))
+    draw = input_factory(more.get("dtype", torch.float32), seed=more.get("seed", 0))
     q = draw.normal(rows, tokens, heads, dims[0])
     k, v = (draw.normal(rows, tokens, key_heads, dim) for dim in dims)
     return {"q": q, "k": k, "v": v}
@@ -67,7 +67,7 @@ def assert_true(found: dict[str, float], limit: float = 1e-5) -> None:
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 31, 32, 33])
 @pytest.mark.parametrize("pattern", [FULL, Pattern(16), Pattern(17)], ids=str)
 def test_around_the_edges_of_tiles(tokens: int, pattern: Pattern) -> None:
-    assert_true(deviations(trial(drawn(tokens, 1, 1), scale=0.25, pattern=pattern)))
+    assert_true(relative_errors(case_of(drawn(tokens, 1, 1), scale=0.25, pattern=pattern)))
 
 
 @settings(max_examples=12)
@@ -85,14 +85,14 @@ def test_around_the_edges_of_tiles(tokens: int, pattern: Pattern) -> None:
 def test_any_mask_shape_and_option(
     tokens, repeat, dims, pattern, logit_cap, has_sinks, mean, dtype, seed
 ) -> None:
-    draw = setting(dtype, seed=seed)
+    draw = input_factory(dtype, seed=seed)
     inputs = drawn(tokens, repeat, 1, dims, 2, dtype=dtype, seed=seed)
     if has_sinks:
         inputs["sinks"] = draw.uniform(repeat, low=-2.0, high=2.0)
     document, position = draw.documents(2, tokens, mean) if mean else (None, None)
     tiles = SMALL_SPLIT if seed % 2 else SMALL
     options = {"pattern": pattern, "logit_cap": logit_cap, "document": document, "position": position}
-    assert_true(deviations(trial(inputs, tiles, scale=dims[0] ** -0.5, **options)), LIMITS[dtype])
+    assert_true(relative_errors(case_of(inputs, tiles, scale=dims[0] ** -0.5, **options)), LIMITS[dtype])
 
 
 def test_parts_of_one_projection_and_any_other_strides() -> None:
@@ -171,7 +171,7 @@ def test_packed_documents_equal_separate_ones(pattern: Pattern) -> None:
 def test_documents_of_any_lengths(lengths: tuple[int, ...], pattern: Pattern) -> None:
     document, position = documents_of(lengths)
     options = {"pattern": pattern, "document": document * 7 - 3, "position": position.int()}
-    assert_true(deviations(trial(drawn(sum(lengths), 4, 2), scale=0.3, **options)))
+    assert_true(relative_errors(case_of(drawn(sum(lengths), 4, 2), scale=0.3, **options)))
 
 
 def test_far_sinks_take_all_or_nothing() -> None:
@@ -190,15 +190,15 @@ def test_far_sinks_take_all_or_nothing() -> None:
     assert torch.allclose(lse, torch.full_like(lse, 1e4), rtol=1e-6)
     # A sink among large scores is as exact as they are.
     large = {**inputs, "q": inputs["q"] * 30, "sinks": torch.tensor([40.0, -35.0])}
-    found = deviations(trial(large, scale=1.0, pattern=FULL))
+    found = relative_errors(case_of(large, scale=1.0, pattern=FULL))
     assert max(found.values()) <= 1e-4, found
 
 
 def test_far_scores_are_as_exact_as_plain_single_precision() -> None:
     inputs = {name: x * (10 if name != "v" else 1) for name, x in drawn(40, 2, 1).items()}
-    ours = deviations(trial(inputs, scale=1.0, pattern=FULL))
-    plain = trial(inputs, scale=1.0, pattern=FULL)
-    plain = deviations(plain._replace(triton=plain.truth))
+    ours = relative_errors(case_of(inputs, scale=1.0, pattern=FULL))
+    plain = case_of(inputs, scale=1.0, pattern=FULL)
+    plain = relative_errors(plain._replace(triton=plain.reference))
     for name, gap in ours.items():
         assert gap <= 3 * plain[name] + 1e-6, (name, gap, plain[name])
 
@@ -206,18 +206,18 @@ def test_far_scores_are_as_exact_as_plain_single_precision() -> None:
 @pytest.mark.parametrize("scale", [-0.5, 0.0])
 @pytest.mark.parametrize("logit_cap", [None, 2.0])
 def test_scales_that_turn_or_flatten_scores(scale: float, logit_cap: float | None) -> None:
-    found = deviations(trial(drawn(20, 2, 1), scale=scale, pattern=Pattern(9), logit_cap=logit_cap))
+    found = relative_errors(case_of(drawn(20, 2, 1), scale=scale, pattern=Pattern(9), logit_cap=logit_cap))
     assert_true(found)
 
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_each_output_alone_gives_gradients(place: int) -> None:
-    both = trial(drawn(30, 4, 2), scale=0.3, pattern=Pattern(9))
+    both = case_of(drawn(30, 4, 2), scale=0.3, pattern=Pattern(9))
 
     def only(form: Callable[..., Any]) -> Callable[..., Any]:
         return lambda **inputs: (form(**inputs)[place] + 0 * sum(x.sum() for x in inputs.values()),)
 
-    assert_true(deviations(both._replace(triton=only(both.triton), truth=only(both.truth))))
+    assert_true(relative_errors(both._replace(triton=only(both.triton), reference=only(both.reference))))
 
 
 def test_rows_that_see_no_key() -> None:
@@ -238,7 +238,7 @@ def test_rows_that_see_no_key() -> None:
 
 def test_the_public_functions_run_these_kernels() -> None:
     inputs = drawn(20, 4, 2)
-    with chosen({"attention": "triton"}):
+    with use_backends({"attention": "triton"}):
         out, lse = attention_with_lse(**inputs, scale=0.3, window=7)
         assert torch.equal(out, attention(**inputs, scale=0.3, window=7))
         with pytest.raises(Exception, match="v: expected at most 512"):
@@ -306,7 +306,7 @@ DEFECTS = [
 
 @pytest.mark.parametrize(("module", "name", "defect", "options", "where"), DEFECTS)
 def test_a_defect_in_a_kernel_is_seen(module, name, defect, options, where, monkeypatch) -> None:
-    case = trial(drawn(40, 2, 1), scale=0.3, **options)
-    assert_true(deviations(case))
+    case = case_of(drawn(40, 2, 1), scale=0.3, **options)
+    assert_true(relative_errors(case))
     monkeypatch.setattr(module, name, defect)
-    assert deviations(case)[where] > 1e-3
+    assert relative_errors(case)[where] > 1e-3

@@ -17,17 +17,17 @@ from kernels.compressed_attention import entry_attention, entry_importance, join
 from kernels.convolution import short_convolution
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.delta_rule import gated_delta_rule
-from kernels.delta_rule.summary import delta_rule_start_gradient, delta_rule_summary
+from kernels.delta_rule.summary import delta_rule_initial_state_grad, delta_rule_summary
 from kernels.document_windows import document_windows
 from kernels.experts import routed_experts
 from kernels.indexer import index_loss, index_loss_of_chosen, index_select
 from kernels.linear_attention import linear_attention
-from kernels.linear_attention.summary import linear_attention_start_gradient, linear_attention_summary
+from kernels.linear_attention.summary import linear_attention_initial_state_grad, linear_attention_summary
 from kernels.norm import gated_rms_norm, rms_norm, unit_norm
 from kernels.rotary import rotate
 from kernels.selected_attention import selected_attention, selected_attention_with_shares
 from kernels.selective_scan import selective_scan
-from kernels.selective_scan.summary import selective_scan_start_gradient, selective_scan_summary
+from kernels.selective_scan.summary import selective_scan_initial_state_grad, selective_scan_summary
 from kernels.sinkhorn import sinkhorn
 
 B, T, G, H, K, V = 2, 6, 2, 4, 8, 10
@@ -59,7 +59,7 @@ def calls() -> dict[str, Call]:
     qkv = {"q": normal(B, T, H, K), "k": normal(B, T, G, K), "v": normal(B, T, G, V)}
     attended = {**qkv, "sinks": normal(H), "document": document, "position": position}
     scan = {"q": normal(B, T, G, K), "k": normal(B, T, G, K), "v": normal(B, T, H, V)}
-    scan |= {"log_decay": -normal(B, T, H).abs(), "document": document, "state": normal(B, H, K, V)}
+    scan |= {"log_decay": -normal(B, T, H).abs(), "document": document, "initial_state": normal(B, H, K, V)}
     indexed = {"q": normal(B, T, 3, K), "k": normal(B, T, K), "weights": normal(B, T, 3)}
     target = {"attention_q": normal(B, T, H, K), "attention_k": normal(B, T, G, K), "lse": normal(B, T, H)}
     chosen = torch.full((B, T, 2), -1)
@@ -73,7 +73,12 @@ def calls() -> dict[str, Call]:
     experts = {"x": normal(T, K), "gate_up": normal(3, 16, K), "down": normal(3, K, 8)}
     experts |= {"chosen": torch.zeros(T, 2, dtype=torch.long), "weights": normal(T, 2)}
     mamba = {"x": normal(B, T, H), "step": normal(B, T, H).abs(), "rate": normal(H, K).abs()}
-    mamba |= {"k": normal(B, T, K), "q": normal(B, T, K), "document": document, "state": normal(B, H, K)}
+    mamba |= {
+        "k": normal(B, T, K),
+        "q": normal(B, T, K),
+        "document": document,
+        "initial_state": normal(B, H, K),
+    }
     selecting = {"scale": 0.3}
     return {
         "activate": Call(activate, {"hidden": normal(T, H)}, {"kind": "swiglu"}, lone=frozenset({"hidden"})),
@@ -115,7 +120,7 @@ def calls() -> dict[str, Call]:
                 "weight": normal(H, 3),
                 "bias": normal(H),
                 "document": document,
-                "state": normal(B, 2, H),
+                "initial_state": normal(B, 2, H),
             },
         ),
         "linear_cross_entropy": Call(
@@ -173,20 +178,20 @@ def summaries(scan: dict[str, Tensor], mamba: dict[str, Tensor], grad_out: Tenso
             delta_rule_summary,
             {**some(scan, "q", "k", "v", "log_decay", "document"), "beta": scan["log_decay"].exp()},
         ),
-        "delta_rule_start_gradient": Call(
-            delta_rule_start_gradient, {"grad_out": grad_out, "reads": grad_out[..., :K]}
+        "delta_rule_initial_state_grad": Call(
+            delta_rule_initial_state_grad, {"grad_out": grad_out, "reads": grad_out[..., :K]}
         ),
         "linear_attention_summary": Call(
             linear_attention_summary, some(scan, "k", "v", "log_decay", "document")
         ),
-        "linear_attention_start_gradient": Call(
-            linear_attention_start_gradient,
+        "linear_attention_initial_state_grad": Call(
+            linear_attention_initial_state_grad,
             {"grad_out": grad_out, **some(scan, "q", "log_decay", "document")},
         ),
         "selective_scan_summary": Call(
             selective_scan_summary, some(mamba, "x", "step", "rate", "k", "document")
         ),
-        "selective_scan_start_gradient": Call(selective_scan_start_gradient, steps),
+        "selective_scan_initial_state_grad": Call(selective_scan_initial_state_grad, steps),
     }
 
 

@@ -4,8 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.block_attention import CASES, Case, block_attention
+from kernels.block_attention import block_attention
 from kernels.block_attention.reference import block_attention_direct
+from kernels.block_attention.shapes import SHAPES, Shape
 from kernels.document_windows import document_windows
 from tests.closeness import assert_close, outputs_and_grads
 
@@ -16,12 +17,12 @@ def positions_of(rows: int, tokens: int, starts: float) -> Tensor:
     return index - torch.where(is_start, index, 0).cummax(1).values
 
 
-def inputs_of(case: Case, dtype: torch.dtype) -> list[Tensor]:
+def inputs_of(case: Shape, dtype: torch.dtype) -> list[Tensor]:
     shapes = ((case.heads, case.key_dim), (case.key_heads, case.key_dim), (case.key_heads, case.value_dim))
     return [torch.randn(case.rows, case.tokens, *shape, dtype=dtype) for shape in shapes]
 
 
-def selection_of(case: Case, position: Tensor) -> Tensor:
+def selection_of(case: Shape, position: Tensor) -> Tensor:
     windows = document_windows(position, case.block, case.block)
     scores = torch.randn(case.rows, case.tokens, case.selectors, windows.start.shape[1])
     return windows.choose(scores, position, count=case.chosen)
@@ -56,7 +57,7 @@ def attend(form, options):
     return lambda q, k, v: form(q, k, v, **options)[0]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
 @pytest.mark.parametrize("starts", [0.0, 0.03, 0.3])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("slab", [3000, 1 << 30])
@@ -88,7 +89,7 @@ def test_gathered_equals_direct(case, starts, dtype, limit, slab, monkeypatch) -
 def test_direct_equals_one_query_at_a_time(tokens, block, count, group, per_head, starts, seed) -> None:
     torch.manual_seed(seed)
     heads = 2 * group
-    case = Case(2, tokens, heads, 2, heads if per_head else 2, 3, 5, block, count)
+    case = Shape(2, tokens, heads, 2, heads if per_head else 2, 3, 5, block, count)
     position = positions_of(2, tokens, starts)
     options = {"selected": selection_of(case, position), "scale": 0.7, "block": block, "position": position}
     inputs = inputs_of(case, torch.float64)
@@ -99,7 +100,7 @@ def test_direct_equals_one_query_at_a_time(tokens, block, count, group, per_head
 
 
 def test_large_scores_stay_finite() -> None:
-    case = CASES[2]
+    case = SHAPES[2]
     position = positions_of(case.rows, case.tokens, 0.05)
     options = {
         "selected": selection_of(case, position),

@@ -10,20 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.block_attention import Case, block_attention, triton_backward, triton_forward
+from kernels.block_attention import block_attention, triton_backward, triton_forward
 from kernels.block_attention import triton as triton_form
 from kernels.block_attention.reference import block_attention_direct
-from kernels.block_attention.trials import SMALL
+from kernels.block_attention.shapes import Shape
+from kernels.block_attention.spec import SMALL
 from kernels.block_attention.triton import block_attention_triton
 from kernels.block_attention.triton_lists import lists_of, plan_of
-from kernels.choose import chosen as chosen_forms
+from kernels.choose import use_backends
 from kernels.document_windows import document_windows
-from kernels.trial import Trial, deviations, outputs_and_grads
+from kernels.spec import KernelCase, outputs_and_grads, relative_errors
 
 pytestmark = pytest.mark.interpreted
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
-CASE = Case(2, 29, 4, 2, 2, 16, 8, 4, 3)
+SHAPE = Shape(2, 29, 4, 2, 2, 16, 8, 4, 3)
 
 
 def position_of(rows: int, tokens: int, starts: tuple[int, ...]) -> Tensor:
@@ -32,39 +33,39 @@ def position_of(rows: int, tokens: int, starts: tuple[int, ...]) -> Tensor:
     return (index - torch.where(is_start, index, 0).cummax(0).values).expand(rows, -1)
 
 
-def inputs_of(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
-    rows, tokens = case.rows, case.tokens
+def inputs_of(shape: Shape, dtype: torch.dtype) -> dict[str, Tensor]:
+    rows, tokens = shape.rows, shape.tokens
     return {
-        "q": torch.randn(rows, tokens, case.heads, case.key_dim).to(dtype),
-        "k": torch.randn(rows, tokens, case.key_heads, case.key_dim).to(dtype),
-        "v": torch.randn(rows, tokens, case.key_heads, case.value_dim).to(dtype),
+        "q": torch.randn(rows, tokens, shape.heads, shape.key_dim).to(dtype),
+        "k": torch.randn(rows, tokens, shape.key_heads, shape.key_dim).to(dtype),
+        "v": torch.randn(rows, tokens, shape.key_heads, shape.value_dim).to(dtype),
     }
 
 
-def selection_of(case: Case, position: Tensor) -> Tensor:
-    windows = document_windows(position, case.block, case.block)
-    scores = torch.rand(case.rows, case.tokens, case.selectors, windows.start.shape[1])
-    return windows.choose(scores, position, count=case.chosen)
+def selection_of(shape: Shape, position: Tensor) -> Tensor:
+    windows = document_windows(position, shape.block, shape.block)
+    scores = torch.rand(shape.rows, shape.tokens, shape.selectors, windows.start.shape[1])
+    return windows.choose(scores, position, count=shape.chosen)
 
 
-def trial_of(case: Case, inputs: dict, position: Tensor, selected: Tensor, scale: float = 0.3) -> Trial:
-    options = {"scale": scale, "block": case.block, "position": position}
-    return Trial(
+def case_of(shape: Shape, inputs: dict, position: Tensor, selected: Tensor, scale: float = 0.3) -> KernelCase:
+    options = {"scale": scale, "block": shape.block, "position": position}
+    return KernelCase(
         inputs,
         lambda q, k, v: block_attention_triton(q, k, v, selected, **options, tiles=SMALL),
         lambda q, k, v: block_attention_direct(q, k, v, selected, **options),
     )
 
 
-def drawn(case: Case, dtype: torch.dtype = torch.float32, starts: tuple[int, ...] = ()) -> Trial:
-    position = position_of(case.rows, case.tokens, starts)
-    return trial_of(case, inputs_of(case, dtype), position, selection_of(case, position))
+def drawn(shape: Shape, dtype: torch.dtype = torch.float32, starts: tuple[int, ...] = ()) -> KernelCase:
+    position = position_of(shape.rows, shape.tokens, starts)
+    return case_of(shape, inputs_of(shape, dtype), position, selection_of(shape, position))
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("starts", [(), (1,), (3, 17), (4, 8, 12), (5, 6, 7, 8, 21)], ids=str)
 def test_documents_start_anywhere(starts: tuple[int, ...], dtype: torch.dtype) -> None:
-    found = deviations(drawn(CASE, dtype, starts))
+    found = relative_errors(drawn(SHAPE, dtype, starts))
     assert max(found.values()) <= LIMITS[dtype], found
 
 
@@ -89,54 +90,54 @@ def test_every_shape_and_packing(
         # The rounding of a few numbers says nothing.
         tokens, key_dim, value_dim = max(tokens, 8), max(key_dim, 16), max(value_dim, 16)
     heads = 2 * group
-    case = Case(1, tokens, heads, 2, heads if per_head else 2, key_dim, value_dim, block, count)
-    found = deviations(drawn(case, dtype, tuple(starts)))
+    shape = Shape(1, tokens, heads, 2, heads if per_head else 2, key_dim, value_dim, block, count)
+    found = relative_errors(drawn(shape, dtype, tuple(starts)))
     assert max(found.values()) <= LIMITS[dtype], found
 
 
 @pytest.mark.parametrize("routing", ["nothing", "the first", "the last", "one token"])
 def test_any_selection_is_exact(routing: str) -> None:
-    position = position_of(CASE.rows, CASE.tokens, (9,))
-    selected = selection_of(CASE, position)
+    position = position_of(SHAPE.rows, SHAPE.tokens, (9,))
+    selected = selection_of(SHAPE, position)
     if routing == "nothing":
         selected = torch.full_like(selected, -1)
     elif routing == "the first":
-        selected = document_windows(position, CASE.block, CASE.block).choose(
-            torch.zeros(*selected.shape[:3], CASE.tokens // CASE.block), position, count=1
+        selected = document_windows(position, SHAPE.block, SHAPE.block).choose(
+            torch.zeros(*selected.shape[:3], SHAPE.tokens // SHAPE.block), position, count=1
         )
     elif routing == "the last":
         # The only choice stands behind places that are empty.
         selected = torch.cat([torch.full_like(selected[..., :2], -1), selected[..., :1]], dim=-1)
     else:
-        selected[:, torch.arange(CASE.tokens) != 20] = -1
-    found = deviations(trial_of(CASE, inputs_of(CASE, torch.float32), position, selected))
+        selected[:, torch.arange(SHAPE.tokens) != 20] = -1
+    found = relative_errors(case_of(SHAPE, inputs_of(SHAPE, torch.float32), position, selected))
     assert max(found.values()) <= 1e-5, found
 
 
 def test_large_scores_stay_finite() -> None:
-    position = position_of(CASE.rows, CASE.tokens, (11,))
-    trial = trial_of(
-        CASE, inputs_of(CASE, torch.float32), position, selection_of(CASE, position), scale=100.0
+    position = position_of(SHAPE.rows, SHAPE.tokens, (11,))
+    case = case_of(
+        SHAPE, inputs_of(SHAPE, torch.float32), position, selection_of(SHAPE, position), scale=100.0
     )
-    found = deviations(trial)
+    found = relative_errors(case)
     assert all(math.isfinite(x) for x in found.values()), found
     # A score of some hundreds is off by its last bit, 3e-5, before exp.
     assert found["out0"] <= 1e-4, found
 
 
 def test_packed_documents_equal_separate_ones() -> None:
-    case = CASE._replace(rows=1)
-    position = position_of(1, case.tokens, (13,))
-    inputs, selected = inputs_of(case, torch.float32), selection_of(case, position)
-    options = {"scale": 0.3, "block": case.block, "tiles": SMALL}
+    shape = SHAPE._replace(rows=1)
+    position = position_of(1, shape.tokens, (13,))
+    inputs, selected = inputs_of(shape, torch.float32), selection_of(shape, position)
+    options = {"scale": 0.3, "block": shape.block, "tiles": SMALL}
     whole, mass = block_attention_triton(**inputs, selected=selected, position=position, **options)
     # Blocks of the second document have the slots after its start in the row.
-    windows = document_windows(position, case.block, case.block)
-    for a, b in ((0, 13), (13, case.tokens)):
+    windows = document_windows(position, shape.block, shape.block)
+    for a, b in ((0, 13), (13, shape.tokens)):
         part = {name: x[:, a:b] for name, x in inputs.items()}
         start = windows.start[0][selected[:, a:b].clamp(min=0)]
-        own = torch.where(selected[:, a:b] >= 0, (start - a) // case.block, -1)
-        own = own[..., : (b - a) // case.block]
+        own = torch.where(selected[:, a:b] >= 0, (start - a) // shape.block, -1)
+        own = own[..., : (b - a) // shape.block]
         place = torch.arange(b - a)[None]
         out, part_mass = block_attention_triton(**part, selected=own, position=place, **options)
         torch.testing.assert_close(out, whole[:, a:b], rtol=1e-5, atol=1e-6)
@@ -144,16 +145,16 @@ def test_packed_documents_equal_separate_ones() -> None:
 
 
 def test_unseen_keys_have_no_gradient_and_no_influence() -> None:
-    position = position_of(CASE.rows, CASE.tokens, ())
-    selected = torch.full((CASE.rows, CASE.tokens, 2, 1), -1)
+    position = position_of(SHAPE.rows, SHAPE.tokens, ())
+    selected = torch.full((SHAPE.rows, SHAPE.tokens, 2, 1), -1)
     # Only the last query looks beyond its own block, at the second one.
     selected[:, -1] = 1
-    inputs = inputs_of(CASE, torch.float32)
-    options = {"selected": selected, "scale": 0.3, "block": CASE.block, "position": position, "tiles": SMALL}
+    inputs = inputs_of(SHAPE, torch.float32)
+    options = {"selected": selected, "scale": 0.3, "block": SHAPE.block, "position": position, "tiles": SMALL}
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
     out, _ = block_attention_triton(**leaves, **options)
     grads = torch.autograd.grad(out[:, -1].sum(), [leaves["k"], leaves["v"]])
-    unseen = torch.ones(CASE.tokens, dtype=torch.bool)
+    unseen = torch.ones(SHAPE.tokens, dtype=torch.bool)
     unseen[4:8] = unseen[28:] = False
     for grad in grads:
         assert torch.equal(grad[:, unseen], torch.zeros_like(grad[:, unseen]))
@@ -166,40 +167,40 @@ def test_unseen_keys_have_no_gradient_and_no_influence() -> None:
 
 
 def test_the_past_does_not_see_the_future() -> None:
-    trial = drawn(CASE, starts=(6,))
-    before = outputs_and_grads(trial.triton, trial.inputs)
-    changed = {name: x.clone() for name, x in trial.inputs.items()}
+    case = drawn(SHAPE, starts=(6,))
+    before = outputs_and_grads(case.triton, case.inputs)
+    changed = {name: x.clone() for name, x in case.inputs.items()}
     for x in changed.values():
         x[:, 18:] *= -2.0
-    after = outputs_and_grads(trial.triton, changed)
+    after = outputs_and_grads(case.triton, changed)
     for name in ("out0", "out1"):
         assert torch.equal(before[name][:, :18], after[name][:, :18])
         assert not torch.equal(before[name][:, 18:], after[name][:, 18:])
 
 
 def test_strided_inputs_and_two_runs_are_bitwise_the_same() -> None:
-    trial = drawn(CASE, torch.bfloat16, starts=(10,))
-    first = outputs_and_grads(trial.triton, trial.inputs)
-    assert all(torch.equal(first[n], x) for n, x in outputs_and_grads(trial.triton, trial.inputs).items())
-    packed = torch.cat([x.flatten(2) for x in trial.inputs.values()], dim=-1).requires_grad_()
-    sizes = [x.shape[2] * x.shape[3] for x in trial.inputs.values()]
+    case = drawn(SHAPE, torch.bfloat16, starts=(10,))
+    first = outputs_and_grads(case.triton, case.inputs)
+    assert all(torch.equal(first[n], x) for n, x in outputs_and_grads(case.triton, case.inputs).items())
+    packed = torch.cat([x.flatten(2) for x in case.inputs.values()], dim=-1).requires_grad_()
+    sizes = [x.shape[2] * x.shape[3] for x in case.inputs.values()]
     views = [
         part.unflatten(-1, x.shape[2:])
-        for part, x in zip(packed.split(sizes, dim=-1), trial.inputs.values(), strict=True)
+        for part, x in zip(packed.split(sizes, dim=-1), case.inputs.values(), strict=True)
     ]
     assert not views[0].is_contiguous()
-    out, mass = trial.triton(*views)
+    out, mass = case.triton(*views)
     assert torch.equal(out, first["out0"])
     assert torch.equal(mass, first["out1"])
-    turned = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in trial.inputs.values()]
-    assert torch.equal(trial.triton(*turned)[0], first["out0"])
+    turned = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in case.inputs.values()]
+    assert torch.equal(case.triton(*turned)[0], first["out0"])
 
 
 def test_slabs_change_nothing() -> None:
-    case = CASE._replace(rows=1, tokens=21)
-    position = position_of(1, case.tokens, (10,))
-    inputs, selected = inputs_of(case, torch.float32), selection_of(case, position)
-    options = {"selected": selected, "scale": 0.3, "block": case.block, "position": position}
+    shape = SHAPE._replace(rows=1, tokens=21)
+    position = position_of(1, shape.tokens, (10,))
+    inputs, selected = inputs_of(shape, torch.float32), selection_of(shape, position)
+    options = {"selected": selected, "scale": 0.3, "block": shape.block, "position": position}
     found = []
     for size in (1, 1 << 12, 1 << 30):
         tiles = SMALL._replace(slab_bytes=size)
@@ -236,12 +237,12 @@ def test_lists_hold_each_choice_once_and_plans_cover_them() -> None:
 
 
 def test_the_config_chooses_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    position = position_of(CASE.rows, CASE.tokens, ())
-    inputs, selected = inputs_of(CASE, torch.float32), selection_of(CASE, position)
-    options = {"selected": selected, "scale": 0.3, "block": CASE.block, "position": position}
+    position = position_of(SHAPE.rows, SHAPE.tokens, ())
+    inputs, selected = inputs_of(SHAPE, torch.float32), selection_of(SHAPE, position)
+    options = {"selected": selected, "scale": 0.3, "block": SHAPE.block, "position": position}
     plain = block_attention(**inputs, **options)
     monkeypatch.setattr(triton_form, "tiles_for", lambda *_: SMALL)
-    with chosen_forms({"block_attention": "triton"}):
+    with use_backends({"block_attention": "triton"}):
         ours = block_attention(**inputs, **options)
     assert not torch.equal(ours[0], plain[0])
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
@@ -278,16 +279,16 @@ def rows_without_the_last(
     ],
 )
 def test_sabotage_a_lost_row_is_seen(where, name: str, fault, monkeypatch: pytest.MonkeyPatch) -> None:
-    trial = drawn(CASE, starts=(10,))
+    case = drawn(SHAPE, starts=(10,))
     monkeypatch.setattr(where, name, fault)
-    assert not max(deviations(trial).values()) <= 1e-2
+    assert not max(relative_errors(case).values()) <= 1e-2
 
 
 def test_sabotage_a_lost_document_start_is_seen() -> None:
-    right = drawn(CASE, starts=(10,))
-    position = position_of(CASE.rows, CASE.tokens, ())
-    wrong = trial_of(CASE, right.inputs, position, selection_of(CASE, position))
-    assert max(deviations(right._replace(triton=wrong.triton)).values()) > 1e-2
+    right = drawn(SHAPE, starts=(10,))
+    position = position_of(SHAPE.rows, SHAPE.tokens, ())
+    wrong = case_of(SHAPE, right.inputs, position, selection_of(SHAPE, position))
+    assert max(relative_errors(right._replace(triton=wrong.triton)).values()) > 1e-2
 
 
 @pytest.mark.parametrize(

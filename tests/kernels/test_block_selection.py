@@ -2,12 +2,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.block_selection import CASES, Case, select_by_mean, select_by_peak
+from kernels.block_selection import select_by_mean, select_by_peak
 from kernels.block_selection.reference import select_by_mean_direct, select_by_peak_direct
+from kernels.block_selection.shapes import SHAPES, Shape
 from tests.kernels.test_block_attention import positions_of
 
 
-def inputs_of(case: Case, key_heads: int) -> list[Tensor]:
+def inputs_of(case: Shape, key_heads: int) -> list[Tensor]:
     shapes = ((case.heads, case.dim), (key_heads, case.dim))
     return [torch.randn(case.rows, case.tokens, *shape, dtype=torch.float64) for shape in shapes]
 
@@ -18,9 +19,9 @@ def slab(request, monkeypatch) -> None:
 
 
 @pytest.mark.usefixtures("slab")
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
 @pytest.mark.parametrize("starts", [0.0, 0.05, 0.5])
-def test_by_mean_equals_one_query_at_a_time(case: Case, starts: float) -> None:
+def test_by_mean_equals_one_query_at_a_time(case: Shape, starts: float) -> None:
     q, k = inputs_of(case, case.key_heads)
     options = {
         "block": case.block,
@@ -31,9 +32,9 @@ def test_by_mean_equals_one_query_at_a_time(case: Case, starts: float) -> None:
 
 
 @pytest.mark.usefixtures("slab")
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
 @pytest.mark.parametrize("starts", [0.0, 0.05, 0.5])
-def test_by_peak_equals_one_query_at_a_time(case: Case, starts: float) -> None:
+def test_by_peak_equals_one_query_at_a_time(case: Shape, starts: float) -> None:
     q, k = inputs_of(case, 1)
     options = {"block": case.block, "count": case.chosen, "local": case.local}
     options["position"] = positions_of(case.rows, case.tokens, starts)
@@ -51,7 +52,7 @@ def test_by_peak_equals_one_query_at_a_time(case: Case, starts: float) -> None:
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf")])
 def test_a_later_token_changes_no_selection(value: float) -> None:
-    q, k = inputs_of(CASES[3], 1)
+    q, k = inputs_of(SHAPES[3], 1)
     options = {"block": 8, "count": 5, "position": positions_of(1, 130, 0.01)}
     changed = k.clone()
     changed[:, 70] = value

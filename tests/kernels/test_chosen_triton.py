@@ -8,17 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.block_selection import triton as peaks
-from kernels.indexer import Case as IndexCase
 from kernels.indexer import triton as indexer
 from kernels.indexer import triton_loss as index_losses
 from kernels.indexer.reference import choose_directly
-from kernels.indexer.trials import draw_chosen, draw_full, draw_selection
+from kernels.indexer.shapes import Shape as IndexShape
+from kernels.indexer.spec import draw_chosen, draw_full, draw_selection
 from kernels.indexer.triton import index_select_triton
 from kernels.selected_attention import triton as selected
 from kernels.selected_attention.reference import selected_attention_direct
-from kernels.selected_attention.trials import Case, draw
+from kernels.selected_attention.shapes import Shape
+from kernels.selected_attention.spec import draw
 from kernels.selected_attention.triton import Tiles, selected_attention_triton
-from kernels.trial import Trial, deviations, outputs_and_grads, setting, subjects
+from kernels.spec import KernelCase, input_factory, kernel_specs, outputs_and_grads, relative_errors
 
 pytestmark = pytest.mark.interpreted
 LIMIT = 1e-5
@@ -37,16 +38,16 @@ INDEX_TILES = indexer.Tiles(16, 16, 64, 16, 1)
 )
 def test_attention_to_any_selection(tokens, groups, repeat, chosen, flags, seed) -> None:
     is_shared, has_sinks = flags
-    case = Case(1, tokens, groups * repeat, groups, 24, 16, chosen, None, is_shared, has_sinks)
-    trial = draw(case, setting(torch.float32, seed=seed, is_small=True))
-    assert max(deviations(trial).values()) <= LIMIT
+    shape = Shape(1, tokens, groups * repeat, groups, 24, 16, chosen, None, is_shared, has_sinks)
+    case = draw(shape, input_factory(torch.float32, seed=seed, uses_small_tiles=True))
+    assert max(relative_errors(case).values()) <= LIMIT
 
 
-def trial_of(selection: torch.Tensor, scale: float = 0.3, sinks: torch.Tensor | None = None) -> Trial:
+def case_of(selection: torch.Tensor, scale: float = 0.3, sinks: torch.Tensor | None = None) -> KernelCase:
     shape = (*selection.shape[:2], 4, 16)
     inputs = {"q": torch.randn(shape), "k": torch.randn(1, 12, 2, 16), "v": torch.randn(1, 12, 2, 8)}
     options = {"scale": scale, "sinks": sinks}
-    return Trial(
+    return KernelCase(
         inputs,
         lambda q, k, v: selected_attention_triton(q, k, v, selection, **options, tiles=SMALL)[:1],
         lambda q, k, v: selected_attention_direct(q, k, v, selection, **options)[:1],
@@ -56,20 +57,20 @@ def trial_of(selection: torch.Tensor, scale: float = 0.3, sinks: torch.Tensor | 
 def test_nothing_chosen_is_zero_and_unseen_keys_get_no_gradient() -> None:
     selection = torch.full((1, 3, 20), -1)
     selection[0, 1, 17] = 5
-    found = outputs_and_grads(trial_of(selection).triton, trial_of(selection).inputs)
+    found = outputs_and_grads(case_of(selection).triton, case_of(selection).inputs)
     assert torch.equal(found["out0"][0, [0, 2]], torch.zeros(2, 4, 8))
     for name in ("grad k", "grad v"):
         unseen = [key for key in range(12) if key != 5]
         assert torch.equal(found[name][:, unseen], torch.zeros_like(found[name][:, unseen]))
         assert found[name][:, 5].abs().sum() > 0
-    assert max(deviations(trial_of(selection)).values()) <= LIMIT
+    assert max(relative_errors(case_of(selection)).values()) <= LIMIT
 
 
 @pytest.mark.parametrize("scale", [1e-3, 3.0])
 @pytest.mark.parametrize("sink", [-1e4, 0.0, 60.0, float("-inf")])
 def test_far_scores_and_sinks(scale: float, sink: float) -> None:
     selection = torch.rand(1, 3, 12).argsort(-1)[..., :7]
-    assert max(deviations(trial_of(selection, scale, torch.full((4,), sink))).values()) <= LIMIT
+    assert max(relative_errors(case_of(selection, scale, torch.full((4,), sink))).values()) <= LIMIT
 
 
 def count_without_the_last(selection, line, chosen, CHOSEN: tl.constexpr):
@@ -123,13 +124,13 @@ DEFECTS = [
 ]
 
 
-@pytest.mark.parametrize(("module", "name", "defect", "subject", "place"), DEFECTS)
-def test_a_defect_in_a_kernel_is_seen(module, name, defect, subject, place, monkeypatch) -> None:
-    found = next(s for s in subjects(subject.split(".")[0]) if s.name == subject)
-    trial = found.draw(found.cases[place], setting(torch.float32, is_small=True))
-    assert max(deviations(trial).values()) <= LIMIT
+@pytest.mark.parametrize(("module", "name", "defect", "spec", "place"), DEFECTS)
+def test_a_defect_in_a_kernel_is_seen(module, name, defect, spec, place, monkeypatch) -> None:
+    found = next(s for s in kernel_specs(spec.split(".")[0]) if s.name == spec)
+    case = found.draw(found.shapes[place], input_factory(torch.float32, uses_small_tiles=True))
+    assert max(relative_errors(case).values()) <= LIMIT
     monkeypatch.setattr(module, name, triton.jit(defect))
-    assert not max(deviations(trial).values()) <= 1e-3
+    assert not max(relative_errors(case).values()) <= 1e-3
 
 
 @settings(max_examples=8)
@@ -141,11 +142,11 @@ def test_a_defect_in_a_kernel_is_seen(module, name, defect, subject, place, monk
     seed=st.integers(0, 2**20),
 )
 def test_the_best_of_any_scores(tokens: int, heads: int, top_k: int, pools: bool, seed: int) -> None:
-    drawn = setting(torch.float32, seed=seed, is_small=True)
-    case = IndexCase(2, tokens, heads, 4, 2, 8, top_k, pools)
-    assert max(deviations(draw_selection(case, drawn)).values()) == 0.0
-    assert max(deviations(draw_full(case, drawn)).values()) <= LIMIT
-    assert max(deviations(draw_chosen(case._replace(rows=1), drawn)).values()) <= LIMIT
+    drawn = input_factory(torch.float32, seed=seed, uses_small_tiles=True)
+    shape = IndexShape(2, tokens, heads, 4, 2, 8, top_k, pools)
+    assert max(relative_errors(draw_selection(shape, drawn)).values()) == 0.0
+    assert max(relative_errors(draw_full(shape, drawn)).values()) <= LIMIT
+    assert max(relative_errors(draw_chosen(shape._replace(rows=1), drawn)).values()) <= LIMIT
 
 
 def test_equal_negative_infinite_and_zero_scores_go_by_place() -> None:

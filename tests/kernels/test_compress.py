@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.compress import CASES, Case, gated_compress, mean_compress, mlp_compress
+from kernels.compress import gated_compress, mean_compress, mlp_compress
 from kernels.compress.reference import gated_compress_direct, mlp_compress_direct
+from kernels.compress.shapes import SHAPES, Shape
 from kernels.document_windows import Windows, document_windows
 from tests.closeness import assert_close, outputs_and_grads
 from tests.kernels.test_block_attention import positions_of
@@ -24,10 +25,10 @@ def compare(fast, direct, inputs: list[Tensor], windows: Windows, dtype: torch.d
     assert_close(ours, theirs, limit)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
 @pytest.mark.parametrize("starts", [0.0, 0.05, 0.4])
 @pytest.mark.parametrize(("dtype", "limit"), PRECISIONS)
-def test_perceptron_equals_window_by_window(case: Case, starts: float, dtype, limit: float) -> None:
+def test_perceptron_equals_window_by_window(case: Shape, starts: float, dtype, limit: float) -> None:
     windows = document_windows(positions_of(case.rows, case.tokens, starts), case.length, case.stride)
     heads, dim, size = case.heads, case.dim, case.length * case.dim
     shapes = [
@@ -47,17 +48,19 @@ def test_perceptron_equals_window_by_window(case: Case, starts: float, dtype, li
     )
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
 @pytest.mark.parametrize("starts", [0.0, 0.05, 0.4])
 @pytest.mark.parametrize("is_overlapping", [False, True])
 @pytest.mark.parametrize(("dtype", "limit"), PRECISIONS)
-def test_gated_equals_window_by_window(case: Case, starts, is_overlapping, dtype, limit) -> None:
+def test_gated_equals_window_by_window(case: Shape, starts, is_overlapping, dtype, limit) -> None:
     position = positions_of(case.rows, case.tokens, starts)
     windows = document_windows(position, case.length, case.length)
     shape = (case.rows, case.tokens, 2 * case.dim)
     inputs = [torch.randn(shape, dtype=torch.float64) for _ in range(2)]
     inputs.append(torch.randn(case.length, 2 * case.dim, dtype=torch.float64))
-    inputs[1] = inputs[1] * 30
+    # Large gates saturate: their gradients are next to nothing, and in float32 mostly rounding. The other
+    # channels' gates have gradients to compare.
+    inputs[1][..., ::2] *= 30
     options = {"windows": windows, "position": position, "is_overlapping": is_overlapping}
     compare(
         lambda *x: gated_compress(*x, **options),

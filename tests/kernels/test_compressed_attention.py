@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.compressed_attention import CASES, Case, entry_attention, entry_importance, select_by_entries
+from kernels.compressed_attention import entry_attention, entry_importance, select_by_entries
 from kernels.compressed_attention.entries import entry_attention_direct
+from kernels.compressed_attention.shapes import SHAPES, Shape
 from kernels.document_windows import document_windows
 from tests.closeness import assert_close, outputs_and_grads
 from tests.kernels.test_block_attention import positions_of
@@ -11,7 +12,7 @@ from tests.kernels.test_block_attention import positions_of
 PRECISIONS = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
 
 
-def windows_of(case: Case, position: Tensor) -> dict:
+def windows_of(case: Shape, position: Tensor) -> dict:
     return {
         "entries": document_windows(position, case.length, case.stride),
         "blocks": document_windows(position, case.block, case.block),
@@ -20,13 +21,13 @@ def windows_of(case: Case, position: Tensor) -> dict:
     }
 
 
-def inputs_of(case: Case, slots: int) -> list[Tensor]:
+def inputs_of(case: Shape, slots: int) -> list[Tensor]:
     q = torch.randn(case.rows, case.tokens, case.heads, case.key_dim, dtype=torch.float64)
     shape = (case.rows, slots, case.key_heads)
     return [q, *(torch.randn(*shape, dim, dtype=torch.float64) for dim in (case.key_dim, case.value_dim))]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
 @pytest.mark.parametrize("starts", [0.0, 0.1])
 @pytest.mark.parametrize(("dtype", "limit"), PRECISIONS)
 @pytest.mark.parametrize("slab", [400, 1 << 30])
@@ -52,7 +53,7 @@ def test_entry_attention_equals_one_query_at_a_time(case, starts, dtype, limit, 
 
 
 def test_importance_adds_up_over_heads_to_what_blocks_are_chosen_by() -> None:
-    case = CASES[2]
+    case = SHAPES[2]
     options = windows_of(case, positions_of(case.rows, case.tokens, 0.0))
     q, k, v = inputs_of(case, options["entries"].start.shape[1])
     heads = q.unflatten(2, (case.key_heads, -1)).unbind(3)

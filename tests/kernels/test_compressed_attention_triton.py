@@ -11,18 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.attention import triton_backward_keys, triton_forward
-from kernels.choose import chosen
-from kernels.compressed_attention import (
-    Case,
-    JointCase,
-    entry_attention,
-    entry_importance,
-    joint_attention,
-    select_by_entries,
-)
+from kernels.choose import use_backends
+from kernels.compressed_attention import entry_attention, entry_importance, joint_attention, select_by_entries
 from kernels.compressed_attention import triton as triton_form
 from kernels.compressed_attention.entries import entry_attention_direct
-from kernels.compressed_attention.trials import (
+from kernels.compressed_attention.shapes import JointShape, Shape
+from kernels.compressed_attention.spec import (
     SMALL,
     SMALL_MASS,
     JointPacked,
@@ -37,7 +31,7 @@ from kernels.compressed_attention.triton import (
     select_by_entries_triton,
 )
 from kernels.document_windows import document_windows
-from kernels.trial import deviations, setting
+from kernels.spec import input_factory, relative_errors
 
 pytestmark = pytest.mark.interpreted
 
@@ -62,7 +56,7 @@ def assert_true(found: dict[str, float], limit: float = 1e-5) -> None:
 )
 def test_what_a_query_sees_is_an_interval_of_filled_slots(tokens, shape, mean, cut, seed) -> None:
     # A row may open in the middle of a document.
-    position = setting(torch.float32, seed=seed).documents(2, tokens + cut, mean)[1][:, cut:]
+    position = input_factory(torch.float32, seed=seed).documents(2, tokens + cut, mean)[1][:, cut:]
     windows = document_windows(position, *shape)
     low, high, _ = seen_entries(windows, position)
     slot = torch.arange(windows.start.shape[1])
@@ -85,9 +79,9 @@ def test_what_a_query_sees_is_an_interval_of_filled_slots(tokens, shape, mean, c
     seed=st.integers(0, 2**20),
 )
 def test_any_entries_and_blocks(tokens, repeat, dims, sizes, count, mean, dtype, seed) -> None:
-    case = Case(2, tokens, repeat, 1, *dims, *sizes, count)
-    trial = draw_entries(Packed(case, mean), setting(dtype, seed=seed, is_small=True))
-    assert_true(deviations(trial), LIMITS[dtype])
+    shape = Shape(2, tokens, repeat, 1, *dims, *sizes, count)
+    case = draw_entries(Packed(shape, mean), input_factory(dtype, seed=seed, uses_small_tiles=True))
+    assert_true(relative_errors(case), LIMITS[dtype])
 
 
 @settings(max_examples=6)
@@ -104,9 +98,9 @@ def test_any_entries_and_blocks(tokens, repeat, dims, sizes, count, mean, dtype,
 def test_any_window_and_entries(tokens, heads, dim, length, window, mean, dtype, seed) -> None:
     # With a key or two beside a sink the gradient of a score is a difference of numbers that bfloat16 rounds.
     least = 8 if dtype == torch.bfloat16 else 1
-    case = JointCase(1, max(tokens, least), heads, dim, length, window, None)
-    trial = draw_joint(JointPacked(case, mean), setting(dtype, seed=seed, is_small=True))
-    assert_true(deviations(trial), LIMITS[dtype])
+    shape = JointShape(1, max(tokens, least), heads, dim, length, window, None)
+    case = draw_joint(JointPacked(shape, mean), input_factory(dtype, seed=seed, uses_small_tiles=True))
+    assert_true(relative_errors(case), LIMITS[dtype])
 
 
 def entry_options(position: Tensor) -> dict[str, Any]:
@@ -219,7 +213,7 @@ def test_the_public_functions_run_these_kernels() -> None:
     options |= options.pop("choice")
     scored = {name: options[name] for name in ("entries", "blocks", "position", "scale")}
     joined, joint_options = joint_inputs(position)
-    with chosen({"compressed_attention": "triton"}):
+    with use_backends({"compressed_attention": "triton"}):
         out, found = entry_attention(**inputs, **options)
         alone = select_by_entries(inputs["q"], inputs["k"], **options)
         importance = entry_importance(inputs["q"], inputs["k"], **scored)
@@ -250,15 +244,15 @@ def no_readers(key, first, end, tokens, window, LOW: tl.constexpr, HIGH: tl.cons
 
 
 def test_a_defect_in_a_kernel_is_seen(monkeypatch) -> None:
-    inputs = JointPacked(JointCase(1, 45, 2, 16, 4, 6, None), 20.0)
-    draw = lambda: draw_joint(inputs, setting(torch.float32, is_small=True))  # noqa: E731
-    assert_true(deviations(draw()))
+    inputs = JointPacked(JointShape(1, 45, 2, 16, 4, 6, None), 20.0)
+    draw = lambda: draw_joint(inputs, input_factory(torch.float32, uses_small_tiles=True))  # noqa: E731
+    assert_true(relative_errors(draw()))
     with monkeypatch.context() as patch:
         patch.setattr(triton_forward, "attention_interval", one_entry_too_many)
-        assert deviations(draw())["out0"] > 1e-3
+        assert relative_errors(draw())["out0"] > 1e-3
     with monkeypatch.context() as patch:
         patch.setattr(triton_backward_keys, "attention_readers", no_readers)
-        assert deviations(draw())["grad entries"] > 1e-3
+        assert relative_errors(draw())["grad entries"] > 1e-3
 
 
 def test_a_lost_head_in_the_choice_is_seen(monkeypatch) -> None:

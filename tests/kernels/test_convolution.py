@@ -3,21 +3,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.convolution import CASES, Case, short_convolution
+from kernels.convolution import short_convolution
 from kernels.convolution.reference import convolution_direct
+from kernels.convolution.shapes import SHAPES, Shape
 from tests.closeness import assert_close, outputs_and_grads
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("has_silu", [False, True])
-def test_equals_torch_conv1d(case: Case, has_bias: bool, has_silu: bool) -> None:
-    shapes = [case[:3], case[2:4], case[2:3]][: 2 + has_bias]
-    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+def test_equals_torch_conv1d(shape: Shape, has_bias: bool, has_silu: bool) -> None:
+    sizes = [shape[:3], shape[2:4], shape[2:3]][: 2 + has_bias]
+    inputs = [torch.randn(size, dtype=torch.float64) for size in sizes]
 
     def conv1d(x, weight, bias=None):
-        padded = torch.nn.functional.pad(x.transpose(1, 2), (case.taps - 1, 0))
-        out = torch.nn.functional.conv1d(padded, weight[:, None], bias, groups=case.channels)
+        padded = torch.nn.functional.pad(x.transpose(1, 2), (shape.taps - 1, 0))
+        out = torch.nn.functional.conv1d(padded, weight[:, None], bias, groups=shape.channels)
         return (torch.nn.functional.silu(out) if has_silu else out).transpose(1, 2)
 
     ours = outputs_and_grads(lambda *x: short_convolution(*x, has_silu=has_silu), inputs)
@@ -36,8 +37,8 @@ def test_equals_the_direct_sum_with_documents(
     tokens: int, taps: int, starts: float, has_bias: bool, has_silu: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    shapes = [(2, tokens, 3), (3, taps), (3,)][: 2 + has_bias]
-    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    sizes = [(2, tokens, 3), (3, taps), (3,)][: 2 + has_bias]
+    inputs = [torch.randn(size, dtype=torch.float64) for size in sizes]
     options = {"document": (torch.rand(2, tokens) < starts).long().cumsum(1), "has_silu": has_silu}
     ours = outputs_and_grads(lambda *x: short_convolution(*x, **options), inputs)
     assert_close(ours, outputs_and_grads(lambda *x: convolution_direct(*x, **options), inputs), 1e-12)
@@ -50,5 +51,5 @@ def test_a_state_stands_for_the_tokens_before() -> None:
     for cut in (3, 5, 7, 8):
         is_own = document[:, cut - 3 : cut] == document[:, cut : cut + 1]
         state = torch.where(is_own[..., None], x[:, cut - 3 : cut], 0.0)
-        rest = short_convolution(x[:, cut:], weight, document=document[:, cut:], state=state)
+        rest = short_convolution(x[:, cut:], weight, document=document[:, cut:], initial_state=state)
         assert torch.allclose(rest, whole[:, cut:], rtol=0, atol=1e-14)

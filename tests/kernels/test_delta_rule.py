@@ -5,28 +5,29 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from kernels.delta_rule import CASES, Case, gated_delta_rule
+from kernels.delta_rule import gated_delta_rule
 from kernels.delta_rule.channel import channel_delta_rule_chunked
 from kernels.delta_rule.reference import gated_delta_rule_chunked, gated_delta_rule_recurrent
+from kernels.linear_attention.shapes import SHAPES, Shape
 from tests.closeness import assert_close, outputs_and_grads
 
 # The largest entry may differ by this much: 1e-10 is what float64 leaves after hundreds of products.
 LIMIT = 1e-10
 
 
-def inputs_of(case: Case, keys: str, decay: str, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    rows, tokens, key_heads, heads, key_dim, value_dim = case
-    shape = (rows, tokens, key_heads, key_dim)
-    q = normalize(torch.randn(shape, dtype=torch.float64), dim=-1)
-    k = torch.randn(shape, dtype=torch.float64)
+def inputs_of(shape: Shape, keys: str, decay: str, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    rows, tokens, key_heads, heads, key_dim, value_dim = shape
+    size = (rows, tokens, key_heads, key_dim)
+    q = normalize(torch.randn(size, dtype=torch.float64), dim=-1)
+    k = torch.randn(size, dtype=torch.float64)
     if keys == "positive":
-        k = torch.rand(shape, dtype=torch.float64)
+        k = torch.rand(size, dtype=torch.float64)
     elif keys == "identical":
-        k = torch.ones(shape, dtype=torch.float64)
+        k = torch.ones(size, dtype=torch.float64)
     elif keys == "duplicated":
-        k = torch.randn(4, *shape[2:], dtype=torch.float64)[torch.randint(4, shape[:2])]
+        k = torch.randn(4, *size[2:], dtype=torch.float64)[torch.randint(4, size[:2])]
     elif keys == "zero":
-        k = torch.zeros(shape, dtype=torch.float64)
+        k = torch.zeros(size, dtype=torch.float64)
     v = torch.randn(rows, tokens, heads, value_dim, dtype=torch.float64)
     log_decay = -torch.rand(rows, tokens, heads, dtype=torch.float64)
     if decay == "one":
@@ -47,7 +48,7 @@ def documents_of(rows: int, tokens: int, starts: float) -> Tensor:
 
 def compare(inputs: list[Tensor], document: Tensor | None, limit: float) -> None:
     def call(rule):
-        return lambda q, k, v, g, b, s: rule(q, k, v, g, b, document=document, state=s)
+        return lambda q, k, v, g, b, s: rule(q, k, v, g, b, document=document, initial_state=s)
 
     chunked = outputs_and_grads(call(gated_delta_rule_chunked), inputs)
     recurrent = outputs_and_grads(call(gated_delta_rule_recurrent), inputs)
@@ -61,12 +62,12 @@ def compare(inputs: list[Tensor], document: Tensor | None, limit: float) -> None
         assert (ours - reference).abs().max().item() <= limit * scale
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("keys", ["random", "positive", "duplicated", "identical", "zero"])
 @pytest.mark.parametrize("decay", ["random", "one", "zero", "mixed"])
-def test_chunked_equals_recurrent_in_float64(case: Case, keys: str, decay: str) -> None:
-    document = documents_of(case.rows, case.tokens, 0.05)
-    compare(inputs_of(case, keys, decay), document, LIMIT)
+def test_chunked_equals_recurrent_in_float64(shape: Shape, keys: str, decay: str) -> None:
+    document = documents_of(shape.rows, shape.tokens, 0.05)
+    compare(inputs_of(shape, keys, decay), document, LIMIT)
 
 
 @given(
@@ -81,38 +82,38 @@ def test_chunked_equals_recurrent_for_any_shape_and_documents(
     tokens: int, key_heads: int, repeat: int, starts: float, keys: str, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    case = Case(2, tokens, key_heads, key_heads * repeat, 5, 3)
-    compare(inputs_of(case, keys, "mixed"), documents_of(2, tokens, starts), LIMIT)
+    shape = Shape(2, tokens, key_heads, key_heads * repeat, 5, 3)
+    compare(inputs_of(shape, keys, "mixed"), documents_of(2, tokens, starts), LIMIT)
 
 
 def test_float32_stays_exact_after_a_strong_decay() -> None:
     # A float32 running sum of log decays loses the small gates that follow a large one.
-    case = Case(1, 128, 1, 1, 8, 8)
-    inputs = inputs_of(case, "random", "random", torch.float32)
+    shape = Shape(1, 128, 1, 1, 8, 8)
+    inputs = inputs_of(shape, "random", "random", torch.float32)
     inputs[3] = torch.full_like(inputs[3], -1e-3)
     inputs[3][:, 5] = -900.0
-    single = outputs_and_grads(lambda *x: gated_delta_rule(*x[:5], state=x[5]), inputs)
+    single = outputs_and_grads(lambda *x: gated_delta_rule(*x[:5], initial_state=x[5]), inputs)
     double = outputs_and_grads(
-        lambda *x: gated_delta_rule_recurrent(*x[:5], state=x[5]), [x.double() for x in inputs]
+        lambda *x: gated_delta_rule_recurrent(*x[:5], initial_state=x[5]), [x.double() for x in inputs]
     )
     assert_close(single, double, 1e-5)
 
 
 def test_states_carry_over_between_calls() -> None:
-    inputs = inputs_of(Case(2, 100, 2, 4, 6, 5), "random", "random")
-    whole, last = gated_delta_rule(*inputs[:5], state=inputs[5])
-    head, middle = gated_delta_rule(*(x[:, :37] for x in inputs[:5]), state=inputs[5])
-    tail, end = gated_delta_rule(*(x[:, 37:] for x in inputs[:5]), state=middle)
+    inputs = inputs_of(Shape(2, 100, 2, 4, 6, 5), "random", "random")
+    whole, last = gated_delta_rule(*inputs[:5], initial_state=inputs[5])
+    head, middle = gated_delta_rule(*(x[:, :37] for x in inputs[:5]), initial_state=inputs[5])
+    tail, end = gated_delta_rule(*(x[:, 37:] for x in inputs[:5]), initial_state=middle)
     assert_close([torch.cat([head, tail], 1), end], [whole, last], LIMIT)
 
 
-def by_channel(case: Case, keys: str, decay: str, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def by_channel(shape: Shape, keys: str, decay: str, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """Inputs with a decay per key channel; `mixed` has kept and forgotten channels beside each other."""
-    inputs = inputs_of(case, keys, decay, torch.float64)
-    shape = (*inputs[3].shape, case.key_dim)
-    inputs[3] = inputs[3][..., None] * torch.rand(shape, dtype=torch.float64).clamp(min=1e-6)
+    inputs = inputs_of(shape, keys, decay, torch.float64)
+    size = (*inputs[3].shape, shape.key_dim)
+    inputs[3] = inputs[3][..., None] * torch.rand(size, dtype=torch.float64).clamp(min=1e-6)
     if decay == "bounded":
-        inputs[3] = -5.0 * torch.rand(shape, dtype=torch.float64)
+        inputs[3] = -5.0 * torch.rand(size, dtype=torch.float64)
     elif decay == "mixed":
         inputs[3][..., ::2] = 0.0
         inputs[3][..., 1::3] = -50.0
@@ -121,7 +122,7 @@ def by_channel(case: Case, keys: str, decay: str, dtype: torch.dtype = torch.flo
 
 def compare_by_channel(inputs: list[Tensor], document: Tensor | None, limit: float) -> None:
     def call(rule):
-        return lambda q, k, v, g, b, s: rule(q, k, v, g, b, document=document, state=s)
+        return lambda q, k, v, g, b, s: rule(q, k, v, g, b, document=document, initial_state=s)
 
     ours = outputs_and_grads(call(gated_delta_rule), inputs)
     reference = outputs_and_grads(call(gated_delta_rule_recurrent), [x.double() for x in inputs])
@@ -131,36 +132,36 @@ def compare_by_channel(inputs: list[Tensor], document: Tensor | None, limit: flo
     assert_close(ours, reference, limit)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("keys", ["random", "positive", "duplicated", "identical", "zero"])
 @pytest.mark.parametrize("decay", ["random", "bounded", "zero", "mixed"])
-def test_decay_per_channel_equals_the_recurrence_in_float64(case: Case, keys: str, decay: str) -> None:
-    document = documents_of(case.rows, case.tokens, 0.05)
-    compare_by_channel(by_channel(case, keys, decay), document, LIMIT)
+def test_decay_per_channel_equals_the_recurrence_in_float64(shape: Shape, keys: str, decay: str) -> None:
+    document = documents_of(shape.rows, shape.tokens, 0.05)
+    compare_by_channel(by_channel(shape, keys, decay), document, LIMIT)
 
 
 @pytest.mark.parametrize("decay", ["random", "bounded", "mixed"])
 def test_decay_per_channel_in_float32_is_close_to_float64(decay: str) -> None:
-    case = CASES[-1]
-    document = documents_of(case.rows, case.tokens, 0.05)
-    compare_by_channel(by_channel(case, "random", decay, torch.float32), document, 1e-5)
+    shape = SHAPES[-1]
+    document = documents_of(shape.rows, shape.tokens, 0.05)
+    compare_by_channel(by_channel(shape, "random", decay, torch.float32), document, 1e-5)
 
 
 def test_one_decay_for_all_channels_is_decay_per_head() -> None:
-    inputs = inputs_of(CASES[-1], "random", "random")
+    inputs = inputs_of(SHAPES[-1], "random", "random")
     wide = [*inputs]
-    wide[3] = inputs[3][..., None].expand(*inputs[3].shape, CASES[-1].key_dim)
-    by_head = outputs_and_grads(lambda *x: gated_delta_rule(*x[:5], state=x[5]), inputs)
-    channels = outputs_and_grads(lambda *x: channel_delta_rule_chunked(*x[:5], state=x[5]), wide)
+    wide[3] = inputs[3][..., None].expand(*inputs[3].shape, SHAPES[-1].key_dim)
+    by_head = outputs_and_grads(lambda *x: gated_delta_rule(*x[:5], initial_state=x[5]), inputs)
+    channels = outputs_and_grads(lambda *x: channel_delta_rule_chunked(*x[:5], initial_state=x[5]), wide)
     channels[5] = channels[5].sum(-1)
     assert_close(channels, by_head, LIMIT)
 
 
 def test_states_carry_over_with_decay_per_channel() -> None:
-    inputs = by_channel(Case(2, 100, 2, 4, 6, 5), "random", "random")
-    whole, last = gated_delta_rule(*inputs[:5], state=inputs[5])
-    head, middle = gated_delta_rule(*(x[:, :37] for x in inputs[:5]), state=inputs[5])
-    tail, end = gated_delta_rule(*(x[:, 37:] for x in inputs[:5]), state=middle)
+    inputs = by_channel(Shape(2, 100, 2, 4, 6, 5), "random", "random")
+    whole, last = gated_delta_rule(*inputs[:5], initial_state=inputs[5])
+    head, middle = gated_delta_rule(*(x[:, :37] for x in inputs[:5]), initial_state=inputs[5])
+    tail, end = gated_delta_rule(*(x[:, 37:] for x in inputs[:5]), initial_state=middle)
     assert_close([torch.cat([head, tail], 1), end], [whole, last], LIMIT)
 
 
@@ -178,6 +179,6 @@ def test_states_carry_over_with_decay_per_channel() -> None:
 )
 @pytest.mark.filterwarnings("ignore")
 def test_wrong_arguments_are_named(name: str, change) -> None:
-    inputs = inputs_of(Case(1, 8, 2, 4, 4, 4), "random", "random")[:5]
+    inputs = inputs_of(Shape(1, 8, 2, 4, 4, 4), "random", "random")[:5]
     with pytest.raises(Exception, match=name):
         gated_delta_rule(*change(tuple(inputs)))

@@ -1,13 +1,14 @@
 import pytest
 import torch
 
-from kernels.experts import CASES, PLAIN, Case, ExpertBiases, ExpertForm, routed_experts
+from kernels.experts import PLAIN, ExpertBiases, ExpertForm, routed_experts
 from kernels.experts.reference import experts_direct
+from kernels.experts.shapes import SHAPES, Shape
 from tests.closeness import assert_close, outputs_and_grads
 
 
-def inputs_of(case: Case, routing: str, dtype: torch.dtype) -> list[torch.Tensor]:
-    tokens, width, experts, top_k, hidden = case
+def inputs_of(shape: Shape, routing: str, dtype: torch.dtype) -> list[torch.Tensor]:
+    tokens, width, experts, top_k, hidden = shape
     scores = torch.rand(tokens, experts)
     if routing == "one expert":
         scores[:, 0] += 10
@@ -21,13 +22,13 @@ def inputs_of(case: Case, routing: str, dtype: torch.dtype) -> list[torch.Tensor
     return [x, gate_up, down, chosen, weights]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("routing", ["random", "one expert", "first and last idle"])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_grouped_equals_one_token_at_a_time(
-    case: Case, routing: str, dtype: torch.dtype, limit: float
+    shape: Shape, routing: str, dtype: torch.dtype, limit: float
 ) -> None:
-    inputs = inputs_of(case, routing, dtype)
+    inputs = inputs_of(shape, routing, dtype)
     ours = outputs_and_grads(routed_experts, inputs)
     direct = outputs_and_grads(experts_direct, [x.double() if x.is_floating_point() else x for x in inputs])
     assert_close(ours, direct, limit)
@@ -72,13 +73,13 @@ def test_every_form_equals_one_token_at_a_time(
 
 
 def test_the_plain_form_does_not_depend_on_the_way_it_is_computed() -> None:
-    inputs = inputs_of(Case(33, 16, 8, 3, 16), "random", torch.float64)
+    inputs = inputs_of(Shape(33, 16, 8, 3, 16), "random", torch.float64)
     idle = outputs_and_grads(lambda *args: routed_experts(*args, PLAIN, num_idle=2), inputs)
     assert_close(outputs_and_grads(routed_experts, inputs), idle, 1e-12)
 
 
 def test_an_idle_expert_gets_a_zero_gradient() -> None:
-    inputs = inputs_of(Case(16, 16, 4, 1, 16), "one expert", torch.float32)
+    inputs = inputs_of(Shape(16, 16, 4, 1, 16), "one expert", torch.float32)
     _, _, gate_up, down, _ = outputs_and_grads(routed_experts, inputs)
     assert torch.equal(gate_up[1:], torch.zeros_like(gate_up[1:]))
     assert torch.equal(down[1:], torch.zeros_like(down[1:]))

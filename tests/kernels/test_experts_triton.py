@@ -8,23 +8,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.choose import chosen as chosen_forms
-from kernels.experts import PLAIN, Case, ExpertBiases, ExpertForm, routed_experts, triton_products
+from kernels.choose import use_backends
+from kernels.experts import PLAIN, ExpertBiases, ExpertForm, routed_experts, triton_products
 from kernels.experts import triton as triton_form
 from kernels.experts.reference import experts_direct
-from kernels.experts.trials import SMALL
+from kernels.experts.shapes import Shape
+from kernels.experts.spec import SMALL
 from kernels.experts.triton import routed_experts_triton
 from kernels.experts.triton_sort import Sorted, sort_by_expert
-from kernels.trial import Trial, deviations, outputs_and_grads
+from kernels.spec import KernelCase, outputs_and_grads, relative_errors
 
 pytestmark = pytest.mark.interpreted
 
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
-CASE = Case(37, 24, 6, 2, 40)
+SHAPE = Shape(37, 24, 6, 2, 40)
 
 
-def inputs_of(case: Case, dtype: torch.dtype, form: ExpertForm = PLAIN, has_bias: bool = False) -> dict:
-    tokens, width, experts, top_k, hidden = case
+def inputs_of(shape: Shape, dtype: torch.dtype, form: ExpertForm = PLAIN, has_bias: bool = False) -> dict:
+    tokens, width, experts, top_k, hidden = shape
     columns = hidden if form.kind == "relu2" else 2 * hidden
     inputs = {
         "x": torch.randn(tokens, width),
@@ -37,20 +38,20 @@ def inputs_of(case: Case, dtype: torch.dtype, form: ExpertForm = PLAIN, has_bias
     return {name: x.to(dtype) for name, x in inputs.items()}
 
 
-def trial_of(inputs: dict, chosen: Tensor, form: ExpertForm = PLAIN) -> Trial:
+def case_of(inputs: dict, chosen: Tensor, form: ExpertForm = PLAIN) -> KernelCase:
     def run(function, more: dict, x, gate_up, down, weights, *biases):
         packed = ExpertBiases(*biases) if biases else None
         return (function(x, gate_up, down, chosen, weights, form, packed, **more),)
 
-    return Trial(
+    return KernelCase(
         inputs,
         lambda **given: run(routed_experts_triton, {"tiles": SMALL}, *given.values()),
         lambda **given: run(experts_direct, {}, *given.values()),
     )
 
 
-def routing_of(name: str, case: Case) -> Tensor:
-    tokens, _, experts, top_k, _ = case
+def routing_of(name: str, shape: Shape) -> Tensor:
+    tokens, _, experts, top_k, _ = shape
     scores = torch.rand(tokens, experts)
     if name == "one expert":
         scores[:, 2] += 10
@@ -80,15 +81,15 @@ ROUTINGS = (
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_any_routing_is_exact(routing: str, dtype: torch.dtype) -> None:
-    chosen = routing_of(routing, CASE)
-    found = deviations(trial_of(inputs_of(CASE, dtype, has_bias=True), chosen))
+    chosen = routing_of(routing, SHAPE)
+    found = relative_errors(case_of(inputs_of(SHAPE, dtype, has_bias=True), chosen))
     assert max(found.values()) <= LIMITS[dtype], found
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17])
 def test_tiles_may_be_full_or_miss_a_row(tokens: int) -> None:
-    case = CASE._replace(tokens=tokens, top_k=1)
-    found = deviations(trial_of(inputs_of(case, torch.float32), torch.full((tokens, 1), 3)))
+    shape = SHAPE._replace(tokens=tokens, top_k=1)
+    found = relative_errors(case_of(inputs_of(shape, torch.float32), torch.full((tokens, 1), 3)))
     assert max(found.values()) <= 1e-5, found
 
 
@@ -116,34 +117,34 @@ def test_every_form_and_shape(
     if dtype == torch.bfloat16:
         # The rounding of a few numbers says nothing.
         tokens, width, hidden = (max(8, size) for size in (tokens, width, hidden))
-    case = Case(tokens, width, experts, top_k, hidden)
+    shape = Shape(tokens, width, experts, top_k, hidden)
     form = ExpertForm(kind, limit, clamps_product, scales_input)
     chosen = torch.randint(experts + num_idle, (tokens, top_k))
-    found = deviations(trial_of(inputs_of(case, dtype, form, has_bias), chosen, form))
+    found = relative_errors(case_of(inputs_of(shape, dtype, form, has_bias), chosen, form))
     assert max(found.values()) <= LIMITS[dtype], found
 
 
 def test_a_weight_of_zero_has_a_gradient() -> None:
-    inputs = inputs_of(CASE, torch.float32, has_bias=True)
+    inputs = inputs_of(SHAPE, torch.float32, has_bias=True)
     inputs["weights"][::2] = 0.0
     for form in (PLAIN, ExpertForm(scales_input=True)):
-        found = deviations(trial_of(inputs, routing_of("random", CASE), form))
+        found = relative_errors(case_of(inputs, routing_of("random", SHAPE), form))
         assert max(found.values()) <= 1e-5, found
 
 
 def test_large_numbers_stay_finite() -> None:
-    inputs = inputs_of(CASE, torch.float32)
+    inputs = inputs_of(SHAPE, torch.float32)
     inputs["x"] *= 1000
     for kind in ("swiglu", "geglu", "shifted_swiglu"):
         form = ExpertForm(kind)
-        found = deviations(trial_of(inputs, routing_of("random", CASE), form))
+        found = relative_errors(case_of(inputs, routing_of("random", SHAPE), form))
         assert max(found.values()) <= 1e-5, found
 
 
 def test_strided_inputs_are_read_as_they_lie() -> None:
-    chosen = routing_of("random", CASE)
-    inputs = inputs_of(CASE, torch.float32)
-    plain = outputs_and_grads(trial_of(inputs, chosen).triton, inputs)
+    chosen = routing_of("random", SHAPE)
+    inputs = inputs_of(SHAPE, torch.float32)
+    plain = outputs_and_grads(case_of(inputs, chosen).triton, inputs)
     strided = {name: torch.stack([x, x * 0], dim=-1)[..., 0].mT.contiguous().mT for name, x in inputs.items()}
     assert not any(x.is_contiguous() for x in strided.values())
     wide = torch.stack([chosen, chosen * 0], dim=-1)[..., 0]
@@ -152,23 +153,23 @@ def test_strided_inputs_are_read_as_they_lie() -> None:
 
 
 def test_twice_is_bitwise_the_same() -> None:
-    inputs = inputs_of(CASE, torch.bfloat16, has_bias=True)
-    trial = trial_of(inputs, routing_of("random", CASE), ExpertForm("shifted_swiglu", 0.7))
-    first, second = (outputs_and_grads(trial.triton, inputs) for _ in range(2))
+    inputs = inputs_of(SHAPE, torch.bfloat16, has_bias=True)
+    case = case_of(inputs, routing_of("random", SHAPE), ExpertForm("shifted_swiglu", 0.7))
+    first, second = (outputs_and_grads(case.triton, inputs) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_token_reaches_its_own_output_and_experts_alone() -> None:
-    chosen = routing_of("random", CASE)
+    chosen = routing_of("random", SHAPE)
     chosen[5] = torch.tensor([4, 5])
-    inputs = inputs_of(CASE, torch.float32)
+    inputs = inputs_of(SHAPE, torch.float32)
     before = routed_experts_triton(**inputs, chosen=chosen, tiles=SMALL)
     inputs["x"][5] *= 100
     after = routed_experts_triton(**inputs, chosen=chosen, tiles=SMALL)
     assert torch.equal(before[:5], after[:5])
     assert torch.equal(before[6:], after[6:])
-    idle = routing_of("one expert", CASE._replace(top_k=1))
-    grads = outputs_and_grads(trial_of(inputs, idle.expand(-1, 2)).triton, inputs)
+    idle = routing_of("one expert", SHAPE._replace(top_k=1))
+    grads = outputs_and_grads(case_of(inputs, idle.expand(-1, 2)).triton, inputs)
     for name in ("grad gate_up", "grad down"):
         rest = torch.cat([grads[name][:2], grads[name][3:]])
         assert torch.equal(rest, torch.zeros_like(rest))
@@ -194,19 +195,19 @@ def test_rows_are_sorted_as_a_stable_sort_does(choices: int, experts: int) -> No
 
 
 def test_the_config_chooses_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs, chosen = inputs_of(CASE, torch.float32), routing_of("random", CASE)
+    inputs, chosen = inputs_of(SHAPE, torch.float32), routing_of("random", SHAPE)
     plain = routed_experts(**inputs, chosen=chosen)
     monkeypatch.setattr(triton_form, "tiles_for", lambda *_: SMALL)
-    with chosen_forms({"experts": "triton"}):
+    with use_backends({"experts": "triton"}):
         ours = routed_experts(**inputs, chosen=chosen)
     assert not torch.equal(ours, plain)
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_no_tokens_give_no_rows_and_zero_gradients() -> None:
-    inputs = inputs_of(CASE._replace(tokens=0), torch.float32)
-    found = outputs_and_grads(trial_of(inputs, torch.zeros(0, 2, dtype=torch.long)).triton, inputs)
-    assert found["out0"].shape == (0, CASE.width)
+    inputs = inputs_of(SHAPE._replace(tokens=0), torch.float32)
+    found = outputs_and_grads(case_of(inputs, torch.zeros(0, 2, dtype=torch.long)).triton, inputs)
+    assert found["out0"].shape == (0, SHAPE.width)
     assert torch.equal(found["grad gate_up"], torch.zeros_like(inputs["gate_up"]))
 
 
@@ -222,9 +223,9 @@ def round_anywhere(x, limit, below, above):
 
 
 def test_sabotage_swapped_columns_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    trial = trial_of(inputs_of(CASE, torch.float32), routing_of("random", CASE))
+    case = case_of(inputs_of(SHAPE, torch.float32), routing_of("random", SHAPE))
     monkeypatch.setattr(triton_products, "experts_columns", ups_before_gates)
-    assert max(deviations(trial).values()) > 1e-2
+    assert max(relative_errors(case).values()) > 1e-2
 
 
 def test_sabotage_a_lost_tile_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,17 +233,17 @@ def test_sabotage_a_lost_tile_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         found = sort_by_expert(*args, **more)
         return found._replace(tiles=found.tiles - 1)
 
-    trial = trial_of(inputs_of(CASE, torch.float32), routing_of("one expert", CASE))
+    case = case_of(inputs_of(SHAPE, torch.float32), routing_of("one expert", SHAPE))
     monkeypatch.setattr(triton_form, "sort_by_expert", lose_one)
-    assert not max(deviations(trial).values()) <= 1e-2
+    assert not max(relative_errors(case).values()) <= 1e-2
 
 
 def test_sabotage_rounding_across_the_limit_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, form = Case(64, 32, 4, 2, 48), ExpertForm("swiglu", limit=0.5)
-    trial = trial_of(inputs_of(case, torch.bfloat16, form), routing_of("random", case), form)
-    assert max(deviations(trial).values()) <= LIMITS[torch.bfloat16]
+    shape, form = Shape(64, 32, 4, 2, 48), ExpertForm("swiglu", limit=0.5)
+    case = case_of(inputs_of(shape, torch.bfloat16, form), routing_of("random", shape), form)
+    assert max(relative_errors(case).values()) <= LIMITS[torch.bfloat16]
     monkeypatch.setattr(triton_products, "round_on_side", round_anywhere)
-    assert max(deviations(trial).values()) > LIMITS[torch.bfloat16]
+    assert max(relative_errors(case).values()) > LIMITS[torch.bfloat16]
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.attention.reference import Pattern, attention_direct
-from kernels.indexer import CASES, Case, index_loss, index_loss_of_chosen, index_select
+from kernels.indexer import index_loss, index_loss_of_chosen, index_select
 from kernels.indexer import loss as losses
 from kernels.indexer import reference as forms
 from kernels.indexer.loss import index_loss_direct
 from kernels.indexer.reference import choose_directly, pool_keys, pool_selection, visible_entries
+from kernels.indexer.shapes import SHAPES, Shape
 from tests.closeness import assert_close, outputs_and_grads
 
 
-def inputs_of(case: Case, entries: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def inputs_of(case: Shape, entries: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     q = torch.randn(case.rows, case.tokens, case.index_heads, case.index_dim, dtype=dtype)
     k = torch.randn(case.rows, entries, case.index_dim, dtype=dtype)
     return [q, k, torch.randn(case.rows, case.tokens, case.index_heads, dtype=dtype)]
@@ -27,7 +28,7 @@ def documents_of(rows: int, tokens: int, starts: float) -> tuple[Tensor, Tensor]
     return document, index - torch.where(is_start, index, 0).cummax(1).values
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
 @pytest.mark.parametrize("starts", [0.0, 0.1])
 @pytest.mark.parametrize("scores", [1, 500, 2**22])
 @pytest.mark.parametrize("has_ties", [False, True])
@@ -85,7 +86,7 @@ def test_pools_are_whole_runs_of_one_document(tokens: int, size: int, starts: fl
             assert sorted(s for s in selection[b, t].tolist() if s >= 0) == expected
 
 
-def attention_of(case: Case, document: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attention_of(case: Shape, document: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries, keys, log-sum-exp, and the weights summed over heads, of an attention."""
     q = torch.randn(case.rows, case.tokens, case.heads, case.key_dim, dtype=torch.float64)
     k = torch.randn(case.rows, case.tokens, 1, case.key_dim, dtype=torch.float64)
@@ -94,7 +95,7 @@ def attention_of(case: Case, document: Tensor | None) -> tuple[Tensor, Tensor, T
     return q, k, lse, weights.sum(2)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
 @pytest.mark.parametrize("starts", [0.0, 0.1])
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
@@ -126,7 +127,7 @@ def test_full_loss_equals_direct(case, starts, size, dtype, limit, monkeypatch) 
         assert (a - b).abs().max() <= limit * max(1.0, b.abs().max().item())
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_loss_of_chosen_equals_direct(case, dtype, limit, monkeypatch) -> None:
     monkeypatch.setattr(losses, "SCORES", 700)
@@ -157,7 +158,7 @@ def test_a_perfect_indexer_has_no_loss() -> None:
 
 @pytest.mark.parametrize("name", ["k", "weights", "document", "top_k"])
 def test_wrong_arguments_are_named(name: str) -> None:
-    q, k, weights = inputs_of(Case(1, 8, 2, 4, 1, 4, 3), 8)
+    q, k, weights = inputs_of(Shape(1, 8, 2, 4, 1, 4, 3), 8)
     document = torch.zeros(1, 7, dtype=torch.long) if name == "document" else None
     k = k[:, :-1] if name == "k" else k
     weights = weights[:, :, :1] if name == "weights" else weights

@@ -2,13 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.compressed_attention import (
-    JOINT_CASES,
-    JointCase,
-    joint,
-    joint_attention,
-)
+from kernels.compressed_attention import joint, joint_attention
 from kernels.compressed_attention.joint import joint_attention_direct
+from kernels.compressed_attention.shapes import JOINT_SHAPES, JointShape
 from kernels.document_windows import document_windows
 from kernels.indexer import index_select
 from tests.closeness import assert_close, outputs_and_grads
@@ -23,16 +19,16 @@ def gathering(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(joint, "GATHERING", request.param)
 
 
-def index_of(case: JointCase, slots: int) -> list[Tensor]:
+def index_of(case: JointShape, slots: int) -> list[Tensor]:
     shapes = [(case.rows, case.tokens, 3, 5), (case.rows, slots, 5), (case.rows, case.tokens, 3)]
     return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
 
 
-@pytest.mark.parametrize("case", JOINT_CASES, ids=str)
+@pytest.mark.parametrize("case", JOINT_SHAPES, ids=str)
 @pytest.mark.parametrize("starts", [0.0, 0.1])
 @pytest.mark.parametrize(("dtype", "limit"), PRECISIONS)
 @pytest.mark.parametrize("slab", [800, 1 << 30])
-def test_slabs_equal_one_query_at_a_time(case: JointCase, starts, dtype, limit, slab, monkeypatch) -> None:
+def test_slabs_equal_one_query_at_a_time(case: JointShape, starts, dtype, limit, slab, monkeypatch) -> None:
     monkeypatch.setattr("kernels.compressed_attention.joint.SLAB", slab)
     position = positions_of(case.rows, case.tokens, starts)
     windows = document_windows(position, case.length, case.length)

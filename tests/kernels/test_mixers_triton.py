@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conf.compose import group_options
-from kernels.choose import FAMILIES, chosen
+from kernels.choose import FAMILIES, use_backends
 from tests.architectures import small_architecture
 from tests.closeness import relative
 from tests.contracts.test_mixers import DEPTH, WIDTH, build, objective, packed, run
@@ -22,9 +22,9 @@ def test_a_mixer_in_triton_is_the_mixer_in_float64(entry: str) -> None:
     ours.load_state_dict(exact.state_dict())
     x, sequence = torch.randn(1, 37, WIDTH), packed(1, 37)
     found = []
-    for mixer, forms in ((ours, dict.fromkeys(FAMILIES, "triton")), (exact, {})):
+    for mixer, backends in ((ours, dict.fromkeys(FAMILIES, "triton")), (exact, {})):
         leaf = x.detach().clone().to(next(mixer.parameters()).dtype).requires_grad_()
-        with chosen(forms):
+        with use_backends(backends):
             mixed = run(mixer, leaf, sequence)
             weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(leaf.dtype)
             objective(mixed, weight).backward()

@@ -1,16 +1,17 @@
 import pytest
 import torch
 
-from kernels.norm import CASES, Case, rms_norm
+from kernels.norm import rms_norm
 from kernels.norm.reference import rms_norm_direct
+from kernels.norm.shapes import SHAPES, Shape
 from tests.closeness import assert_close, outputs_and_grads
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
-def test_equals_the_direct_form(case: Case, scale: float) -> None:
-    x = torch.randn(2, *case[:2], dtype=torch.float64) * scale
-    weight = torch.randn(case.width, dtype=torch.float64)
+def test_equals_the_direct_form(shape: Shape, scale: float) -> None:
+    x = torch.randn(2, *shape[:2], dtype=torch.float64) * scale
+    weight = torch.randn(shape.width, dtype=torch.float64)
     ours = outputs_and_grads(lambda *a: rms_norm(*a, 1e-6), [x, weight])
     assert_close(ours, outputs_and_grads(lambda *a: rms_norm_direct(*a, 1e-6), [x, weight]), 1e-11)
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from kernels.attention import attention_with_lse
 from kernels.attention.reference import FULL, Pattern, attention_direct
-from kernels.attention.trials import SMALL
+from kernels.attention.spec import SMALL
 from kernels.attention.triton import attention_triton
 from kernels.block_attention.reference import block_attention_direct
-from kernels.block_attention.trials import SMALL as BLOCK_TILES
+from kernels.block_attention.spec import SMALL as BLOCK_TILES
 from kernels.block_attention.triton import block_attention_triton
 from kernels.block_selection.reference import select_by_peak_slabs
 from kernels.block_selection.triton import Tiles as SelectionTiles
@@ -28,7 +28,7 @@ from kernels.indexer.triton import Tiles as IndexTiles
 from kernels.indexer.triton import index_select_triton
 from kernels.indexer.triton_loss import index_loss_full_triton
 from kernels.places import at_places
-from kernels.trial import Trial, deviations, setting
+from kernels.spec import KernelCase, input_factory, relative_errors
 
 pytestmark = pytest.mark.interpreted
 
@@ -53,8 +53,8 @@ def taken(x: Tensor, places: Tensor) -> Tensor:
     return x.gather(1, index)
 
 
-def assert_true(trial: Trial) -> None:
-    found = deviations(trial)
+def assert_true(case: KernelCase) -> None:
+    found = relative_errors(case)
     assert len(found) > 0
     assert max(found.values()) <= 1e-5, found
 
@@ -66,25 +66,25 @@ PATTERNS = (FULL, Pattern(7), Pattern(12, 4), Pattern(8, 4, 6))
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("where", ["chunks", "any"])
 def test_attention(where: str, pattern: Pattern, has_documents: bool) -> None:
-    draw, places = setting(torch.float32), PLACES[where]
+    draw, places = input_factory(torch.float32), PLACES[where]
     document, position = draw.documents(2, KEYS, 20.0) if has_documents else (None, None)
     inputs = {"q": draw.normal(2, places.shape[1], 4, 16), "k": draw.normal(2, KEYS, 2, 16)}
     inputs |= {"v": draw.normal(2, KEYS, 2, 16), "sinks": draw.normal(4)}
     options: dict[str, Any] = {"scale": 0.3, "pattern": pattern, "document": document, "position": position}
 
-    def truth(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> tuple[Tensor, ...]:
+    def reference(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> tuple[Tensor, ...]:
         outs = attention_direct(spread(q, places), k, v, sinks=sinks, **options)
         return tuple(taken(out, places) for out in outs)
 
     def ours(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> tuple[Tensor, ...]:
         return attention_triton(q, k, v, sinks=sinks, places=places, tiles=SMALL, **options)
 
-    assert_true(Trial(inputs, ours, truth))
+    assert_true(KernelCase(inputs, ours, reference))
 
 
 @ALL_PLACES
 def test_entry_attention(where: str) -> None:
-    draw, places = setting(torch.float32), PLACES[where]
+    draw, places = input_factory(torch.float32), PLACES[where]
     position = draw.documents(2, KEYS, 30.0)[1]
     entries, blocks = document_windows(position, 4, 2), document_windows(position, 4, 4)
     slots = entries.start.shape[1]
@@ -93,7 +93,7 @@ def test_entry_attention(where: str) -> None:
     options: dict[str, Any] = {"entries": entries, "blocks": blocks, "position": position, "scale": 0.3}
     options["choice"] = {"count": 4, "initial": 1, "local": 1}
 
-    def truth(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    def reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         out, chosen = entry_attention_direct(spread(q, places), k, v, **options)
         return taken(out, places), taken(chosen, places).sort(-1).values
 
@@ -102,13 +102,13 @@ def test_entry_attention(where: str) -> None:
         # Blocks that go first are equals.
         return out, chosen.sort(-1).values
 
-    assert_true(Trial(inputs, ours, truth))
+    assert_true(KernelCase(inputs, ours, reference))
 
 
 @pytest.mark.parametrize("count", [None, 4])
 @ALL_PLACES
 def test_joint_attention(where: str, count: int | None) -> None:
-    draw, places, before = setting(torch.float32), PLACES[where], 3
+    draw, places, before = input_factory(torch.float32), PLACES[where], 3
     position = draw.documents(2, KEYS, 30.0)[1]
     windows = document_windows(position, 4, 4)
     slots = windows.start.shape[1]
@@ -119,7 +119,7 @@ def test_joint_attention(where: str, count: int | None) -> None:
         selected = windows.choose(draw.uniform(2, KEYS, 1, slots), position, count=count)[:, :, 0]
     options: dict[str, Any] = {"scale": 0.3, "window": 6}
 
-    def truth(q: Tensor, kv: Tensor, entries: Tensor, sinks: Tensor) -> tuple[Tensor, ...]:
+    def reference(q: Tensor, kv: Tensor, entries: Tensor, sinks: Tensor) -> tuple[Tensor, ...]:
         more = {"windows": windows, "position": position}
         outs = joint_attention_direct(spread(q, places), kv, entries, sinks, selected, **options, **more)
         return tuple(taken(out, places) for out in outs)
@@ -134,13 +134,13 @@ def test_joint_attention(where: str, count: int | None) -> None:
         chosen = taken(selected, places)
         return joint_selected_triton(q, kv, entries, sinks, chosen, **options, **own, is_deterministic=True)
 
-    assert_true(Trial(inputs, ours, truth))
+    assert_true(KernelCase(inputs, ours, reference))
 
 
 @pytest.mark.parametrize("size", [1, 3])
 @ALL_PLACES
 def test_indexer(where: str, size: int) -> None:
-    draw, places = setting(torch.float32), PLACES[where]
+    draw, places = input_factory(torch.float32), PLACES[where]
     document, position = draw.documents(2, KEYS, 30.0)
     count, last = places.shape[1], None
     if size > 1:
@@ -157,11 +157,11 @@ def test_indexer(where: str, size: int) -> None:
     def ours(q: Tensor, k: Tensor, weights: Tensor) -> tuple[Tensor]:
         return (index_select_triton(q, k, weights, top_k=5, places=places, tiles=tiles, **options),)
 
-    def truth(q: Tensor, k: Tensor, weights: Tensor) -> tuple[Tensor]:
+    def reference(q: Tensor, k: Tensor, weights: Tensor) -> tuple[Tensor]:
         chosen = choose_directly(spread(q, places), k, spread(weights, places), top_k=5, **options)
         return (taken(chosen, places),)
 
-    assert_true(Trial(inputs, ours, truth))
+    assert_true(KernelCase(inputs, ours, reference))
     q, k = draw.normal(2, KEYS, 4, 16).double(), draw.normal(2, KEYS, 2, 16).double()
     _, lse = attention_with_lse(q, k, k, scale=0.3, document=document)
     own_q, own_lse = (taken(x, places) for x in (q, lse))
@@ -184,7 +184,7 @@ def test_indexer(where: str, size: int) -> None:
 
     names = list(inputs)
     assert_true(
-        Trial(
+        KernelCase(
             inputs,
             lambda **x: loss(*(x[name] for name in names)),
             lambda **x: true_loss(*(x[name] for name in names)),
@@ -194,7 +194,7 @@ def test_indexer(where: str, size: int) -> None:
 
 @ALL_PLACES
 def test_block_selection(where: str) -> None:
-    draw, places = setting(torch.float32), PLACES[where]
+    draw, places = input_factory(torch.float32), PLACES[where]
     position = draw.documents(2, KEYS, 30.0)[1]
     whole = {"low": -2, "high": 3, "dtype": torch.float32}
     inputs = {
@@ -207,7 +207,7 @@ def test_block_selection(where: str) -> None:
         # The best key of no block may be any token.
         return chosen, peaks[..., :1], peaks[..., 1:].masked_fill(chosen < 0, -1)
 
-    def truth(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    def reference(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
         chosen, peaks = select_by_peak_slabs(spread(q, places), k, **options)
         return known(taken(chosen, places), taken(peaks, places))
 
@@ -215,13 +215,13 @@ def test_block_selection(where: str) -> None:
         tiles = SelectionTiles(16, 16, 32, 1)
         return known(*select_by_peak_triton(q, k, places=places, tiles=tiles, **options))
 
-    assert_true(Trial(inputs, ours, truth))
+    assert_true(KernelCase(inputs, ours, reference))
 
 
 @pytest.mark.parametrize("selectors", [2, 4])
 @ALL_PLACES
 def test_block_attention(where: str, selectors: int) -> None:
-    draw, places = setting(torch.float32), PLACES[where]
+    draw, places = input_factory(torch.float32), PLACES[where]
     position = draw.documents(2, KEYS, 30.0)[1]
     inputs = {"q": draw.normal(2, places.shape[1], 4, 16)}
     inputs |= {"k": draw.normal(2, KEYS, 2, 16), "v": draw.normal(2, KEYS, 2, 16)}
@@ -230,7 +230,7 @@ def test_block_attention(where: str, selectors: int) -> None:
     selected = windows.choose(scores, position, count=3)
     options: dict[str, Any] = {"scale": 0.3, "block": 4, "position": position}
 
-    def truth(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    def reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         outs = block_attention_direct(spread(q, places), k, v, selected, **options)
         return tuple(taken(out, places) for out in outs)
 
@@ -238,4 +238,4 @@ def test_block_attention(where: str, selectors: int) -> None:
         own = taken(selected, places)
         return block_attention_triton(q, k, v, own, places=places, tiles=BLOCK_TILES, **options)
 
-    assert_true(Trial(inputs, ours, truth))
+    assert_true(KernelCase(inputs, ours, reference))

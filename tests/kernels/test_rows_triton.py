@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kernels.activation import triton as activations
 from kernels.compress import triton as compressors
 from kernels.convolution import triton as convolutions
-from kernels.convolution.trials import draw as draw_convolution
+from kernels.convolution.spec import draw as draw_convolution
 from kernels.cross_entropy import IGNORED, Form
 from kernels.cross_entropy import triton as losses
 from kernels.cross_entropy.reference import linear_cross_entropy_direct
@@ -22,15 +22,15 @@ from kernels.rotary import triton as rotations
 from kernels.rotary.reference import rotate_direct
 from kernels.rotary.triton import rotate_triton
 from kernels.sinkhorn import triton as normalisers
-from kernels.trial import Trial, deviations, setting, subjects
+from kernels.spec import KernelCase, input_factory, kernel_specs, relative_errors
 
 pytestmark = pytest.mark.interpreted
 LIMIT = 1e-5
 
 
-def trial_of(name: str, place: int) -> Trial:
-    subject = next(s for s in subjects(name.split(".")[0]) if s.name == name)
-    return subject.draw(subject.cases[place], setting(torch.float32, is_small=True))
+def case_of(name: str, place: int) -> KernelCase:
+    spec = next(s for s in kernel_specs(name.split(".")[0]) if s.name == name)
+    return spec.draw(spec.shapes[place], input_factory(torch.float32, uses_small_tiles=True))
 
 
 def as_kernel(function):
@@ -48,8 +48,8 @@ def factors_without_limit(gate, up, limit, KIND: tl.constexpr, CLAMP: tl.constex
 
 
 def read_from_any_document(
-    x, state, document, first, shifts, channel, row, tokens, channels, row_stride, token_stride, own,
-    TAPS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_DOCUMENT: tl.constexpr,
+    x, initial_state, document, first, shifts, channel, row, tokens, channels, row_stride, token_stride, own,
+    TAPS: tl.constexpr, HAS_INITIAL_STATE: tl.constexpr, HAS_DOCUMENT: tl.constexpr,
 ):  # fmt: skip
     place = first + shifts
     is_in = ((place >= 0) & (place < tokens))[:, None] & (channel < channels)[None, :]
@@ -95,21 +95,21 @@ DEFECTS = [
 ]
 
 
-@pytest.mark.parametrize(("module", "name", "defect", "subject", "place"), DEFECTS)
-def test_a_defect_in_a_kernel_is_seen(module, name, defect, subject, place, monkeypatch) -> None:
-    trial = trial_of(subject, place)
-    assert max(deviations(trial).values()) <= LIMIT
+@pytest.mark.parametrize(("module", "name", "defect", "spec", "place"), DEFECTS)
+def test_a_defect_in_a_kernel_is_seen(module, name, defect, spec, place, monkeypatch) -> None:
+    case = case_of(spec, place)
+    assert max(relative_errors(case).values()) <= LIMIT
     monkeypatch.setattr(module, name, as_kernel(defect))
-    assert not max(deviations(trial).values()) <= 1e-3
+    assert not max(relative_errors(case).values()) <= 1e-3
 
 
 def test_a_lost_turn_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = rotations._launch
-    trial = trial_of("rotary", 2)
+    case = case_of("rotary", 2)
     monkeypatch.setattr(
         rotations, "_launch", lambda x, cos, sin, sign, *rest: launch(x, cos, sin, 1.0, *rest)
     )
-    found = deviations(trial)
+    found = relative_errors(case)
     assert found["out0"] <= LIMIT
     assert found["grad x"] > 1e-2
 
@@ -118,12 +118,12 @@ def test_a_lost_turn_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_norm_of_any_scale_and_of_zeros(scale: float) -> None:
     x = torch.randn(7, 20) * scale
     x[2] = 0.0
-    trial = Trial(
+    case = KernelCase(
         {"x": x, "weight": torch.randn(20)},
         lambda x, weight: (rms_norm_triton(x, weight, 1e-6),),
         lambda x, weight: (rms_norm_direct(x, weight, 1e-6),),
     )
-    assert max(deviations(trial).values()) <= LIMIT
+    assert max(relative_errors(case).values()) <= LIMIT
     unit = unit_norm_triton(x)
     assert torch.isfinite(unit).all()
     assert torch.equal(unit[2], torch.zeros(20))
@@ -134,12 +134,12 @@ def test_large_logits_and_nothing_but_ignored_targets(ignored: bool) -> None:
     x, weight = torch.randn(6, 8) * 30.0, torch.randn(19, 8) * 3.0
     targets = torch.full((6,), IGNORED) if ignored else torch.randint(19, (6,))
     form = Form(z=1e-4)
-    trial = Trial(
+    case = KernelCase(
         {"x": x, "weight": weight},
         lambda x, weight: linear_cross_entropy_triton(x, weight, targets, form),
         lambda x, weight: linear_cross_entropy_direct(x, weight, targets, form),
     )
-    assert max(deviations(trial).values()) <= LIMIT
+    assert max(relative_errors(case).values()) <= LIMIT
 
 
 @settings(max_examples=6)
@@ -150,12 +150,12 @@ def test_large_logits_and_nothing_but_ignored_targets(ignored: bool) -> None:
     seed=st.integers(0, 2**20),
 )
 def test_convolution_of_any_form(tokens: int, taps: int, flags: tuple[bool, ...], seed: int) -> None:
-    from kernels.convolution import Case
+    from kernels.convolution.shapes import Shape
 
     has_documents, has_bias, has_state, has_silu = flags
-    case = Case(2, tokens, 5, taps, has_documents, has_bias, has_state and taps > 1, has_silu)
-    trial = draw_convolution(case, setting(torch.float32, seed=seed, is_small=True))
-    assert max(deviations(trial).values()) <= LIMIT
+    shape = Shape(2, tokens, 5, taps, has_documents, has_bias, has_state and taps > 1, has_silu)
+    case = draw_convolution(shape, input_factory(torch.float32, seed=seed, uses_small_tiles=True))
+    assert max(relative_errors(case).values()) <= LIMIT
 
 
 def test_a_turned_row_is_turned_back_and_a_strided_one_is_read_where_it_lies() -> None:
@@ -170,10 +170,10 @@ def test_a_turned_row_is_turned_back_and_a_strided_one_is_read_where_it_lies() -
 
 @pytest.mark.parametrize("name", ["norm.gated", "activation", "convolution", "sinkhorn", "compress.csa"])
 def test_twice_the_same_is_bitwise_the_same(name: str) -> None:
-    from kernels.trial import outputs_and_grads
+    from kernels.spec import outputs_and_grads
 
-    trial = trial_of(name, 1)
-    first, second = (outputs_and_grads(trial.triton, trial.inputs) for _ in range(2))
+    case = case_of(name, 1)
+    first, second = (outputs_and_grads(case.triton, case.inputs) for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 

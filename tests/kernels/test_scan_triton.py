@@ -14,9 +14,9 @@ from kernels.delta_rule.reference import gated_delta_rule_recurrent
 from kernels.delta_rule.triton import gated_delta_rule_triton
 from kernels.linear_attention import triton_channel, triton_chunks, triton_head
 from kernels.linear_attention.reference import linear_attention_recurrent
-from kernels.linear_attention.trials import small_tiles
+from kernels.linear_attention.spec import small_tiles
 from kernels.linear_attention.triton import linear_attention_triton
-from kernels.trial import Trial, deviations, outputs_and_grads
+from kernels.spec import KernelCase, outputs_and_grads, relative_errors
 
 pytestmark = pytest.mark.interpreted
 LIMIT = 1e-5
@@ -33,21 +33,21 @@ def inputs_of(span: str, tokens: int = TOKENS, groups: int = 1) -> dict[str, Ten
         "v": torch.randn(1, tokens, HEADS, VALUE_DIM),
         "log_decay": -torch.rand(shape),
         "beta": torch.rand(1, tokens, HEADS),
-        "state": torch.randn(1, HEADS, KEY_DIM, VALUE_DIM),
+        "initial_state": torch.randn(1, HEADS, KEY_DIM, VALUE_DIM),
     }
 
 
-def delta_trial(inputs: dict[str, Tensor], document: Tensor | None = None) -> Trial:
-    return Trial(
+def delta_case(inputs: dict[str, Tensor], document: Tensor | None = None) -> KernelCase:
+    return KernelCase(
         inputs,
         lambda **x: gated_delta_rule_triton(**x, document=document, tiles=TILES),
         lambda **x: gated_delta_rule_recurrent(**x, document=document),
     )
 
 
-def linear_trial(inputs: dict[str, Tensor], document: Tensor | None = None) -> Trial:
+def linear_case(inputs: dict[str, Tensor], document: Tensor | None = None) -> KernelCase:
     kept = {name: x for name, x in inputs.items() if name != "beta"}
-    return Trial(
+    return KernelCase(
         kept,
         lambda **x: linear_attention_triton(**x, document=document, tiles=TILES),
         lambda **x: linear_attention_recurrent(**x, document=document),
@@ -72,8 +72,8 @@ def test_gates_of_any_strength(span: str, gate: str) -> None:
     else:
         decay[..., ::2] = 0.0
         decay[..., 1::2] = -50.0
-    for trial in (delta_trial(inputs), linear_trial(inputs)):
-        found = deviations(trial)
+    for case in (delta_case(inputs), linear_case(inputs)):
+        found = relative_errors(case)
         # Of a gate beyond exp's reach the gradient is zero for both, to different bits of nothing.
         assert max((finite_gates(found) if gate in ("forgets", "mixed") else found).values()) <= LIMIT, found
 
@@ -94,7 +94,7 @@ def test_keys_that_are_alike(span: str, keys: str, beta: float) -> None:
     else:
         inputs["k"] = torch.zeros_like(k)
     inputs["log_decay"] *= 0.05
-    found = deviations(delta_trial(inputs))
+    found = relative_errors(delta_case(inputs))
     assert max(found.values()) <= LIMIT, found
 
 
@@ -110,14 +110,14 @@ def test_documents_of_any_length(tokens: int, groups: int, starts: float, span: 
     torch.manual_seed(seed)
     inputs = inputs_of(span, tokens, groups)
     document = (torch.rand(1, tokens) < starts).long().cumsum(1)
-    for trial in (delta_trial(inputs, document), linear_trial(inputs, document)):
-        assert max(deviations(trial).values()) <= LIMIT
+    for case in (delta_case(inputs, document), linear_case(inputs, document)):
+        assert max(relative_errors(case).values()) <= LIMIT
 
 
 @pytest.mark.parametrize("span", SPANS)
 def test_a_document_is_the_same_packed_and_alone(span: str) -> None:
     inputs = inputs_of(span)
-    inputs.pop("state")
+    inputs.pop("initial_state")
     document = (torch.arange(TOKENS) >= 21).long()[None]
     packed, _ = gated_delta_rule_triton(**inputs, document=document, tiles=TILES)
     before = {name: x.clone() for name, x in inputs.items()}
@@ -135,10 +135,10 @@ def test_a_state_carries_a_row_on(span: str) -> None:
     inputs = inputs_of(span)
     whole, end = gated_delta_rule_triton(**inputs, tiles=TILES)
     first, state = gated_delta_rule_triton(
-        **{name: x if name == "state" else x[:, :19] for name, x in inputs.items()}, tiles=TILES
+        **{name: x if name == "initial_state" else x[:, :19] for name, x in inputs.items()}, tiles=TILES
     )
-    rest = {name: x[:, 19:] for name, x in inputs.items() if name != "state"}
-    second, last = gated_delta_rule_triton(**rest, state=state, tiles=TILES)
+    rest = {name: x[:, 19:] for name, x in inputs.items() if name != "initial_state"}
+    second, last = gated_delta_rule_triton(**rest, initial_state=state, tiles=TILES)
     # Other tiles, and a state that passed through memory: float32 sums in another order.
     assert torch.allclose(torch.cat([first, second], dim=1), whole, rtol=0, atol=1e-5)
     assert torch.allclose(last, end, rtol=0, atol=1e-5)
@@ -149,8 +149,8 @@ def test_strided_inputs_and_bitwise_repeats(span: str) -> None:
     inputs = inputs_of(span)
     wide = torch.cat([inputs["q"], inputs["k"], inputs["v"]], dim=-1)
     parts = dict(zip("qkv", wide.split([KEY_DIM, KEY_DIM, VALUE_DIM], dim=-1), strict=True))
-    first = outputs_and_grads(delta_trial(inputs).triton, inputs)
-    second = outputs_and_grads(delta_trial(inputs).triton, {**inputs, **parts})
+    first = outputs_and_grads(delta_case(inputs).triton, inputs)
+    second = outputs_and_grads(delta_case(inputs).triton, {**inputs, **parts})
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -175,10 +175,10 @@ def documents_that_never_end(
 )
 def test_a_defect_in_a_kernel_is_seen(module, name, defect, span, monkeypatch) -> None:
     document = (torch.arange(TOKENS) >= 21).long()[None]
-    trials = [form(inputs_of(span), document) for form in (delta_trial, linear_trial)]
-    assert max(max(deviations(trial).values()) for trial in trials) <= LIMIT
+    cases = [form(inputs_of(span), document) for form in (delta_case, linear_case)]
+    assert max(max(relative_errors(case).values()) for case in cases) <= LIMIT
     monkeypatch.setattr(module, name, triton.jit(defect))
-    assert all(not max(deviations(trial).values()) <= 1e-3 for trial in trials)
+    assert all(not max(relative_errors(case).values()) <= 1e-3 for case in cases)
 
 
 def test_a_lost_merge_of_the_inverse_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,14 +187,14 @@ def test_a_lost_merge_of_the_inverse_is_seen(monkeypatch: pytest.MonkeyPatch) ->
 
     inputs = inputs_of("head", 64)
     tiles = small_tiles(64)
-    trial = Trial(
+    case = KernelCase(
         inputs,
         lambda **x: gated_delta_rule_triton(**x, tiles=tiles),
         lambda **x: gated_delta_rule_recurrent(**x),
     )
-    assert max(deviations(trial).values()) <= LIMIT
+    assert max(relative_errors(case).values()) <= LIMIT
     monkeypatch.setattr(triton_chunks, "_with_corner", triton.jit(merged))
-    assert not max(deviations(trial).values()) <= 1e-3
+    assert not max(relative_errors(case).values()) <= 1e-3
 
 
 def test_wrong_arguments_are_named() -> None:

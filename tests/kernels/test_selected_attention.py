@@ -4,19 +4,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.attention.reference import Pattern, attention_direct
-from kernels.selected_attention import CASES, Case, selected_attention, selected_attention_with_shares
 from kernels.selected_attention import reference as forms
+from kernels.selected_attention import selected_attention, selected_attention_with_shares
 from kernels.selected_attention.reference import selected_attention_direct
+from kernels.selected_attention.shapes import SHAPES, Shape
 from tests.closeness import assert_close, outputs_and_grads
 
 
-def inputs_of(case: Case, dtype: torch.dtype) -> list[torch.Tensor]:
+def inputs_of(case: Shape, dtype: torch.dtype) -> list[torch.Tensor]:
     rows, tokens, heads, key_heads, key_dim, value_dim = case[:6]
     shapes = ((heads, key_dim), (key_heads, key_dim), (key_heads, value_dim))
     return [torch.randn(rows, tokens, *shape, dtype=dtype) for shape in shapes]
 
 
-def selection_of(case: Case) -> torch.Tensor:
+def selection_of(case: Shape) -> torch.Tensor:
     """Distinct earlier tokens in no order, the query's own among them, -1 for the rest."""
     scores = torch.rand(case.rows, case.tokens, case.tokens).tril()
     scores += torch.eye(case.tokens)
@@ -25,7 +26,7 @@ def selection_of(case: Case) -> torch.Tensor:
     return torch.where(best.values > 0, best.indices, -1)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
 @pytest.mark.parametrize("has_sinks", [False, True])
 @pytest.mark.parametrize("gathered", [1, 2000, 2**22])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
@@ -49,7 +50,7 @@ def test_gathered_equals_direct(case, has_sinks, gathered, dtype, limit, monkeyp
 @given(tokens=st.integers(1, 20), group=st.integers(1, 3), seed=st.integers(0, 2**20))
 def test_all_earlier_keys_are_full_attention(tokens: int, group: int, seed: int) -> None:
     torch.manual_seed(seed)
-    inputs = inputs_of(Case(2, tokens, 2 * group, 2, 3, 4, tokens), torch.float64)
+    inputs = inputs_of(Shape(2, tokens, 2 * group, 2, 3, 4, tokens), torch.float64)
     index = torch.arange(tokens)
     selection = torch.where(index[:, None] >= index, index, -1).expand(2, -1, -1)
     ours = outputs_and_grads(lambda q, k, v: selected_attention(q, k, v, selection, scale=0.6), inputs)
@@ -58,7 +59,7 @@ def test_all_earlier_keys_are_full_attention(tokens: int, group: int, seed: int)
 
 
 def test_nothing_chosen_is_zero_and_a_stranger_is_never_read() -> None:
-    inputs = inputs_of(Case(1, 6, 2, 1, 4, 4, 3), torch.float64)
+    inputs = inputs_of(Shape(1, 6, 2, 1, 4, 4, 3), torch.float64)
     selection = torch.tensor([-1, 1, 2, 3, 4, 5])[None, :, None].repeat(1, 1, 3)
     selection[..., 1:] = -1
     for x in inputs[1:]:
@@ -85,6 +86,6 @@ def test_nothing_chosen_is_zero_and_a_stranger_is_never_read() -> None:
     ],
 )
 def test_wrong_arguments_are_named(name: str, change) -> None:
-    case = Case(1, 8, 2, 1, 4, 4, 3)
+    case = Shape(1, 8, 2, 1, 4, 4, 3)
     with pytest.raises(Exception, match=name):
         selected_attention(*change((*inputs_of(case, torch.float32), selection_of(case))), scale=1.0)

@@ -4,16 +4,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.selective_scan import CASES, Case, selective_scan
+from kernels.selective_scan import selective_scan
 from kernels.selective_scan.reference import selective_scan_recurrent
+from kernels.selective_scan.shapes import SHAPES, Shape
 from tests.closeness import assert_close, outputs_and_grads
 
 LIMIT = 1e-10
 STEPS = ["random", "small", "large", "mixed"]
 
 
-def inputs_of(case: Case, steps: str, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    rows, tokens, channels, states = case
+def inputs_of(shape: Shape, steps: str, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    rows, tokens, channels, states = shape
     x = torch.randn(rows, tokens, channels, dtype=torch.float64)
     k, q = torch.randn(2, rows, tokens, states, dtype=torch.float64)
     rate = 16.0 * torch.rand(channels, states, dtype=torch.float64)
@@ -31,7 +32,7 @@ def inputs_of(case: Case, steps: str, dtype: torch.dtype = torch.float64) -> lis
 
 def compare(inputs: list[Tensor], document: Tensor | None, limit: float, reference: list[Tensor]) -> None:
     def call(scan):
-        return lambda x, step, rate, k, q, s: scan(x, step, rate, k, q, document=document, state=s)
+        return lambda x, step, rate, k, q, s: scan(x, step, rate, k, q, document=document, initial_state=s)
 
     ours = outputs_and_grads(call(selective_scan), inputs)
     assert_close(ours, outputs_and_grads(call(selective_scan_recurrent), reference), limit)
@@ -41,20 +42,20 @@ def documents_of(rows: int, tokens: int, starts: float) -> Tensor:
     return (torch.rand(rows, tokens) < starts).long().cumsum(1)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("starts", [None, 0.1])
-def test_equals_the_recurrence_in_float64(case: Case, steps: str, starts: float | None) -> None:
-    inputs = inputs_of(case, steps)
-    document = None if starts is None else documents_of(case.rows, case.tokens, starts)
+def test_equals_the_recurrence_in_float64(shape: Shape, steps: str, starts: float | None) -> None:
+    inputs = inputs_of(shape, steps)
+    document = None if starts is None else documents_of(shape.rows, shape.tokens, starts)
     compare(inputs, document, LIMIT, inputs)
 
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_float32_is_close_to_float64(steps: str) -> None:
-    case = CASES[-1]
-    inputs = inputs_of(case, steps, torch.float32)
-    compare(inputs, documents_of(case.rows, case.tokens, 0.05), 1e-5, [x.double() for x in inputs])
+    shape = SHAPES[-1]
+    inputs = inputs_of(shape, steps, torch.float32)
+    compare(inputs, documents_of(shape.rows, shape.tokens, 0.05), 1e-5, [x.double() for x in inputs])
 
 
 @given(
@@ -67,15 +68,15 @@ def test_equals_the_recurrence_for_any_length_and_documents(
     tokens: int, starts: float, steps: str, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    inputs = inputs_of(Case(2, tokens, 3, 4), steps)
+    inputs = inputs_of(Shape(2, tokens, 3, 4), steps)
     compare(inputs, documents_of(2, tokens, starts), LIMIT, inputs)
 
 
 def test_states_carry_over_between_calls() -> None:
-    x, step, rate, k, q, state = inputs_of(Case(2, 60, 4, 3), "random")
-    whole, last = selective_scan(x, step, rate, k, q, state=state)
-    head, middle = selective_scan(x[:, :21], step[:, :21], rate, k[:, :21], q[:, :21], state=state)
-    tail, end = selective_scan(x[:, 21:], step[:, 21:], rate, k[:, 21:], q[:, 21:], state=middle)
+    x, step, rate, k, q, state = inputs_of(Shape(2, 60, 4, 3), "random")
+    whole, last = selective_scan(x, step, rate, k, q, initial_state=state)
+    head, middle = selective_scan(x[:, :21], step[:, :21], rate, k[:, :21], q[:, :21], initial_state=state)
+    tail, end = selective_scan(x[:, 21:], step[:, 21:], rate, k[:, 21:], q[:, 21:], initial_state=middle)
     assert_close([torch.cat([head, tail], 1), end], [whole, last], LIMIT)
 
 
@@ -91,4 +92,4 @@ def test_states_carry_over_between_calls() -> None:
 )
 def test_wrong_arguments_are_named(name: str, change) -> None:
     with pytest.raises(Exception, match=name):
-        selective_scan(*change(tuple(inputs_of(Case(1, 8, 4, 3), "random")[:5])))
+        selective_scan(*change(tuple(inputs_of(Shape(1, 8, 4, 3), "random")[:5])))

@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from kernels.sinkhorn import CASES, Case, sinkhorn
+from kernels.sinkhorn import sinkhorn
 from kernels.sinkhorn.reference import sinkhorn_iterated
+from kernels.sinkhorn.shapes import SHAPES, Shape
 
 
 def by_hand(logits: list[list[float]], iterations: int, eps: float) -> list[list[float]]:
@@ -21,11 +22,11 @@ def by_hand(logits: list[list[float]], iterations: int, eps: float) -> list[list
     return matrix
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_equals_its_definition_number_by_number(case: Case) -> None:
-    logits = torch.randn(case.matrices, case.streams, case.streams, dtype=torch.float64)
-    out = sinkhorn(logits, iterations=case.iterations, eps=1e-6)
-    expected = [by_hand(matrix, case.iterations, 1e-6) for matrix in logits.tolist()]
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_its_definition_number_by_number(shape: Shape) -> None:
+    logits = torch.randn(shape.matrices, shape.streams, shape.streams, dtype=torch.float64)
+    out = sinkhorn(logits, iterations=shape.iterations, eps=1e-6)
+    expected = [by_hand(matrix, shape.iterations, 1e-6) for matrix in logits.tolist()]
     assert torch.allclose(out, torch.tensor(expected, dtype=torch.float64), rtol=1e-10)
 
 
@@ -40,15 +41,15 @@ def test_gradients_are_those_of_small_differences() -> None:
     assert torch.autograd.gradcheck(lambda x: sinkhorn(x, iterations=20, eps=1e-6), logits)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_gradients_are_those_of_the_iteration_as_written(case: Case, dtype: torch.dtype) -> None:
-    logits = 3 * torch.randn(2, case.matrices, case.streams, case.streams, dtype=dtype)
+def test_gradients_are_those_of_the_iteration_as_written(shape: Shape, dtype: torch.dtype) -> None:
+    logits = 3 * torch.randn(2, shape.matrices, shape.streams, shape.streams, dtype=dtype)
     weight = torch.randn_like(logits)
     found = []
     for function in (sinkhorn, sinkhorn_iterated):
         leaf = logits.clone().requires_grad_()
-        (function(leaf, iterations=case.iterations, eps=1e-6) * weight).sum().backward()
+        (function(leaf, iterations=shape.iterations, eps=1e-6) * weight).sum().backward()
         assert leaf.grad is not None
         found.append(leaf.grad)
     limit = 1e-12 if dtype == torch.float64 else 1e-5

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from kernels.choose import chosen
+from kernels.choose import use_backends
 from kernels.delta_rule.reference import gated_delta_rule_recurrent
-from kernels.delta_rule.summary import delta_rule_start_gradient, delta_rule_summary
+from kernels.delta_rule.summary import delta_rule_initial_state_grad, delta_rule_summary
 from kernels.linear_attention.reference import linear_attention_recurrent
-from kernels.linear_attention.summary import linear_attention_start_gradient, linear_attention_summary
+from kernels.linear_attention.summary import linear_attention_initial_state_grad, linear_attention_summary
 from kernels.selective_scan.reference import selective_scan_recurrent
-from kernels.selective_scan.summary import selective_scan_start_gradient, selective_scan_summary
+from kernels.selective_scan.summary import selective_scan_initial_state_grad, selective_scan_summary
 from tests.closeness import relative
 
 ROWS, GROUPS, HEADS, KEY_DIM, VALUE_DIM = 2, 2, 4, 16, 3
@@ -70,14 +70,14 @@ def test_delta_rule(decay: str, kind: str, tokens: int) -> None:
 
     def run(first: Tensor, values: float) -> tuple[Tensor, Tensor]:
         scaled = {**inputs, "v": values * inputs["v"]}
-        return gated_delta_rule_recurrent(**scaled, document=document, state=first)
+        return gated_delta_rule_recurrent(**scaled, document=document, initial_state=first)
 
     read, carried, added, weight, gradient = truth(run, state)
     summary = delta_rule_summary(**inputs, document=document)
     assert relative(summary.added, added) < LIMIT
     assert relative(summary.transition @ state, carried) < LIMIT
     assert relative(torch.einsum("bthk,bhkv->bthv", summary.reads, state), read) < LIMIT
-    assert relative(delta_rule_start_gradient(weight, summary.reads), gradient) < LIMIT
+    assert relative(delta_rule_initial_state_grad(weight, summary.reads), gradient) < LIMIT
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 75])
@@ -90,14 +90,14 @@ def test_linear_attention(decay: str, kind: str, tokens: int) -> None:
     q, k, v = (inputs[name] for name in ("q", "k", "v"))
 
     def run(first: Tensor, values: float) -> tuple[Tensor, Tensor]:
-        return linear_attention_recurrent(q, k, values * v, log_decay, document=document, state=first)
+        return linear_attention_recurrent(q, k, values * v, log_decay, document=document, initial_state=first)
 
     _, carried, added, weight, gradient = truth(run, state)
     factor, found = linear_attention_summary(k, v, log_decay, document=document)
     factor = factor[..., None] if factor.ndim == 3 else factor[..., None, None]
     assert relative(found, added) < LIMIT
     assert relative(factor * state, carried) < LIMIT
-    asked = linear_attention_start_gradient(weight, q, log_decay, document=document)
+    asked = linear_attention_initial_state_grad(weight, q, log_decay, document=document)
     assert relative(asked, gradient) < LIMIT
 
 
@@ -111,7 +111,7 @@ def test_selective_scan(kind: str, tokens: int) -> None:
     state = torch.randn(ROWS, channels, states, dtype=torch.float64)
 
     def run(first: Tensor, values: float) -> tuple[Tensor, Tensor]:
-        return selective_scan_recurrent(values * x, step, rate, k, q, document=document, state=first)
+        return selective_scan_recurrent(values * x, step, rate, k, q, document=document, initial_state=first)
 
     _, carried, added, weight, gradient = truth(run, state)
     steps, found = selective_scan_summary(x, step, rate, k, document=document)
@@ -119,7 +119,7 @@ def test_selective_scan(kind: str, tokens: int) -> None:
     passes = torch.ones(ROWS) if document is None else (document[:, 0] == document[:, -1]).double()
     factor = (-steps[..., None] * rate).exp() * passes[:, None, None]
     assert relative(factor * state, carried) < LIMIT
-    asked = selective_scan_start_gradient(weight, step, rate, q, document=document)
+    asked = selective_scan_initial_state_grad(weight, step, rate, q, document=document)
     assert relative(asked, gradient) < LIMIT
 
 
@@ -130,7 +130,7 @@ def test_delta_rule_in_triton(decay: str) -> None:
     document = documents_of("many", tokens)
     inputs = drawn(decay, tokens, torch.float32)
     inputs["beta"] = torch.rand(ROWS, tokens, HEADS)
-    with chosen({"delta_rule": "triton"}):
+    with use_backends({"delta_rule": "triton"}):
         found = delta_rule_summary(**inputs, document=document)
     exact = {name: x.double() for name, x in inputs.items()}
     for ours, reference in zip(found, delta_rule_summary(**exact, document=document), strict=True):

@@ -1,4 +1,4 @@
-"""Every Triton kernel in the interpreter against the float64 truth: outputs and all gradients."""
+"""Every Triton kernel in the interpreter against its reference in float64: outputs and all gradients."""
 
 import math
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.trial import Subject, deviations, setting, subjects
+from kernels.spec import KernelSpec, input_factory, kernel_specs, relative_errors
 
 pytestmark = [pytest.mark.interpreted]
 
-CASES = [
-    pytest.param(subject, case, id=f"{subject.name}-{place}")
-    for subject in subjects()
-    for place, case in enumerate(subject.cases)
+CALLS = [
+    pytest.param(spec, shape, id=f"{spec.name}-{index}")
+    for spec in kernel_specs()
+    for index, shape in enumerate(spec.shapes)
 ]
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 8e-3}
 
@@ -25,11 +25,11 @@ def with_gaps(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize(("subject", "case"), CASES)
-def test_kernel_is_the_truth(subject: Subject, case: object, dtype: torch.dtype) -> None:
-    trial = subject.draw(case, setting(dtype, is_small=True))
-    if subject.cases.index(case) % 2:
-        trial = trial._replace(inputs={name: with_gaps(x) for name, x in trial.inputs.items()})
-    found = deviations(trial)
+@pytest.mark.parametrize(("spec", "shape"), CALLS)
+def test_kernel_equals_its_reference(spec: KernelSpec, shape: object, dtype: torch.dtype) -> None:
+    case = spec.draw(shape, input_factory(dtype, uses_small_tiles=True))
+    if spec.shapes.index(shape) % 2:
+        case = case._replace(inputs={name: with_gaps(x) for name, x in case.inputs.items()})
+    found = relative_errors(case)
     assert len(found) > 0
     assert max(found.values()) <= LIMITS[dtype], found

@@ -38,8 +38,8 @@ def test_every_form_equals_its_equations(has_decay: bool, has_output_gate: bool)
     state, outputs = torch.zeros(heads, keys, values, dtype=torch.float64), []
     for t in range(tokens):
         if has_decay:
-            steps = torch.nn.functional.softplus(rate[0, t] + weights["decay.bias"])
-            state = state * (-weights["decay.log_rate"].exp() * steps).exp()[:, None, None]
+            steps = torch.nn.functional.softplus(rate[0, t] + weights["decay.dt_bias"])
+            state = state * (-weights["decay.A_log"].exp() * steps).exp()[:, None, None]
         for_key = torch.eye(keys) - beta[0, t, :, None, None] * k[0, t, :, :, None] * k[0, t, :, None]
         state = for_key @ state + (beta[0, t, :, None] * k[0, t])[:, :, None] * v[0, t, :, None]
         outputs.append((state * q[0, t, :, :, None]).sum(1) / keys**0.5)

@@ -50,7 +50,7 @@ def import_kda(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "decay_up_proj.weight": "forget_gate.f_b_proj.weight",
         "gate_down_proj.weight": "g_a_proj.weight",
         "gate_up_proj.weight": "g_b_proj.weight",
-        "decay.bias": "forget_gate.dt_bias",
+        "decay.dt_bias": "forget_gate.dt_bias",
         "out_norm.weight": "o_norm.weight",
         "out_proj.weight": "o_proj.weight",
     }
@@ -58,7 +58,7 @@ def import_kda(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {ours: theirs[name] for ours, name in names.items()} | {
         "in_proj.weight": torch.cat(inner),
         "conv.weight": theirs["conv1d.weight"][:, 0],
-        "decay.log_rate": theirs["forget_gate.A_log"].flatten(),
+        "decay.A_log": theirs["forget_gate.A_log"].flatten(),
     }
 
 

@@ -29,8 +29,8 @@ def import_mamba(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "k_norm.weight": "b_layernorm.weight",
         "q_norm.weight": "c_layernorm.weight",
         "dt_proj.weight": "dt_proj.weight",
-        "step.log_rate": "A_log",
-        "step.bias": "dt_proj.bias",
+        "step.A_log": "A_log",
+        "step.dt_bias": "dt_proj.bias",
         "skip": "D",
         "out_proj.weight": "out_proj.weight",
     }
@@ -110,6 +110,6 @@ def test_first_rates_are_those_of_theirs() -> None:
     mamba = small_architecture(["mixer.mamba.num_channels=64"]).mixer["mamba"]
     assert isinstance(mamba, MambaConfig)
     ours = mamba.build(32, 0, 1, 0.02)
-    initial = initial_values(ours)["step.log_rate"]
-    rates = sample("step.log_rate", initial, ours.get_parameter("step.log_rate").shape, 0)
+    initial = initial_values(ours)["step.A_log"]
+    rates = sample("step.A_log", initial, ours.get_parameter("step.A_log").shape, 0)
     assert_close([rates], [theirs_of(mamba, 32).get_parameter("A_log").detach()], 1e-6)

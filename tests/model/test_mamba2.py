@@ -22,8 +22,8 @@ def import_mamba2(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = {
         "in_proj.weight": "in_proj.weight",
         "conv.bias": "conv1d.bias",
-        "step.log_rate": "A_log",
-        "step.bias": "dt_bias",
+        "step.A_log": "A_log",
+        "step.dt_bias": "dt_bias",
         "skip": "D",
         "out_norm.weight": "norm.weight",
         "out_proj.weight": "out_proj.weight",

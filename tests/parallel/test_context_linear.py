@@ -12,9 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.choose import chosen
+from kernels.choose import use_backends
 from model.mixer import Mixer, MixerConfig, Sequence
-from model.mixers.lightning import LightningConfig
 from model.recurrence import Recurrence
 from model.sequence_sharding import AttentionView
 from parallel.config.degrees import Degrees
@@ -81,7 +80,7 @@ def build(config: MixerConfig) -> Mixer:
     randomise(mixer)
     with torch.no_grad():
         for name, parameter in mixer.named_parameters():
-            if name in ("decay.bias", "step.bias") and not isinstance(config, LightningConfig):
+            if name in ("decay.dt_bias", "step.dt_bias"):
                 parameter -= 4.0
     return mixer
 
@@ -218,8 +217,8 @@ class NoStart(Chunks):
     def recur(
         self, recurrence: Recurrence, inputs: tuple[Tensor, ...], position: Tensor, document: Tensor | None
     ) -> Tensor:
-        made = recurrence.start_gradient
-        with mock.patch.object(recurrence, "start_gradient", lambda *args: torch.zeros_like(made(*args))):
+        made = recurrence.initial_state_grad
+        with mock.patch.object(recurrence, "initial_state_grad", lambda *args: torch.zeros_like(made(*args))):
             return super().recur(recurrence, inputs, position, document)
 
 
@@ -332,7 +331,8 @@ def test_two_chunks_in_triton(name: str) -> None:
 
     axis, case = Axis("cp", 0, (0,), None), CASES[-1]
     x, weight = (part.float() for part in drawn(case))
-    with corrected(), chosen(dict.fromkeys(("delta_rule", "linear_attention", "convolution"), "triton")):
+    backends = dict.fromkeys(("delta_rule", "linear_attention", "convolution"), "triton")
+    with corrected(), use_backends(backends):
         mixer, sequence = build(config_of(name)).float(), cut(packed(case), axis, Chunks)
         found = outcome(mixer, x, weight, sequence)
     assert worst(found, alone_all()[name, case]) < 1e-4

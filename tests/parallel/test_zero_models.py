@@ -31,7 +31,7 @@ FROZEN = {
 # All but indexers, whose losses reach nothing else.
 WARM_UP = ("recipe=dsa_warmup", "optim.clip_norm=0.00001", "train.steps=4", "train.global_batch=4")
 # Groups of the optimizer with fewer numbers than ranks, or not as many times as many.
-TINY = "optim.lr_scales={blocks.0.mixer.decay.log_rate:0.5,blocks.1.mixer.q_norm.weight:0.25}"
+TINY = "optim.lr_scales={blocks.0.mixer.decay.A_log:0.5,blocks.1.mixer.q_norm.weight:0.25}"
 MTP = ("model.mtp.depth=1", "model.has_tied_embeddings=true")
 
 

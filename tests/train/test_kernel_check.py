@@ -3,7 +3,7 @@ import torch
 
 from conf.errors import NumericsError
 from kernels.check import Verdict
-from kernels.choose import FAMILIES, choose, chosen, describe, takes_triton
+from kernels.choose import FAMILIES, describe, set_backends, takes_triton, use_backends
 from model.language_model import LanguageModel
 from parallel.mesh.world import World
 from tests.architectures import small_architecture
@@ -14,23 +14,23 @@ from train.loop import kernel_check
 
 @pytest.fixture(autouse=True)
 def _own_choice():
-    with chosen({}):
+    with use_backends({}):
         yield
 
 
 def test_the_config_has_every_family() -> None:
     assert set(KernelsConfig.model_fields) == {*FAMILIES, "check"}
-    assert set(load_config(["kernels=reference"], 1).kernels.forms().values()) == {"reference"}
+    assert set(load_config(["kernels=reference"], 1).kernels.backends().values()) == {"reference"}
 
 
 def test_plain_torch_on_a_cpu_and_an_error_where_triton_is_asked_for() -> None:
     x = torch.ones(1)
     assert not takes_triton("norm", x)
     assert describe(torch.device("cpu"), torch.float32) == "kernels on cpu in float32: plain torch: all"
-    with chosen({"norm": "triton"}), pytest.raises(ValueError, match=r"kernels\.norm: .*needs a GPU"):
+    with use_backends({"norm": "triton"}), pytest.raises(ValueError, match=r"kernels\.norm: .*needs a GPU"):
         takes_triton("norm", x)
     with pytest.raises(ValueError, match=r"kernels\.nrm: no such family"):
-        choose({"nrm": "auto"})
+        set_backends({"nrm": "auto"})
 
 
 def test_a_model_names_the_families_that_it_uses() -> None:
@@ -50,8 +50,8 @@ def test_a_wrong_kernel_stops_the_run_or_is_left_out(capsys) -> None:
     with pytest.raises(NumericsError, match=r"leave them out by kernels\.attention=reference"):
         kernel_check.backends_after_check(config, wrong)
     assert set(kernel_check.backends_after_check(config, []).values()) == {"auto"}
-    forms = kernel_check.backends_after_check(load_config(["kernels.check=fall_back"], 1).kernels, wrong)
-    assert [name for name, form in forms.items() if form == "reference"] == ["attention"]
+    backends = kernel_check.backends_after_check(load_config(["kernels.check=fall_back"], 1).kernels, wrong)
+    assert [name for name, backend in backends.items() if backend == "reference"] == ["attention"]
 
 
 def test_a_verdict_that_is_no_number_is_wrong() -> None:

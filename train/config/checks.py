@@ -63,7 +63,7 @@ def draft_violations(config: "RunDraft | RunConfig", world_size: int) -> list[Vi
     mixers = {layer.mixer for layer in expand_layers(config.layout, config.model.depth, config.mixer)}
     mixers |= {config.model.mtp.mixer} if config.model.mtp.depth else set()
     found += region_violations(config.parallel.recompute, mixers)
-    found += compile_violations(config.parallel, config.kernels.forms())
+    found += compile_violations(config.parallel, config.kernels.backends())
     # However the rest is cut, a layout that is possible leaves this many ranks with rows of their own.
     others = config.parallel.pp * config.parallel.cp * config.parallel.tp
     ranks, left = divmod(world_size, others)

@@ -23,7 +23,7 @@ else:
     ScheduleEntry = schedule_type()
 
 Dtype = Literal["float64", "float32", "bfloat16"]
-Form = Literal["auto", "triton", "reference"]
+KernelBackend = Literal["auto", "triton", "reference"]
 
 
 class PlaceConfig(Config):
@@ -84,26 +84,26 @@ class KernelsConfig(Config):
     """How each family of kernels runs, and what a wrong one does to a run."""
 
     check: Literal["stop", "fall_back", "off"]
-    activation: Form
-    attention: Form
-    block_attention: Form
-    block_selection: Form
-    compress: Form
-    compressed_attention: Form
-    convolution: Form
-    cross_entropy: Form
-    delta_rule: Form
-    experts: Form
-    indexer: Form
-    linear_attention: Form
-    norm: Form
-    rotary: Form
-    selected_attention: Form
-    sinkhorn: Form
+    activation: KernelBackend
+    attention: KernelBackend
+    block_attention: KernelBackend
+    block_selection: KernelBackend
+    compress: KernelBackend
+    compressed_attention: KernelBackend
+    convolution: KernelBackend
+    cross_entropy: KernelBackend
+    delta_rule: KernelBackend
+    experts: KernelBackend
+    indexer: KernelBackend
+    linear_attention: KernelBackend
+    norm: KernelBackend
+    rotary: KernelBackend
+    selected_attention: KernelBackend
+    sinkhorn: KernelBackend
 
-    def forms(self) -> dict[str, Form]:
-        """The form of every family."""
-        return {name: form for name, form in self if name != "check"}
+    def backends(self) -> dict[str, KernelBackend]:
+        """The backend of every family."""
+        return {name: backend for name, backend in self if name != "check"}
 
 
 class PlanConfig(Config):

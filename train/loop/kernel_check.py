@@ -8,28 +8,28 @@ from torch import nn
 
 from conf.errors import NumericsError
 from kernels.check import Verdict, wrong_kernels
-from kernels.choose import FAMILIES, choose, describe, takes_triton
+from kernels.choose import FAMILIES, describe, set_backends, takes_triton
 from model.recurrence import Recurrence
 from parallel.mesh.world import World
-from train.config.fields import Form, KernelsConfig
+from train.config.fields import KernelBackend, KernelsConfig
 from train.config.run_config import RunConfig
 
 
 def prepare_kernels(config: RunConfig, modules: Iterable[nn.Module], world: World) -> None:
-    """Chooses the form of every family for this process, and says so once.
+    """Chooses the backend of every family for this process, and says so once.
 
     On a GPU the Triton kernels that the modules use are compared with float64 first, on every rank; if one is
     wrong on any of them, all ranks stop, or take plain torch for its family, as `kernels.check` says.
 
     Raises NumericsError for a wrong kernel.
     """
-    choose(config.kernels.forms())
+    set_backends(config.kernels.backends())
     dtype = getattr(torch, config.precision.compute)
     if world.device.type == "cuda" and config.kernels.check != "off":
         probe = torch.empty(0, dtype=dtype, device=world.device)
         used = [family for family in used_families(modules) if takes_triton(family, probe)]
         wrong = wrong_anywhere(wrong_kernels(used, world.device), used, world)
-        choose(backends_after_check(config.kernels, wrong))
+        set_backends(backends_after_check(config.kernels, wrong))
     if world.rank == 0:
         print(describe(world.device, dtype), flush=True)
 
@@ -39,21 +39,24 @@ def wrong_anywhere(verdicts: Sequence[Verdict], families: Sequence[str], world: 
     flags = torch.zeros(len(families), device=world.device)
     for verdict in verdicts:
         print(
-            f"rank {world.rank}: the kernel {verdict.subject} is WRONG on this GPU: {verdict.name} is off by "
+            f"rank {world.rank}: the kernel {verdict.spec} is WRONG on this GPU: {verdict.name} is off by "
             f"{verdict.error:.1e}, at most {verdict.limit:.1e} is right",
             file=sys.stderr,
             flush=True,
         )
-        flags[families.index(verdict.subject.split(".")[0])] = 1.0
+        flags[families.index(verdict.spec.split(".")[0])] = 1.0
     return [name for name, count in zip(families, world.sum(flags).tolist(), strict=True) if count]
 
 
-def backends_after_check(config: KernelsConfig, wrong: Sequence[str]) -> dict[str, Form]:
-    """The form of every family once the wrong ones are known. Raises NumericsError where these stop a run."""
+def backends_after_check(config: KernelsConfig, wrong: Sequence[str]) -> dict[str, KernelBackend]:
+    """The backend of every family once the wrong ones are known.
+
+    Raises NumericsError where these stop a run.
+    """
     if wrong and config.check == "stop":
         named = ", ".join(f"kernels.{family}=reference" for family in wrong)
         raise NumericsError(f"wrong kernels on this GPU; leave them out by {named}")
-    return {**config.forms(), **dict.fromkeys(wrong, "reference")}
+    return {**config.backends(), **dict.fromkeys(wrong, "reference")}
 
 
 def used_families(modules: Iterable[nn.Module]) -> list[str]:

@@ -145,7 +145,7 @@ def mamba_pieces(ours: str, theirs: str, mamba: MambaConfig) -> Iterator[Piece]:
         yield Piece(f"{ours}{name}.weight", f"{theirs}{name}.weight")
     for mine, name in (("dt_norm", "dt"), ("k_norm", "b"), ("q_norm", "c")):
         yield Piece(f"{ours}{mine}.weight", f"{theirs}{name}_layernorm.weight")
-    for mine, name in (("step.log_rate", "A_log"), ("step.bias", "dt_proj.bias"), ("skip", "D")):
+    for mine, name in (("step.A_log", "A_log"), ("step.dt_bias", "dt_proj.bias"), ("skip", "D")):
         yield Piece(f"{ours}{mine}", f"{theirs}{name}")
 
 

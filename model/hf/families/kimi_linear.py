@@ -189,8 +189,8 @@ def kda_pieces(ours: str, theirs: str, kda: KdaConfig, rates: TensorView) -> Ite
     for mine, name in (("decay", "f"), ("gate", "g")):
         yield Piece(f"{ours}{mine}_down_proj.weight", f"{theirs}{name}_a_proj.weight")
         yield Piece(f"{ours}{mine}_up_proj.weight", f"{theirs}{name}_b_proj.weight")
-    yield Piece(f"{ours}decay.log_rate", f"{theirs}A_log", rates)
-    yield Piece(f"{ours}decay.bias", f"{theirs}dt_bias")
+    yield Piece(f"{ours}decay.A_log", f"{theirs}A_log", rates)
+    yield Piece(f"{ours}decay.dt_bias", f"{theirs}dt_bias")
     yield Piece(f"{ours}out_norm.weight", f"{theirs}o_norm.weight")
     yield Piece(f"{ours}out_proj.weight", f"{theirs}o_proj.weight")
 

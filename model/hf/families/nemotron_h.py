@@ -167,7 +167,7 @@ def mamba2_pieces(ours: str, theirs: str, config: Architecture) -> Iterator[Piec
     yield Piece(f"{ours}conv.weight", f"{theirs}conv1d.weight", lambda x: x[:, None])
     if mamba.has_conv_bias:
         yield Piece(f"{ours}conv.bias", f"{theirs}conv1d.bias")
-    for mine, name in (("step.log_rate", "A_log"), ("step.bias", "dt_bias"), ("skip", "D")):
+    for mine, name in (("step.A_log", "A_log"), ("step.dt_bias", "dt_bias"), ("skip", "D")):
         yield Piece(f"{ours}{mine}", f"{theirs}{name}")
     for mine, name in (("out_norm", "norm"), ("out_proj", "out_proj")):
         yield Piece(f"{ours}{mine}.weight", f"{theirs}{name}.weight")

@@ -86,8 +86,8 @@ def plain_gdn_pieces(ours: str, theirs: str, gdn: GdnConfig, width: int) -> Iter
     parts = {f"{theirs}in_proj_{name}.weight": size for name, size in sizes.items()}
     yield from joined_rows(f"{ours}in_proj.weight", parts)
     yield Piece(f"{ours}conv.weight", f"{theirs}conv1d.weight", lambda x: x[:, None])
-    yield Piece(f"{ours}decay.log_rate", f"{theirs}A_log")
-    yield Piece(f"{ours}decay.bias", f"{theirs}dt_bias")
+    yield Piece(f"{ours}decay.A_log", f"{theirs}A_log")
+    yield Piece(f"{ours}decay.dt_bias", f"{theirs}dt_bias")
     yield Piece(f"{ours}out_norm.weight", f"{theirs}norm.weight")
     yield Piece(f"{ours}out_proj.weight", f"{theirs}out_proj.weight")
 

@@ -166,8 +166,8 @@ def gdn_pieces(ours: str, theirs: str, gdn: GdnConfig, width: int) -> Iterator[P
         yield Piece(f"{ours}in_proj.weight", f"{theirs}{name}.weight", mine, other, shape)
         row += heads * size
     yield Piece(f"{ours}conv.weight", f"{theirs}conv1d.weight", lambda x: x[:, None])
-    yield Piece(f"{ours}decay.log_rate", f"{theirs}A_log")
-    yield Piece(f"{ours}decay.bias", f"{theirs}dt_bias")
+    yield Piece(f"{ours}decay.A_log", f"{theirs}A_log")
+    yield Piece(f"{ours}decay.dt_bias", f"{theirs}dt_bias")
     yield Piece(f"{ours}out_norm.weight", f"{theirs}norm.weight")
     yield Piece(f"{ours}out_proj.weight", f"{theirs}out_proj.weight")
 

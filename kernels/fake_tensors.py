@@ -1,6 +1,6 @@
-"""What kernels give for tensors that are shapes alone (FakeTensorMode): more shapes, and no work.
+"""Kernels under FakeTensorMode: outputs that are shapes without numbers, from inputs that are.
 
-The plain form of a kernel takes thousands of operations on a long row, each a fraction of a millisecond with
+The reference of a kernel takes thousands of operations on a long row, each a fraction of a millisecond with
 fake tensors; on the meta device the same code runs in microseconds.
 """
 
@@ -17,7 +17,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class _Form(NamedTuple):
+class _TensorMeta(NamedTuple):
     """A tensor without its numbers."""
 
     shape: torch.Size
@@ -29,48 +29,48 @@ class _Form(NamedTuple):
         return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
 
 
-def of_shapes(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+def fake_outputs(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Fake tensors of the shapes, strides and dtypes that the function gives.
 
     Those that it would compute from inputs with a gradient have one.
     """
     leaves, spec = tree_flatten((args, kwargs))
-    forms = tuple(_form_of(leaf) for leaf in leaves)
-    found, out_spec = _results(function, forms, spec, torch.is_grad_enabled())
-    wanted = [leaf for leaf in found if isinstance(leaf, _Form)]
-    made = iter(_Shapes.apply(wanted, *(leaf for leaf in leaves if isinstance(leaf, Tensor))))
-    return tree_unflatten([next(made) if isinstance(leaf, _Form) else leaf for leaf in found], out_spec)
+    metas = tuple(_meta_of(leaf) for leaf in leaves)
+    found, out_spec = _results(function, metas, spec, torch.is_grad_enabled())
+    wanted = [leaf for leaf in found if isinstance(leaf, _TensorMeta)]
+    made = iter(_FakeOutputs.apply(wanted, *(leaf for leaf in leaves if isinstance(leaf, Tensor))))
+    return tree_unflatten([next(made) if isinstance(leaf, _TensorMeta) else leaf for leaf in found], out_spec)
 
 
-def _form_of(leaf: Any) -> Any:
+def _meta_of(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
-    return _Form(leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad)
+    return _TensorMeta(leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad)
 
 
 @cache
 def _results(
     function: Callable[..., Any], leaves: tuple[Any, ...], spec: TreeSpec, has_grad: bool
 ) -> tuple[list[Any], TreeSpec]:
-    """The results on the meta device, tensors as forms. Layers that are alike ask for the same."""
+    """The results on the meta device, tensors as their metadata. Layers that are alike ask for the same."""
     with _disable_current_modes(), torch.set_grad_enabled(has_grad):
         inputs = [
-            leaf.made("meta").requires_grad_(leaf.requires_grad) if isinstance(leaf, _Form) else leaf
+            leaf.made("meta").requires_grad_(leaf.requires_grad) if isinstance(leaf, _TensorMeta) else leaf
             for leaf in leaves
         ]
         args, kwargs = tree_unflatten(inputs, spec)
         found, out_spec = tree_flatten(function(*args, **kwargs))
-    return [_form_of(leaf) for leaf in found], out_spec
+    return [_meta_of(leaf) for leaf in found], out_spec
 
 
-class _Shapes(torch.autograd.Function):
-    """wanted, inputs -> tensors of the forms wanted, on the inputs' device; gradients like the inputs."""
+class _FakeOutputs(torch.autograd.Function):
+    """wanted, inputs -> fake tensors as wanted, on the inputs' device; gradients like the inputs."""
 
     @staticmethod
-    def forward(ctx: Any, wanted: list[_Form], *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, wanted: list[_TensorMeta], *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*inputs)
-        made = [form.made(inputs[0].device) for form in wanted]
-        constant = [out for out, form in zip(made, wanted, strict=True) if not form.requires_grad]
+        made = [meta.made(inputs[0].device) for meta in wanted]
+        constant = [out for out, meta in zip(made, wanted, strict=True) if not meta.requires_grad]
         ctx.mark_non_differentiable(*constant)
         return tuple(made)
 
