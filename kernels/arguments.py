@@ -114,7 +114,7 @@ def _others(annotation: Any) -> tuple[type, ...]:
 
 def _shape(annotation: Any) -> _Shape:
     dims = tuple(annotation.dim_str.split())
-    cut = next((place for place, dim in enumerate(dims) if dim.startswith("*")), len(dims))
+    cut = next((index for index, dim in enumerate(dims) if dim.startswith("*")), len(dims))
     dtypes = WHOLE if "int32" in annotation.dtypes else FLOATING
     return _Shape(annotation.dim_str, dims[:cut], dims[cut + 1 :], dims[cut : cut + 1], dtypes)
 

@@ -35,16 +35,18 @@ def draw_mlp(case: Case, setting: Setting) -> Trial:
     inner = max(1, size // 2)
     inputs = {
         "x": setting.normal(case.rows, case.tokens, case.heads, case.dim),
-        "place": setting.normal(case.heads, case.length, case.dim),
+        "position_encoding": setting.normal(case.heads, case.length, case.dim),
         "first": setting.normal(case.heads, inner, size, scale=size**-0.5),
         "second": setting.normal(case.heads, case.dim, inner, scale=inner**-0.5),
     }
     return Trial(
         inputs,
-        lambda x, place, first, second: (
-            mlp_compress_triton(x, place, first, second, windows, tiles=_tiles(setting)),
+        lambda x, position_encoding, first, second: (
+            mlp_compress_triton(x, position_encoding, first, second, windows, tiles=_tiles(setting)),
         ),
-        lambda x, place, first, second: (mlp_compress_direct(x, place, first, second, windows),),
+        lambda x, position_encoding, first, second: (
+            mlp_compress_direct(x, position_encoding, first, second, windows),
+        ),
     )
 
 

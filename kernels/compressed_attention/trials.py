@@ -10,7 +10,7 @@ from kernels.compressed_attention import CASES, JOINT_CASES, Case, JointCase
 from kernels.compressed_attention.entries import entry_attention_direct
 from kernels.compressed_attention.joint import joint_attention_direct
 from kernels.compressed_attention.triton import (
-    SLAB,
+    CHUNK_ELEMENTS,
     entry_attention_triton,
     joint_attention_triton,
     select_by_entries_triton,
@@ -65,7 +65,7 @@ def draw_entries(packed: Packed, setting: Setting) -> Trial:
     }
     small: dict[str, Any] = {}
     if setting.is_small:
-        small = {"tiles": SMALL, "tile": SMALL_MASS, "slab": min(SLAB, 500)}
+        small = {"tiles": SMALL, "tile": SMALL_MASS, "chunk": min(CHUNK_ELEMENTS, 500)}
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
         out, chosen = entry_attention_triton(q, k, v, **options, **small)

@@ -228,7 +228,7 @@ class SharedKeyMixer(Mixer):
         """Attention over the window and entries of whole rows, and where it went."""
         near, places = self._near(kv, sequence)
         options = {"windows": windows, "position": sequence.position, "scale": self.scale}
-        options |= {"window": self.shared.window, "places": places, "tokens": sequence.view().places}
+        options |= {"window": self.shared.window, "q_index": places, "token_index": sequence.view().places}
         return joint_attention(q, near, entries, self.sinks, selected, **options)
 
     def _write(self, out: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
@@ -263,7 +263,7 @@ class Hca(SharedKeyMixer):
         if config.compression is None:
             view, sinks = sequence.view(config.window - 1), self.sinks.to(q.dtype)
             key = view.keys(kv)[:, :, None]
-            options = {"window": config.window, "document": view.document, "places": view.places}
+            options = {"window": config.window, "document": view.document, "q_index": view.places}
             out = attention(view.queries(q), key, key, scale=self.scale, sinks=sinks, **options)
             return self._write(view.restore(out), table)
         made = sequence.compression(config.compression, config.compression)

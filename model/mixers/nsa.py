@@ -189,7 +189,7 @@ class Nsa(Mixer):
         self, q: Tensor, keys: list[Tensor], values: list[Tensor], sequence: Sequence
     ) -> tuple[Tensor, Tensor, Tensor]:
         config, scale, view = self.config, self.config.key_dim**-0.5, sequence.view()
-        options = {"position": view.position, "places": view.places, "scale": scale}
+        options = {"position": view.position, "q_index": view.places, "scale": scale}
         made = sequence.compression(config.entry_length, config.entry_stride)
         blocks = document_windows(view.position, config.block, config.block)
         windows: dict[str, Any] = {"entries": made.whole, "blocks": blocks}
@@ -209,7 +209,7 @@ class Nsa(Mixer):
         k, v = view.keys(keys[1]), view.keys(values[1])
         chosen, _ = block_attention(q, k, v, selected, block=config.block, **options)
         view = sequence.view(config.window - 1)
-        options = {"window": config.window, "document": view.document, "places": view.places}
+        options = {"window": config.window, "document": view.document, "q_index": view.places}
         q, k, v = view.queries(q), view.keys(keys[2]), view.keys(values[2])
         return compressed, chosen, view.restore(attention(q, k, v, scale=scale, **options))
 

@@ -128,11 +128,11 @@ class Ssa(Mixer):
 
     def _full(self, q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
         scale, document, places = self.config.head_dim**-0.5, view.document, view.places
-        return attention(q, k, v, scale=scale, document=document, places=places)
+        return attention(q, k, v, scale=scale, document=document, q_index=places)
 
     def _sparse(self, q: Tensor, k: Tensor, v: Tensor, view: View) -> Tensor:
         config = self.config
-        options = {"position": view.position, "places": view.places, "scale": config.head_dim**-0.5}
+        options = {"position": view.position, "q_index": view.places, "scale": config.head_dim**-0.5}
         blocks = document_windows(view.position, config.block, config.block)
         selected = select_with_peers(
             q,
