@@ -1,4 +1,4 @@
-"""The loss that teaches an indexer to find the keys that attention would have looked at."""
+"""The loss that trains an indexer to score keys or blocks as attention weighs them."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -8,10 +8,11 @@ from torch import Tensor
 def selection_loss(
     scores: Float[Tensor, "*Q n"], mass: Float[Tensor, "*Q n"], is_seen: Bool[Tensor, "*Q n"]
 ) -> Float[Tensor, ""]:
-    """KL(mass / its sum || softmax(scores)), in nats, over what each query sees, summed over queries.
+    """KL(mass / sum(mass) || softmax(scores)) over the n candidates that each query sees, in nats, summed.
 
-    mass is the attention that fell on each candidate; it gets no gradient. A query that sees nothing, or
-    whose attention fell elsewhere, adds zero. In float32 at least.
+    mass: attention probability of each candidate, >= 0, without gradient. A query that sees no candidate, or
+    whose candidates have no mass, adds zero. In float32 at least.
+    DeepSeek-V3.2, arXiv 2512.02556, equation 4.
     """
     dtype = torch.promote_types(scores.dtype, torch.float32)
     target = mass.detach().to(dtype).masked_fill(~is_seen, 0.0)

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from kernels.compressed_attention import Choice, entry_importance, select_by_entries
 from kernels.document_windows import Windows
-from kernels.places import at_places, queries_at_once, query_tokens
+from kernels.query_index import at_queries, q_index_or_arange, queries_per_chunk
 from model.sequence_sharding import AttentionView
 from model.tensor_shards import HeadShards
 
-# Numbers of attention to blocks that a slab of queries may hold: bounds memory, not the result.
-SLAB = 1 << 24
+# Numbers of attention to blocks that a chunk of queries may hold: bounds memory, not the result.
+CHUNK_ELEMENTS = 1 << 24
 
 
 @torch.no_grad()
@@ -42,15 +42,15 @@ def select_across_shards(
         "scale": scale,
     }
     if head_shards.kv_replicas == 1:
-        return select_by_entries(q, k, **options, **choice, places=view.places)
+        return select_by_entries(q, k, **options, **choice, q_index=view.q_index)
     rows, tokens = q.shape[:2]
-    token = query_tokens(view.places, tokens, q).expand(rows, -1)
-    position = at_places(view.position, view.places)
-    size = queries_at_once(q, rows * k.shape[2] * blocks.start.shape[1], SLAB)
+    token = q_index_or_arange(view.q_index, tokens, q).expand(rows, -1)
+    position = at_queries(view.position, view.q_index)
+    size = queries_per_chunk(q, rows * k.shape[2] * blocks.start.shape[1], CHUNK_ELEMENTS)
     chosen = []
     for start in range(0, tokens, size):
         own = slice(start, start + size)
-        scores = entry_importance(q[:, own], k, **options, places=token[:, own])
+        scores = entry_importance(q[:, own], k, **options, q_index=token[:, own])
         scores = head_shards.sum_kv_replicas(scores)
         chosen.append(blocks.choose(scores, position[:, own], token[:, own], **choice))
     return torch.cat(chosen, dim=1)

@@ -23,14 +23,14 @@ class AttentionView:
     """Queries beside the keys that they may reach, as rows that a kernel takes.
 
     Of [B T ...] tensors of this rank, `queries` makes [X Q ...], `keys` makes [X S ...], and `restore` makes
-    [B T ...] of a kernel's [X Q ...]. position and document are those of the keys; places are where the
+    [B T ...] of a kernel's [X Q ...]. position and document are those of the keys; q_index says where the
     queries stand among the keys, ascending in each chunk, None where queries and keys are the same tokens.
     All three functions carry gradients.
     """
 
     position: Int[Tensor, "X S"]
     document: Int[Tensor, "X S"] | None
-    places: Int[Tensor, "X Q"] | None
+    q_index: Int[Tensor, "X Q"] | None
     queries: Callable[[Tensor], Tensor]
     keys: Callable[[Tensor], Tensor]
     restore: Callable[[Tensor], Tensor]

@@ -67,8 +67,8 @@ def run_world(
         try:
             for rank in range(size):
                 reader, writer = context.Pipe(duplex=False)
-                place = (rank, size, timeout if initialise else None)
-                process = context.Process(target=_run_rank, args=(place, folder, writer, job))
+                rank_of_world = (rank, size, timeout if initialise else None)
+                process = context.Process(target=_run_rank, args=(rank_of_world, folder, writer, job))
                 process.start()
                 writer.close()
                 processes.append(process)
@@ -136,8 +136,10 @@ def _end(processes: list[BaseProcess]) -> None:
         process.close()
 
 
-def _run_rank(place: tuple[int, int, float | None], folder: Path, writer: Connection, job: bytes) -> None:
-    rank, size, group_timeout = place
+def _run_rank(
+    rank_of_world: tuple[int, int, float | None], folder: Path, writer: Connection, job: bytes
+) -> None:
+    rank, size, group_timeout = rank_of_world
     os.setsid()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     stack = (folder / f"stack-{rank}").open("w")

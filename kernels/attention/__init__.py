@@ -1,4 +1,4 @@
-"""Causal softmax attention with grouped heads, windows, blocks, sinks, a soft cap and packed documents."""
+"""Causal softmax attention with grouped heads, sliding windows, sinks, a logit cap and packed documents."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from torch import Tensor
 from kernels.arguments import checked, require, require_order
 from kernels.attention.reference import Pattern, attention_blocked, attention_fused
 from kernels.choose import takes_triton
-from kernels.places import require_places
+from kernels.query_index import require_q_index
 
-# Up to so many tokens one mask over all pairs of a row costs less than going block by block.
+# Up to so many tokens one mask over all pairs of a row costs less than one chunk of queries at a time.
 MASKED_TOKENS = 2048
 
 
@@ -28,22 +28,27 @@ def attention(
     logit_cap: float | None = None,
     document: Int[Tensor, "B S"] | None = None,
     position: Int[Tensor, "B S"] | None = None,
-    places: Int[Tensor, "B T"] | None = None,
+    q_index: Int[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, "B T H V"]:
-    """Causal attention: each query over the keys before it, itself included, of its own document.
+    """Softmax attention of each query over the keys of its own document up to itself, softmax(scale q k) v.
 
-    Query head h reads key head h // (H / G). Scores are scale q k, then logit_cap tanh(score / logit_cap).
-    window: keys that a query sees, itself included. block: the window is counted in whole blocks of this many
-    tokens from the start of the document, the query's own block among them. first: so many tokens at the
-    start of its document every query sees as well. sinks: one more score per head, without a value.
-    document numbers the documents of a row in order, position the tokens in each. places: where the queries
-    stand among the keys, rising along a row; None is T = S, all tokens in order. A row of keys may begin
-    inside a document where no query reaches further; with `first` it holds each document's start. Work is
-    O(T min(S, window) (K + V)) per head.
+    Query head h reads key head h // (H / G), as in grouped-query attention (arXiv 2305.13245). logit_cap c
+    turns a score s into c tanh(s / c) (Gemma 2, arXiv 2408.00118). sinks: a logit per head that takes part in
+    the softmax and has no value (gpt-oss, arXiv 2508.10925).
 
-    Raises ValueError for an argument of the wrong shape, dtype, device or range.
+    window: how many keys a query sees, itself included. block: the window consists of whole blocks of so many
+    tokens, counted from the start of the document, the last of which holds the query. first: how many tokens
+    at the start of its document a query sees besides.
+
+    document: number of each token's document, never falling along a row; position: that of each token in its
+    document. q_index: index of each query in its row of keys, rising along the row; None where queries and
+    keys are the same T = S tokens. A row of keys may begin inside a document if no query reaches further
+    back; with `first` it must hold the start of each document.
+
+    Work is O(T min(S, window) (K + V)) per head. Raises ValueError for an argument of the wrong shape, dtype,
+    device or range.
     """
-    options = {"sinks": sinks, "logit_cap": logit_cap, "places": places}
+    options = {"sinks": sinks, "logit_cap": logit_cap, "q_index": q_index}
     options |= {"document": document, "position": position}
     return _attention(q, k, v, scale, Pattern(window, block, first), options, needs_lse=False)[0]
 
@@ -62,10 +67,10 @@ def attention_with_lse(
     logit_cap: float | None = None,
     document: Int[Tensor, "B S"] | None = None,
     position: Int[Tensor, "B S"] | None = None,
-    places: Int[Tensor, "B T"] | None = None,
+    q_index: Int[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T H"]]:
-    """`attention`, and the log-sum-exp of each query's scores, its sink included, in float32 at least."""
-    options = {"sinks": sinks, "logit_cap": logit_cap, "places": places}
+    """`attention`, and the log-sum-exp of each query's scores and sink, in float32 at least."""
+    options = {"sinks": sinks, "logit_cap": logit_cap, "q_index": q_index}
     options |= {"document": document, "position": position}
     out, lse = _attention(q, k, v, scale, Pattern(window, block, first), options, needs_lse=True)
     assert lse is not None
@@ -83,11 +88,11 @@ def _attention(
     needs_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     tokens, heads, key_dim = q.shape[1:]
-    document, position, places = options["document"], options["position"], options["places"]
+    document, position, q_index = options["document"], options["position"], options["q_index"]
     sinks, logit_cap = options["sinks"], options["logit_cap"]
     require(tokens > 0, "q", "at least one token", tuple(q.shape))
     require_order("document", document)
-    require_places(places, tokens, k.shape[1])
+    require_q_index(q_index, tokens, k.shape[1])
     require(heads % k.shape[2] == 0, "q", f"a multiple of {k.shape[2]} heads", heads)
     require(q.dtype == k.dtype == v.dtype, "k, v", f"dtype {q.dtype}, as q", (k.dtype, v.dtype))
     window, block, first = pattern
@@ -104,7 +109,7 @@ def _attention(
 
         return attention_triton(q, k, v, scale=scale, pattern=pattern, **options)
     is_plain = not (is_local or needs_lse) and sinks is None and logit_cap is None and v.shape[3] == key_dim
-    is_plain = is_plain and places is None
+    is_plain = is_plain and q_index is None
     is_masked = window is not None or document is not None
     if is_plain and (not is_masked or tokens <= min(MASKED_TOKENS, 4 * (window or tokens))):
         return attention_fused(q, k, v, scale=scale, pattern=pattern, document=document), None

@@ -1,7 +1,7 @@
-"""Softmax attention in plain torch: the direct form, torch's fused form, and the form in blocks of queries.
+"""Softmax attention in plain torch: with all scores in memory, torch's fused form, and by chunks of queries.
 
-Letters: B rows, T queries, S keys, M keys of a block of queries, H query heads, G key heads, K key dim, V
-value dim, W window, N = B G.
+Letters: B rows, T queries, S keys, M keys of a chunk of queries, H query heads, G key heads, K key dim, V
+value dim, D either of them, N = B G, F first tokens of a document.
 """
 
 from typing import Any, NamedTuple, cast
@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kernels.places import Span, at_places, query_tokens, spans
+from kernels.query_index import QueryChunk, at_queries, q_index_or_arange, query_chunks
 
-# Queries of a block: its scores with all their keys are in memory at once.
+# Queries of a chunk, whose scores with all of their keys are in memory at once.
 QUERIES = 128
 
 
@@ -25,29 +25,32 @@ class Pattern(NamedTuple):
     first: int = 0
 
     def sees(
-        self, query: Int[Tensor, "#R T 1"], key: Int[Tensor, "#R 1 S"], base: Int[Tensor, "#R #T 1"] | int
+        self,
+        query: Int[Tensor, "#R T 1"],
+        key: Int[Tensor, "#R 1 S"],
+        doc_start: Int[Tensor, "#R #T 1"] | int,
     ) -> Bool[Tensor, "... T S"]:
-        """By places in the row; `base` is where the query's document starts, wherever that matters."""
+        """By index in the row; doc_start: that of the first token of the query's document."""
         visible = key <= query
         if self.window is None:
             return visible
         if self.block == 1:
-            near = query - key < self.window
+            in_window = query - key < self.window
         else:
-            # Floor division, so that keys before the document are far; another mask takes those.
-            query_block = torch.div(query - base, self.block, rounding_mode="floor")
-            key_block = torch.div(key - base, self.block, rounding_mode="floor")
-            near = query_block - key_block < self.window // self.block
-        return visible & (near | (key - base < self.first) if self.first else near)
+            # Floor division also of keys before the document, which another mask hides.
+            query_block = torch.div(query - doc_start, self.block, rounding_mode="floor")
+            key_block = torch.div(key - doc_start, self.block, rounding_mode="floor")
+            in_window = query_block - key_block < self.window // self.block
+        return visible & (in_window | (key - doc_start < self.first) if self.first else in_window)
 
 
 FULL = Pattern()
 
 
-def _bases(
+def _document_starts(
     pattern: Pattern, position: Tensor | None, keys: int, device: torch.device
 ) -> Int[Tensor, "R S"] | None:
-    # Where each token's document starts in the row; None where the pattern does not ask.
+    # Index in the row at which each token's document starts; None where the pattern does not ask for it.
     if pattern.window is None or (pattern.block == 1 and pattern.first == 0):
         return None
     if position is None:
@@ -62,20 +65,20 @@ def visible_keys(
     pattern: Pattern,
     document: Int[Tensor, "B S"] | None,
     position: Int[Tensor, "B S"] | None,
-    places: Int[Tensor, "B T"] | None = None,
+    q_index: Int[Tensor, "B T"] | None = None,
 ) -> Bool[Tensor, "R T S"]:
     """Which of S = keys each query sees. R is 1 when the rows share one mask, else B."""
-    ids, bases = torch.arange(keys, device=q.device), _bases(pattern, position, keys, q.device)
-    query = query_tokens(places, q.shape[1], q)[..., None]
-    base = 0 if bases is None else _of_queries(bases, places)[..., None]
-    visible = pattern.sees(query, ids[None, None], base)
+    ids, doc_starts = torch.arange(keys, device=q.device), _document_starts(pattern, position, keys, q.device)
+    query = q_index_or_arange(q_index, q.shape[1], q)[..., None]
+    doc_start = 0 if doc_starts is None else _starts_at_queries(doc_starts, q_index)[..., None]
+    visible = pattern.sees(query, ids[None, None], doc_start)
     if document is not None:
-        visible = visible & (at_places(document, places)[:, :, None] == document[:, None, :])
+        visible = visible & (at_queries(document, q_index)[:, :, None] == document[:, None, :])
     return visible
 
 
-def _of_queries(bases: Tensor, places: Tensor | None) -> Tensor:
-    return bases if places is None else at_places(bases.expand(places.shape[0], -1), places)
+def _starts_at_queries(doc_starts: Tensor, q_index: Tensor | None) -> Tensor:
+    return doc_starts if q_index is None else at_queries(doc_starts.expand(q_index.shape[0], -1), q_index)
 
 
 def attention_direct(
@@ -89,13 +92,13 @@ def attention_direct(
     logit_cap: float | None = None,
     document: Int[Tensor, "B S"] | None = None,
     position: Int[Tensor, "B S"] | None = None,
-    places: Int[Tensor, "B T"] | None = None,
+    q_index: Int[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T H"]]:
     """Outputs and log-sum-exp with the scores of all pairs in memory, in the caller's dtype."""
     repeat = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(repeat, dim=2) for x in (k, v))
     visible = visible_keys(
-        q, k.shape[1], pattern=pattern, document=document, position=position, places=places
+        q, k.shape[1], pattern=pattern, document=document, position=position, q_index=q_index
     )
     scores = torch.einsum("bthk,bshk->bhts", q, k) * scale
     if logit_cap is not None:
@@ -141,32 +144,32 @@ def attention_blocked(
     logit_cap: float | None = None,
     document: Int[Tensor, "B S"] | None = None,
     position: Int[Tensor, "B S"] | None = None,
-    places: Int[Tensor, "B T"] | None = None,
+    q_index: Int[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T H"]]:
     """Outputs and log-sum-exp, QUERIES queries at a time; scores are computed again for backward.
 
-    Computes in float32 at least; outputs take v's dtype. A block of queries reads the keys from the first in
-    its window on, and the first tokens of one document: any other document that it reaches into starts among
-    those keys.
+    Computes in float32 at least; outputs take v's dtype. A chunk of queries reads the keys from the start of
+    its first query's window on, and the first tokens of that query's document: every other document that the
+    chunk reaches into starts within the keys read.
     """
     rows, tokens = q.shape[:2]
-    bases = _bases(pattern, position, k.shape[1], q.device)
-    parts = spans(places, tokens, QUERIES)
-    spec = _Spec(rows, k.shape[2], scale, pattern, logit_cap, document, bases, places, parts, q.device)
+    doc_starts = _document_starts(pattern, position, k.shape[1], q.device)
+    chunks = query_chunks(q_index, tokens, QUERIES)
+    spec = _Spec(rows, k.shape[2], scale, pattern, logit_cap, document, doc_starts, q_index, chunks, q.device)
     out, lse = cast(tuple[Tensor, Tensor], BlockedAttention.apply(q, k, v, sinks, spec))
     return out, lse
 
 
-class _Keys(NamedTuple):
-    """The keys of a block: `early` [N F] into N S for the first tokens, and [start, stop) of the row."""
+class _KeyRange(NamedTuple):
+    """The keys of a chunk of queries: `early`, indices [N F] into N S, then [start, stop) of each row."""
 
     early: Tensor | None
     start: int
     stop: int
 
     def take(self, x: Float[Tensor, "N S D"]) -> Float[Tensor, "N M D"]:
-        near = x[:, self.start : self.stop]
-        return near if self.early is None else torch.cat([x.flatten(0, 1)[self.early], near], dim=1)
+        in_range = x[:, self.start : self.stop]
+        return in_range if self.early is None else torch.cat([x.flatten(0, 1)[self.early], in_range], dim=1)
 
     def add(self, into: Float[Tensor, "N S D"], grad: Float[Tensor, "N M D"]) -> None:
         count = 0
@@ -185,46 +188,48 @@ class _Spec(NamedTuple):
     pattern: Pattern
     logit_cap: float | None
     document: Tensor | None
-    bases: Tensor | None
-    places: Tensor | None
-    spans: list[Span]
+    doc_starts: Tensor | None
+    q_index: Tensor | None
+    chunks: list[QueryChunk]
     device: torch.device
 
-    def keys(self, span: Span, tokens: int) -> tuple[_Keys, Tensor]:
-        """The keys of the queries of a span, and which each sees, [R T M]; `tokens` are those of the row."""
+    def keys(self, chunk: QueryChunk, tokens: int) -> tuple[_KeyRange, Tensor]:
+        """The keys of a chunk of queries, and which each query sees, [R T M]; `tokens`: length of the row."""
         window, _, first = self.pattern
-        low = 0 if window is None else max(0, span.low - window + 1)
-        keys, index = torch.arange(low, span.high, device=self.device)[None], None
-        if self.places is None:
-            query = torch.arange(span.start, span.stop, device=self.device)[None]
+        low = 0 if window is None else max(0, chunk.key_start - window + 1)
+        keys, index = torch.arange(low, chunk.key_stop, device=self.device)[None], None
+        if self.q_index is None:
+            query = torch.arange(chunk.start, chunk.stop, device=self.device)[None]
         else:
-            query = self.places[:, span.start : span.stop].long()
-        base = None if self.bases is None else self._of_queries(self.bases, span)
+            query = self.q_index[:, chunk.start : chunk.stop].long()
+        doc_start = None if self.doc_starts is None else self._at_chunk(self.doc_starts, chunk)
         count = min(first, low)
         if count:
-            assert base is not None
-            early = base[:, :1] + torch.arange(count, device=self.device)
-            # From low on a key is among the near ones already.
+            assert doc_start is not None
+            early = doc_start[:, :1] + torch.arange(count, device=self.device)
+            # From `low` on keys are read as part of the window.
             early_keys = torch.where(early < low, early, tokens)
             row = torch.arange(self.rows, device=self.device)[:, None] * self.key_heads
             head = torch.arange(self.key_heads, device=self.device)
-            lines = (row + head).flatten()[:, None] * tokens
+            row_offsets = (row + head).flatten()[:, None] * tokens
             chosen = early.clamp(max=low).expand(self.rows, -1).repeat_interleave(self.key_heads, dim=0)
-            index = lines + chosen
+            index = row_offsets + chosen
             keys = torch.cat([early_keys, keys.expand(early.shape[0], -1)], dim=1)
-        visible = self.pattern.sees(query[..., None], keys[:, None], 0 if base is None else base[..., None])
+        visible = self.pattern.sees(
+            query[..., None], keys[:, None], 0 if doc_start is None else doc_start[..., None]
+        )
         if self.document is not None:
             seen = self.document.gather(1, keys.clamp(max=tokens - 1).expand(self.rows, -1))
-            visible = visible & (self._of_queries(self.document, span)[..., None] == seen[:, None])
-        return _Keys(index, low, span.high), visible
+            visible = visible & (self._at_chunk(self.document, chunk)[..., None] == seen[:, None])
+        return _KeyRange(index, low, chunk.key_stop), visible
 
-    def _of_queries(self, x: Tensor, span: Span) -> Tensor:
-        if self.places is None:
-            return x[:, span.start : span.stop]
-        return at_places(x.expand(self.rows, -1), self.places[:, span.start : span.stop])
+    def _at_chunk(self, x: Tensor, chunk: QueryChunk) -> Tensor:
+        if self.q_index is None:
+            return x[:, chunk.start : chunk.stop]
+        return at_queries(x.expand(self.rows, -1), self.q_index[:, chunk.start : chunk.stop])
 
     def scores(self, q: Tensor, k: Tensor, visible: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Masked scores [N, T H/G, M], and the slope of the cap at each."""
+        """Masked scores [N, T H/G, M], and the derivative of the cap at each."""
         scores, slope = torch.bmm(q, k.mT.contiguous()).mul_(self.scale), None
         if self.logit_cap is not None:
             scores = scores.div_(self.logit_cap).tanh_()
@@ -243,30 +248,32 @@ class BlockedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, spec: _Spec
     ) -> tuple[Tensor, Tensor]:
-        """One block of queries after the other."""
+        """FlashAttention-2's row statistics, a chunk of queries at a time with all of its keys."""
         dtype = torch.promote_types(q.dtype, torch.float32)
         tokens, heads, key_heads = k.shape[1], q.shape[2], k.shape[2]
-        queries, keys, values = (_lines(x, key_heads, dtype) for x in (q, k, v))
+        queries, keys, values = (_per_key_head(x, key_heads, dtype) for x in (q, k, v))
         out = values.new_empty(*queries.shape[:3], values.shape[-1])
         lse = values.new_empty(queries.shape[:3])
-        extra = None if sinks is None else _per_line(sinks.to(dtype), spec.rows, key_heads)
-        for span in spec.spans:
-            start, stop = span.start, span.stop
-            place, visible = spec.keys(span, tokens)
-            scores, _ = spec.scores(queries[:, start:stop].flatten(1, 2), place.take(keys[:, :, 0]), visible)
-            top = scores.amax(-1, keepdim=True)
-            extras = None if extra is None else extra.repeat(1, stop - start)[..., None]
-            if extras is not None:
-                top = torch.maximum(top, extras)
-            weights = scores.sub_(top).exp_()
-            total = weights.sum(-1, keepdim=True)
-            if extras is not None:
-                total = total + (extras - top).exp()
-            mixed = torch.bmm(weights, place.take(values[:, :, 0])).div_(total)
-            out[:, start:stop] = mixed.view_as(out[:, start:stop])
-            lse[:, start:stop] = (top + total.log()).view_as(lse[:, start:stop])
-        out = _unlines(out, spec.rows, heads)
-        lse = _unlines(lse[..., None], spec.rows, heads)[..., 0]
+        row_sinks = None if sinks is None else _sinks_per_key_head(sinks.to(dtype), spec.rows, key_heads)
+        for chunk in spec.chunks:
+            start, stop = chunk.start, chunk.stop
+            key_range, visible = spec.keys(chunk, tokens)
+            scores, _ = spec.scores(
+                queries[:, start:stop].flatten(1, 2), key_range.take(keys[:, :, 0]), visible
+            )
+            m_i = scores.amax(-1, keepdim=True)
+            sink = None if row_sinks is None else row_sinks.repeat(1, stop - start)[..., None]
+            if sink is not None:
+                m_i = torch.maximum(m_i, sink)
+            p = scores.sub_(m_i).exp_()
+            l_i = p.sum(-1, keepdim=True)
+            if sink is not None:
+                l_i = l_i + (sink - m_i).exp()
+            o = torch.bmm(p, key_range.take(values[:, :, 0])).div_(l_i)
+            out[:, start:stop] = o.view_as(out[:, start:stop])
+            lse[:, start:stop] = (m_i + l_i.log()).view_as(lse[:, start:stop])
+        out = _from_key_heads(out, spec.rows, heads)
+        lse = _from_key_heads(lse[..., None], spec.rows, heads)[..., 0]
         result = out.to(v.dtype)
         ctx.save_for_backward(q, k, v, sinks, out, lse)
         ctx.spec = spec
@@ -278,51 +285,51 @@ class BlockedAttention(torch.autograd.Function):
         """Gradients of q, k, v and sinks."""
         q, k, v, sinks, out, lse = ctx.saved_tensors
         spec, dtype, key_heads = ctx.spec, lse.dtype, k.shape[2]
-        grad_out = torch.zeros_like(out) if grads[0] is None else grads[0].to(dtype)
-        # A score gets p (dp - pull): the mean of dp under p, less what the log-sum-exp gets itself.
-        pull = (grad_out * out).sum(-1)
+        do = torch.zeros_like(out) if grads[0] is None else grads[0].to(dtype)
+        # ds = p (dp - delta); the gradient of the log-sum-exp enters through delta, too.
+        delta = (do * out).sum(-1)
         if grads[1] is not None:
-            pull = pull - grads[1]
-        grad_sinks = None
+            delta = delta - grads[1]
+        dsinks = None
         if sinks is not None:
-            grad_sinks = -((sinks.to(dtype) - lse).exp() * pull).sum((0, 1)).to(sinks.dtype)
-        queries, keys, values, grad_out = (_lines(x, key_heads, dtype) for x in (q, k, v, grad_out))
-        pull, lse = (_lines(x[..., None], key_heads, dtype) for x in (pull, lse))
-        grad_q, grad_k = torch.empty_like(queries), torch.zeros_like(keys[:, :, 0])
-        grad_v = torch.zeros_like(values[:, :, 0])
+            dsinks = -((sinks.to(dtype) - lse).exp() * delta).sum((0, 1)).to(sinks.dtype)
+        queries, keys, values, do = (_per_key_head(x, key_heads, dtype) for x in (q, k, v, do))
+        delta, lse = (_per_key_head(x[..., None], key_heads, dtype) for x in (delta, lse))
+        dq, dk = torch.empty_like(queries), torch.zeros_like(keys[:, :, 0])
+        dv = torch.zeros_like(values[:, :, 0])
         tokens = k.shape[1]
-        for span in spec.spans:
-            start, stop = span.start, span.stop
-            place, visible = spec.keys(span, tokens)
-            block_q, block_grad, block_pull, block_lse = (
-                x[:, start:stop].flatten(1, 2) for x in (queries, grad_out, pull, lse)
+        for chunk in spec.chunks:
+            start, stop = chunk.start, chunk.stop
+            key_range, visible = spec.keys(chunk, tokens)
+            block_q, block_do, block_delta, block_lse = (
+                x[:, start:stop].flatten(1, 2) for x in (queries, do, delta, lse)
             )
-            block_k = place.take(keys[:, :, 0])
+            block_k = key_range.take(keys[:, :, 0])
             scores, slope = spec.scores(block_q, block_k, visible)
-            weights = scores.sub_(block_lse).exp_()
-            place.add(grad_v, torch.bmm(weights.mT, block_grad))
-            grad_scores = torch.bmm(block_grad, place.take(values[:, :, 0]).mT.contiguous())
-            grad_scores = grad_scores.sub_(block_pull).mul_(weights).mul_(spec.scale)
+            p = scores.sub_(block_lse).exp_()
+            key_range.add(dv, torch.bmm(p.mT, block_do))
+            ds = torch.bmm(block_do, key_range.take(values[:, :, 0]).mT.contiguous())
+            ds = ds.sub_(block_delta).mul_(p).mul_(spec.scale)
             if slope is not None:
-                grad_scores.mul_(slope)
-            grad_q[:, start:stop] = torch.bmm(grad_scores, block_k).view_as(grad_q[:, start:stop])
-            place.add(grad_k, torch.bmm(grad_scores.mT, block_q))
-        grad_q = _unlines(grad_q, spec.rows, q.shape[2]).to(q.dtype)
-        grad_k, grad_v = (_unlines(x[:, :, None], spec.rows, key_heads).to(k.dtype) for x in (grad_k, grad_v))
-        return grad_q, grad_k, grad_v, grad_sinks, None
+                ds.mul_(slope)
+            dq[:, start:stop] = torch.bmm(ds, block_k).view_as(dq[:, start:stop])
+            key_range.add(dk, torch.bmm(ds.mT, block_q))
+        dq = _from_key_heads(dq, spec.rows, q.shape[2]).to(q.dtype)
+        dk, dv = (_from_key_heads(x[:, :, None], spec.rows, key_heads).to(k.dtype) for x in (dk, dv))
+        return dq, dk, dv, dsinks, None
 
 
-def _lines(x: Tensor, key_heads: int, dtype: torch.dtype) -> Tensor:
-    # [B T H D] -> [N T H/G D]: the query heads of a key head stand together, so that they are one product.
+def _per_key_head(x: Tensor, key_heads: int, dtype: torch.dtype) -> Tensor:
+    # [B T H D] -> [N T H/G D]: the query heads of a key head together, as one matrix.
     x = x.to(dtype).unflatten(2, (key_heads, -1)).transpose(1, 2)
     return x.contiguous().flatten(0, 1)
 
 
-def _unlines(x: Tensor, rows: int, heads: int) -> Tensor:
-    # The inverse of _lines: [N T H/G D] -> [B T H D].
+def _from_key_heads(x: Tensor, rows: int, heads: int) -> Tensor:
+    # The inverse of _per_key_head: [N T H/G D] -> [B T H D].
     return x.unflatten(0, (rows, -1)).transpose(1, 2).flatten(2, 3).contiguous()
 
 
-def _per_line(x: Tensor, rows: int, key_heads: int) -> Tensor:
+def _sinks_per_key_head(x: Tensor, rows: int, key_heads: int) -> Tensor:
     # [H] -> [N H/G].
     return x.view(key_heads, -1).repeat(rows, 1)

@@ -81,9 +81,9 @@ def _plain(heads: int, key_heads: int, key_dim: int, value_dim: int) -> Callable
 
 
 BASE = Shape(2, 70, 4, 2, 16, 16, None)
-# A sum of 64 rows and 256 columns takes half of the registers; operands of 512 columns have many places.
+# A sum of 64 rows and 256 columns takes half of the registers; operands of 512 columns have many addresses.
 KNOWN_SPILLS = {
-    "attention_backward_queries": "50 reloads for the 66 products of a tile: places of operands, addresses",
+    "attention_backward_queries": "50 reloads for the 66 products of a tile: addresses of operands",
     "attention_backward_keys": "reloads outside its loops, and a few for the 68 products of a tile",
 }
 SPECS = (

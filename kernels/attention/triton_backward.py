@@ -1,8 +1,14 @@
-"""Gradients of softmax attention over intervals of keys in Triton; letters as in the forward kernel.
+"""FlashAttention-2 backward (arXiv 2307.08691, algorithm 2) in Triton: delta, and the gradients of queries.
 
-With weights p, incoming gradients g and dp = g v: a score gets ds = p (dp - delta), where delta is g out less
-the gradient of the log-sum-exp. One kernel goes over keys for the gradients of queries, one over rows for
-those of keys and values; both compute the scores again and neither adds to memory that others write.
+Names follow the algorithm; sizes and flags are those of the forward kernel.
+
+    delta        rowsum(do o), less the gradient of the log-sum-exp: line 4
+    p            exp(s - lse), computed again from q and k: lines 10 and 11
+    dp, ds       do v^T and p (dp - delta): lines 13 and 14
+    dq           sum of ds k, times the scale: line 15
+
+The algorithm adds to dq from every tile of keys. Here one kernel goes over keys for dq, and another one over
+rows for dk and dv (`triton_backward_keys`), so that no two programs write the same memory.
 """
 
 # A kernel called by a kernel does return; its type says otherwise.
@@ -13,14 +19,14 @@ import triton.language as tl
 
 from kernels.attention.triton_forward import (
     LOG2E,
-    attention_again,
     attention_capped,
+    attention_columns,
+    attention_full_tiles,
     attention_interval,
+    attention_opaque,
     attention_product,
     attention_rows,
-    attention_starts,
     attention_store,
-    attention_stretches,
     attention_tile,
     attention_tokens,
 )
@@ -29,61 +35,59 @@ from kernels.attention.triton_forward import (
 @triton.jit
 def attention_backward_rows(
     out,
-    grad,
+    do,
     lse,
-    grad_lse,
-    scaled,
+    dlse,
+    lse2,
     delta,
-    grad_at,
+    do_strides,
     tokens,
     length,
     REPEAT: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     V0: tl.constexpr,
     V1: tl.constexpr,
-    HAS_GRAD: tl.constexpr,
-    HAS_GRAD_LSE: tl.constexpr,
+    HAS_DO: tl.constexpr,
+    HAS_DLSE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """For ROWS of the `length` rows of a key head: delta, and the log-sum-exp for powers of two.
+    """Of ROWS of the `length` rows of a key head: delta, and in lse2 the log-sum-exp in base 2.
 
-    The latter is infinite for a row that sees no key and for rows past the last: all weights are zero there.
+    lse2 is infinite for a row that sees no key and for rows past the last, so that their p is zero.
     """
-    group, line = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    group, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     groups = tl.num_programs(1)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = row < tokens * REPEAT
     token = tl.minimum(row // REPEAT, tokens - 1).to(tl.int64)
     head = group * REPEAT + row % REPEAT
-    index = (line * tokens + token) * (groups * REPEAT) + head
-    found = tl.zeros([ROWS], tl.float32)
-    if HAS_GRAD:
-        place = grad + line * grad_at[0] + token * grad_at[1] + head * grad_at[2]
-        mixed = attention_tile(out + index * VALUE_DIM, 0, V0, VALUE_DIM, V0 + V1 > VALUE_DIM).to(tl.float32)
-        found += tl.sum(
-            mixed * attention_tile(place, 0, V0, VALUE_DIM, V0 + V1 > VALUE_DIM).to(tl.float32), axis=1
+    index = (batch * tokens + token) * (groups * REPEAT) + head
+    delta_i = tl.zeros([ROWS], tl.float32)
+    if HAS_DO:
+        do_ptrs = do + batch * do_strides[0] + token * do_strides[1] + head * do_strides[2]
+        o = attention_tile(out + index * VALUE_DIM, 0, V0, VALUE_DIM, V0 + V1 > VALUE_DIM).to(tl.float32)
+        delta_i += tl.sum(
+            o * attention_tile(do_ptrs, 0, V0, VALUE_DIM, V0 + V1 > VALUE_DIM).to(tl.float32), axis=1
         )
         if V1 > 0:
-            mixed = attention_tile(out + index * VALUE_DIM, V0, V1, VALUE_DIM, V0 + V1 > VALUE_DIM).to(
-                tl.float32
-            )
-            pull = attention_tile(place, V0, V1, VALUE_DIM, V0 + V1 > VALUE_DIM).to(tl.float32)
-            found += tl.sum(mixed * pull, axis=1)
-    if HAS_GRAD_LSE:
-        found -= tl.load(grad_lse + index)
-    wide = tl.load(lse + index)
-    wide = tl.where(is_row & (wide > float("-inf")), wide * LOG2E, float("inf"))
-    place = (line * groups + group) * length + row
-    tl.store(scaled + place, wide, mask=row < length)
-    tl.store(delta + place, found, mask=row < length)
+            o = attention_tile(out + index * VALUE_DIM, V0, V1, VALUE_DIM, V0 + V1 > VALUE_DIM).to(tl.float32)
+            do1 = attention_tile(do_ptrs, V0, V1, VALUE_DIM, V0 + V1 > VALUE_DIM).to(tl.float32)
+            delta_i += tl.sum(o * do1, axis=1)
+    if HAS_DLSE:
+        delta_i -= tl.load(dlse + index)
+    lse_i = tl.load(lse + index)
+    lse_i = tl.where(is_row & (lse_i > float("-inf")), lse_i * LOG2E, float("inf"))
+    offs = (batch * groups + group) * length + row
+    tl.store(lse2 + offs, lse_i, mask=row < length)
+    tl.store(delta + offs, delta_i, mask=row < length)
 
 
 @triton.jit
 def attention_backward_query_tiles(
     q0,
     q1,
-    g0,
-    g1,
+    do0,
+    do1,
     k,
     v,
     k_token,
@@ -93,74 +97,74 @@ def attention_backward_query_tiles(
     stop,
     low,
     high,
-    lse,
-    delta,
-    acc0,
-    acc1,
+    lse_i,
+    delta_i,
+    dq0,
+    dq1,
     factor,
-    inner,
+    cap_factor,
     cap,
-    own,
-    other,
+    col0,
+    col1,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     K0: tl.constexpr,
     K1: tl.constexpr,
     V0: tl.constexpr,
     V1: tl.constexpr,
-    HALVES: tl.constexpr,
+    DIM_SPLITS: tl.constexpr,
     LOW: tl.constexpr,
-    SAME: tl.constexpr,
-    CAPPED: tl.constexpr,
-    MASKED: tl.constexpr,
+    V_IS_K: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    IS_MASKED: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Goes over the keys from `begin` on: gradients of the rows so far, but for the scale."""
-    offset = tl.arange(0, KEYS)
+    """Lines 10 to 15 of the algorithm for the keys [begin, stop): the new dq, but for the scale."""
+    offs_n = tl.arange(0, KEYS)
     for start in range(begin, stop, KEYS):
-        key = start + offset
-        step = offset
-        if MASKED:
-            step = tl.minimum(offset, keys - 1 - start)
-        line = k + start * tl.cast(k_token, tl.int64) + step * k_token
-        k0 = attention_tile(line, own, K0, KEY_DIM, K0 + K1 > KEY_DIM)
+        key = start + offs_n
+        offs = offs_n
+        if IS_MASKED:
+            offs = tl.minimum(offs_n, keys - 1 - start)
+        k_ptrs = k + start * tl.cast(k_token, tl.int64) + offs * k_token
+        k0 = attention_tile(k_ptrs, col0, K0, KEY_DIM, K0 + K1 > KEY_DIM)
         k1 = k0
         if K1 > 0:
-            k1 = attention_tile(line, other, K1, KEY_DIM, K0 + K1 > KEY_DIM)
-        if SAME:
+            k1 = attention_tile(k_ptrs, col1, K1, KEY_DIM, K0 + K1 > KEY_DIM)
+        if V_IS_K:
             v0, v1 = k0, k1
         else:
-            line = v + start * tl.cast(v_token, tl.int64) + step * v_token
-            v0 = attention_tile(line, 0, V0, VALUE_DIM, V0 + V1 > VALUE_DIM)
+            v_ptrs = v + start * tl.cast(v_token, tl.int64) + offs * v_token
+            v0 = attention_tile(v_ptrs, 0, V0, VALUE_DIM, V0 + V1 > VALUE_DIM)
             v1 = v0
             if V1 > 0:
-                v1 = attention_tile(line, V0, V1, VALUE_DIM, V0 + V1 > VALUE_DIM)
-        score = attention_product(q0, q1, k0, k1, K1 > 0)
-        if CAPPED:
-            score = attention_capped(score, inner, cap)
-            share = score / cap
-        if MASKED:
+                v1 = attention_tile(v_ptrs, V0, V1, VALUE_DIM, V0 + V1 > VALUE_DIM)
+        s = attention_product(q0, q1, k0, k1, K1 > 0)
+        if HAS_CAP:
+            s = attention_capped(s, cap_factor, cap)
+            tanh_s = s / cap
+        if IS_MASKED:
             is_seen = key[None, :] < high[:, None]
             if LOW > 0:
                 is_seen = is_seen & (key[None, :] >= low[:, None])
-            score = tl.where(is_seen, score, float("-inf"))
-        weight = tl.exp2(score * factor - lse[:, None])
-        pull = weight * (attention_product(g0, g1, v0, v1, V1 > 0) - delta[:, None])
-        if CAPPED:
-            pull = pull * (1.0 - share * share)
-        pull = pull.to(k0.dtype)
-        acc0 = tl.dot(pull, k0, acc0, input_precision="tf32x3")
-        if K1 > 0 and HALVES == 1:
-            acc1 = tl.dot(pull, k1, acc1, input_precision="tf32x3")
-    return acc0, acc1
+            s = tl.where(is_seen, s, float("-inf"))
+        p = tl.exp2(s * factor - lse_i[:, None])
+        ds = p * (attention_product(do0, do1, v0, v1, V1 > 0) - delta_i[:, None])
+        if HAS_CAP:
+            ds = ds * (1.0 - tanh_s * tanh_s)
+        ds = ds.to(k0.dtype)
+        dq0 = tl.dot(ds, k0, dq0, input_precision="tf32x3")
+        if K1 > 0 and DIM_SPLITS == 1:
+            dq1 = tl.dot(ds, k1, dq1, input_precision="tf32x3")
+    return dq0, dq1
 
 
 @triton.jit
 def attention_backward_query_segment(
     q0,
     q1,
-    g0,
-    g1,
+    do0,
+    do1,
     k,
     v,
     k_token,
@@ -173,50 +177,52 @@ def attention_backward_query_segment(
     low,
     high,
     window,
-    lse,
-    delta,
-    acc0,
-    acc1,
+    lse_i,
+    delta_i,
+    dq0,
+    dq1,
     factor,
-    inner,
+    cap_factor,
     cap,
-    own,
-    other,
+    col0,
+    col1,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     K0: tl.constexpr,
     K1: tl.constexpr,
     V0: tl.constexpr,
     V1: tl.constexpr,
-    HALVES: tl.constexpr,
+    DIM_SPLITS: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
-    SAME: tl.constexpr,
-    CAPPED: tl.constexpr,
-    IS_FAR: tl.constexpr,
+    V_IS_K: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    IS_EXTRA: tl.constexpr,
     REPEAT: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """One interval of keys for tokens from `first` to `last`; parts as in the forward kernel."""
+    """One interval of keys of the tokens from `first` to `last`; parts as in the forward kernel."""
     begin_first, stop_first = attention_interval(first, low, high, window, LOW, HIGH)
     begin_last, stop_last = attention_interval(last, low, high, window, LOW, HIGH)
-    opening, whole, ragged = attention_stretches(begin_first, begin_last, stop_first, stop_last, KEYS, KEYS)
+    head_stop, full_start, full_stop = attention_full_tiles(
+        begin_first, begin_last, stop_first, stop_last, KEYS, KEYS
+    )
     for part in tl.static_range(3):
         if part == 0:
-            a, b = begin_first, stop_last if IS_FAR else opening
+            a, b = begin_first, stop_last if IS_EXTRA else head_stop
         elif part == 1:
-            a, b = whole, ragged
+            a, b = full_start, full_stop
         else:
-            a, b = ragged, stop_last
-        if (part == 0 and LOW > 0) or (part > 0 and not IS_FAR):
-            token = attention_tokens(tile, part + 3 * IS_FAR, tokens, REPEAT, ROWS)
+            a, b = full_stop, stop_last
+        if (part == 0 and LOW > 0) or (part > 0 and not IS_EXTRA):
+            token = attention_tokens(tile, part + 3 * IS_EXTRA, tokens, REPEAT, ROWS)
             begin, stop = attention_interval(token, low, high, window, LOW, HIGH)
-            acc0, acc1 = attention_backward_query_tiles(
+            dq0, dq1 = attention_backward_query_tiles(
                 q0,
                 q1,
-                g0,
-                g1,
+                do0,
+                do1,
                 k,
                 v,
                 k_token,
@@ -226,29 +232,29 @@ def attention_backward_query_segment(
                 b,
                 begin,
                 stop,
-                lse,
-                delta,
-                acc0,
-                acc1,
+                lse_i,
+                delta_i,
+                dq0,
+                dq1,
                 factor,
-                inner,
+                cap_factor,
                 cap,
-                own,
-                other,
+                col0,
+                col1,
                 KEY_DIM,
                 VALUE_DIM,
                 K0,
                 K1,
                 V0,
                 V1,
-                HALVES,
+                DIM_SPLITS,
                 LOW,
-                SAME,
-                CAPPED,
+                V_IS_K,
+                HAS_CAP,
                 part != 1,
                 KEYS,
             )
-    return acc0, acc1
+    return dq0, dq1
 
 
 @triton.jit
@@ -256,30 +262,30 @@ def attention_backward_queries(
     q,
     k,
     v,
-    far_k,
-    far_v,
+    extra_k,
+    extra_v,
     low,
     high,
-    far_low,
-    far_high,
-    grad,
-    scaled,
-    deltas,
-    grad_q,
-    q_at,
-    k_at,
-    v_at,
-    far_k_at,
-    far_v_at,
-    grad_at,
+    extra_low,
+    extra_high,
+    do,
+    lse2,
+    delta,
+    dq,
+    q_strides,
+    k_strides,
+    v_strides,
+    extra_k_strides,
+    extra_v_strides,
+    do_strides,
     tokens,
     length,
     keys,
-    far_keys,
+    extra_keys,
     window,
     scale,
     factor,
-    inner,
+    cap_factor,
     cap,
     REPEAT: tl.constexpr,
     KEY_DIM: tl.constexpr,
@@ -288,129 +294,133 @@ def attention_backward_queries(
     K1: tl.constexpr,
     V0: tl.constexpr,
     V1: tl.constexpr,
-    HALVES: tl.constexpr,
+    DIM_SPLITS: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
-    FAR: tl.constexpr,
-    SAME: tl.constexpr,
-    CAPPED: tl.constexpr,
+    HAS_EXTRA: tl.constexpr,
+    V_IS_K: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """ROWS rows of one key head: gradients of the queries."""
-    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // HALVES
-    own, other = attention_starts(tl.program_id(0) % HALVES, K0, HALVES)
-    group, line = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    """Gradients of the queries in ROWS rows of one key head."""
+    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // DIM_SPLITS
+    col0, col1 = attention_columns(tl.program_id(0) % DIM_SPLITS, K0, DIM_SPLITS)
+    group, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     groups = tl.num_programs(1)
-    first, last, mtp, head, is_row = attention_rows(tile, tokens, REPEAT, ROWS)
-    place = q + line * q_at[0] + group * REPEAT * q_at[2] + first * tl.cast(q_at[1], tl.int64)
-    place = place + (mtp * q_at[1] + head * q_at[2])
-    q0 = attention_tile(place, own, K0, KEY_DIM, K0 + K1 > KEY_DIM)
+    first, last, token_offs, head, is_row = attention_rows(tile, tokens, REPEAT, ROWS)
+    q_ptrs = (
+        q + batch * q_strides[0] + group * REPEAT * q_strides[2] + first * tl.cast(q_strides[1], tl.int64)
+    )
+    q_ptrs = q_ptrs + (token_offs * q_strides[1] + head * q_strides[2])
+    q0 = attention_tile(q_ptrs, col0, K0, KEY_DIM, K0 + K1 > KEY_DIM)
     q1 = q0
     if K1 > 0:
-        q1 = attention_tile(place, other, K1, KEY_DIM, K0 + K1 > KEY_DIM)
-    place = grad + line * grad_at[0] + group * REPEAT * grad_at[2] + first * tl.cast(grad_at[1], tl.int64)
-    place = place + (mtp * grad_at[1] + head * grad_at[2])
-    g0 = attention_tile(place, own, V0, VALUE_DIM, V0 + V1 > VALUE_DIM)
-    g1 = g0
+        q1 = attention_tile(q_ptrs, col1, K1, KEY_DIM, K0 + K1 > KEY_DIM)
+    do_ptrs = (
+        do + batch * do_strides[0] + group * REPEAT * do_strides[2] + first * tl.cast(do_strides[1], tl.int64)
+    )
+    do_ptrs = do_ptrs + (token_offs * do_strides[1] + head * do_strides[2])
+    do0 = attention_tile(do_ptrs, col0, V0, VALUE_DIM, V0 + V1 > VALUE_DIM)
+    do1 = do0
     if V1 > 0:
-        g1 = attention_tile(place, V0 - own, V1, VALUE_DIM, V0 + V1 > VALUE_DIM)
-    # Rows past the last may be past the end of these, too.
-    index = (line * groups + group) * length + first * REPEAT
-    step = mtp * REPEAT + head
-    lse = tl.load(scaled + index + step)
-    delta = tl.load(deltas + index + step)
-    acc0 = tl.zeros([ROWS, K0], tl.float32)
-    acc1 = tl.zeros([ROWS, K1 if K1 > 0 and HALVES == 1 else 1], tl.float32)
-    acc0, acc1 = attention_backward_query_segment(
+        do1 = attention_tile(do_ptrs, V0 - col0, V1, VALUE_DIM, V0 + V1 > VALUE_DIM)
+    # lse2 and delta have a tile of rows more than there are: no mask is needed.
+    row = (batch * groups + group) * length + first * REPEAT
+    row_offs = token_offs * REPEAT + head
+    lse_i = tl.load(lse2 + row + row_offs)
+    delta_i = tl.load(delta + row + row_offs)
+    dq0 = tl.zeros([ROWS, K0], tl.float32)
+    dq1 = tl.zeros([ROWS, K1 if K1 > 0 and DIM_SPLITS == 1 else 1], tl.float32)
+    dq0, dq1 = attention_backward_query_segment(
         q0,
         q1,
-        g0,
-        g1,
-        k + line * k_at[0] + group * k_at[2],
-        v + line * v_at[0] + group * v_at[2],
-        k_at[1],
-        v_at[1],
+        do0,
+        do1,
+        k + batch * k_strides[0] + group * k_strides[2],
+        v + batch * v_strides[0] + group * v_strides[2],
+        k_strides[1],
+        v_strides[1],
         keys,
         tile,
         tokens,
         first,
         last,
-        low + line * tokens if LOW == 2 else low,
-        high + line * tokens if HIGH == 1 else high,
+        low + batch * tokens if LOW == 2 else low,
+        high + batch * tokens if HIGH == 1 else high,
         window,
-        lse,
-        delta,
-        acc0,
-        acc1,
+        lse_i,
+        delta_i,
+        dq0,
+        dq1,
         factor,
-        inner,
+        cap_factor,
         cap,
-        own,
-        other,
+        col0,
+        col1,
         KEY_DIM,
         VALUE_DIM,
         K0,
         K1,
         V0,
         V1,
-        HALVES,
+        DIM_SPLITS,
         LOW,
         HIGH,
-        SAME,
-        CAPPED,
+        V_IS_K,
+        HAS_CAP,
         False,
         REPEAT,
         ROWS,
         KEYS,
     )
-    if FAR:
-        acc0, acc1 = attention_backward_query_segment(
+    if HAS_EXTRA:
+        dq0, dq1 = attention_backward_query_segment(
             q0,
             q1,
-            g0,
-            g1,
-            far_k + line * far_k_at[0] + group * far_k_at[2],
-            far_v + line * far_v_at[0] + group * far_v_at[2],
-            far_k_at[1],
-            far_v_at[1],
-            far_keys,
+            do0,
+            do1,
+            extra_k + batch * extra_k_strides[0] + group * extra_k_strides[2],
+            extra_v + batch * extra_v_strides[0] + group * extra_v_strides[2],
+            extra_k_strides[1],
+            extra_v_strides[1],
+            extra_keys,
             tile,
             tokens,
             first,
             last,
-            far_low + line * tokens,
-            far_high + line * tokens,
+            extra_low + batch * tokens,
+            extra_high + batch * tokens,
             window,
-            lse,
-            delta,
-            acc0,
-            acc1,
+            lse_i,
+            delta_i,
+            dq0,
+            dq1,
             factor,
-            inner,
+            cap_factor,
             cap,
-            own,
-            other,
+            col0,
+            col1,
             KEY_DIM,
             VALUE_DIM,
             K0,
             K1,
             V0,
             V1,
-            HALVES,
+            DIM_SPLITS,
             2,
             1,
-            SAME,
-            CAPPED,
+            V_IS_K,
+            HAS_CAP,
             True,
             REPEAT,
             ROWS,
             KEYS,
         )
-    tile = attention_again(tile, tokens * REPEAT)
-    first, _, mtp, head, is_row = attention_rows(tile, tokens, REPEAT, ROWS)
-    index = ((line * tokens + first) * groups + group) * REPEAT
-    place = grad_q + index * KEY_DIM + (mtp * (groups * REPEAT) + head) * KEY_DIM
-    attention_store(place, acc0 * scale, is_row, own, K0, KEY_DIM)
-    if K1 > 0 and HALVES == 1:
-        attention_store(place, acc1 * scale, is_row, K0, K1, KEY_DIM)
+    tile = attention_opaque(tile, tokens * REPEAT)
+    first, _, token_offs, head, is_row = attention_rows(tile, tokens, REPEAT, ROWS)
+    row = ((batch * tokens + first) * groups + group) * REPEAT
+    dq_ptrs = dq + row * KEY_DIM + (token_offs * (groups * REPEAT) + head) * KEY_DIM
+    attention_store(dq_ptrs, dq0 * scale, is_row, col0, K0, KEY_DIM)
+    if K1 > 0 and DIM_SPLITS == 1:
+        attention_store(dq_ptrs, dq1 * scale, is_row, K0, K1, KEY_DIM)

@@ -1,6 +1,8 @@
-"""Gradients of keys and values of attention in Triton: a tile of keys goes over the rows that see it.
+"""FlashAttention-2 backward (arXiv 2307.08691, algorithm 2) in Triton: the gradients of keys and values.
 
-The rows that see a key are an interval, too. Letters as in the forward kernel, formulas as for the queries.
+A program holds a tile of keys (lines 6 and 7) and goes over the rows that see them, which are an interval,
+too: dv = sum of p^T do (line 12) and dk = sum of ds^T q (line 16). Scores are transposed: keys by rows. Names
+are those of `triton_backward`, sizes and flags those of the forward kernel. V_IS_K: dk is the sum of both.
 """
 
 # A kernel called by a kernel does return; its type says otherwise.
@@ -10,19 +12,22 @@ import triton
 import triton.language as tl
 
 from kernels.attention.triton_forward import (
-    attention_again,
     attention_capped,
+    attention_columns,
+    attention_full_tiles,
+    attention_opaque,
     attention_product,
-    attention_starts,
     attention_store,
-    attention_stretches,
     attention_tile,
 )
 
 
 @triton.jit
-def attention_readers(key, first, end, tokens, window, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """First query that sees a key, and the one after its last; flags as in attention_interval."""
+def attention_query_interval(key, first, end, tokens, window, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """First query that sees a key, and the one after its last; flags as in `attention_interval`.
+
+    first, end: these bounds, [B S], loaded where the keys' bounds are loaded.
+    """
     begin = key if HIGH == 0 else tl.load(first + key)
     if LOW == 0:
         stop = key * 0 + tokens
@@ -40,11 +45,11 @@ def attention_backward_key_tiles(
     v0,
     v1,
     q,
-    grad,
-    scaled,
-    deltas,
-    q_at,
-    grad_at,
+    do,
+    lse2,
+    delta,
+    q_strides,
+    do_strides,
     tokens,
     begin,
     stop,
@@ -57,10 +62,10 @@ def attention_backward_key_tiles(
     dv1,
     scale,
     factor,
-    inner,
+    cap_factor,
     cap,
-    own,
-    other,
+    col0,
+    col1,
     REPEAT: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -68,66 +73,72 @@ def attention_backward_key_tiles(
     K1: tl.constexpr,
     V0: tl.constexpr,
     V1: tl.constexpr,
-    HALVES: tl.constexpr,
-    SAME: tl.constexpr,
-    CAPPED: tl.constexpr,
+    DIM_SPLITS: tl.constexpr,
+    V_IS_K: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     WANTS_K: tl.constexpr,
     WANTS_V: tl.constexpr,
-    MASKED: tl.constexpr,
+    IS_MASKED: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Goes over rows from `begin` on: gradients of the keys and values so far."""
+    """Lines 10 to 16 of the algorithm for the rows [begin, stop): the new dk and dv."""
     for start in range(begin, stop, step):
         row = start + tl.arange(0, ROWS)
         token = start // REPEAT
         if ROWS % REPEAT == 0:
             # `begin` and the step are whole tokens.
-            mtp, head = tl.arange(0, ROWS) // REPEAT, tl.arange(0, ROWS) % REPEAT
+            token_offs, head = tl.arange(0, ROWS) // REPEAT, tl.arange(0, ROWS) % REPEAT
         else:
-            mtp, head = row // REPEAT - token, row % REPEAT
-        # Past the end the last token stands in, with weights of zero.
-        mtp = tl.minimum(mtp, tokens - 1 - token)
-        line = q + token * tl.cast(q_at[1], tl.int64) + (mtp * q_at[1] + head * q_at[2])
-        q0 = attention_tile(line, own, K0, KEY_DIM, K0 + K1 > KEY_DIM)
+            token_offs, head = row // REPEAT - token, row % REPEAT
+        # Rows past the end are read as the last token; their p is zero.
+        token_offs = tl.minimum(token_offs, tokens - 1 - token)
+        q_ptrs = (
+            q + token * tl.cast(q_strides[1], tl.int64) + (token_offs * q_strides[1] + head * q_strides[2])
+        )
+        q0 = attention_tile(q_ptrs, col0, K0, KEY_DIM, K0 + K1 > KEY_DIM)
         q1 = q0
         if K1 > 0:
-            q1 = attention_tile(line, other, K1, KEY_DIM, K0 + K1 > KEY_DIM)
-        line = grad + token * tl.cast(grad_at[1], tl.int64) + (mtp * grad_at[1] + head * grad_at[2])
-        g0 = attention_tile(line, own, V0, VALUE_DIM, V0 + V1 > VALUE_DIM)
-        g1 = g0
+            q1 = attention_tile(q_ptrs, col1, K1, KEY_DIM, K0 + K1 > KEY_DIM)
+        do_ptrs = (
+            do
+            + token * tl.cast(do_strides[1], tl.int64)
+            + (token_offs * do_strides[1] + head * do_strides[2])
+        )
+        do0 = attention_tile(do_ptrs, col0, V0, VALUE_DIM, V0 + V1 > VALUE_DIM)
+        do1 = do0
         if V1 > 0:
-            g1 = attention_tile(line, V0 - own, V1, VALUE_DIM, V0 + V1 > VALUE_DIM)
-        lse = tl.load(scaled + row)
-        score = attention_product(k0, k1, q0, q1, K1 > 0)
-        if CAPPED:
-            score = attention_capped(score, inner, cap)
-            share = score / cap
-        if MASKED:
+            do1 = attention_tile(do_ptrs, V0 - col0, V1, VALUE_DIM, V0 + V1 > VALUE_DIM)
+        lse_i = tl.load(lse2 + row)
+        s = attention_product(k0, k1, q0, q1, K1 > 0)
+        if HAS_CAP:
+            s = attention_capped(s, cap_factor, cap)
+            tanh_s = s / cap
+        if IS_MASKED:
             is_seen = (row[None, :] >= first[:, None]) & (row[None, :] < end[:, None])
-            score = tl.where(is_seen, score, float("-inf"))
-        weight = tl.exp2(score * factor - lse[None, :])
+            s = tl.where(is_seen, s, float("-inf"))
+        p = tl.exp2(s * factor - lse_i[None, :])
         if WANTS_V:
-            narrow = weight.to(g0.dtype)
-            if SAME:
-                dk0 = tl.dot(narrow, g0, dk0, input_precision="tf32x3")
-                if K1 > 0 and HALVES == 1:
-                    dk1 = tl.dot(narrow, g1, dk1, input_precision="tf32x3")
+            p_cast = p.to(do0.dtype)
+            if V_IS_K:
+                dk0 = tl.dot(p_cast, do0, dk0, input_precision="tf32x3")
+                if K1 > 0 and DIM_SPLITS == 1:
+                    dk1 = tl.dot(p_cast, do1, dk1, input_precision="tf32x3")
             else:
-                dv0 = tl.dot(narrow, g0, dv0, input_precision="tf32x3")
+                dv0 = tl.dot(p_cast, do0, dv0, input_precision="tf32x3")
                 if V1 > 0:
-                    dv1 = tl.dot(narrow, g1, dv1, input_precision="tf32x3")
+                    dv1 = tl.dot(p_cast, do1, dv1, input_precision="tf32x3")
         if WANTS_K:
-            pull = attention_product(v0, v1, g0, g1, V1 > 0) - tl.load(deltas + row)[None, :]
-            pull = weight * pull
-            if CAPPED:
-                pull = pull * (1.0 - share * share)
-            if SAME:
-                # The gradients as a value stand in the same sum, which no factor follows.
-                pull = pull * scale
-            pull = pull.to(q0.dtype)
-            dk0 = tl.dot(pull, q0, dk0, input_precision="tf32x3")
-            if K1 > 0 and HALVES == 1:
-                dk1 = tl.dot(pull, q1, dk1, input_precision="tf32x3")
+            ds = attention_product(v0, v1, do0, do1, V1 > 0) - tl.load(delta + row)[None, :]
+            ds = p * ds
+            if HAS_CAP:
+                ds = ds * (1.0 - tanh_s * tanh_s)
+            if V_IS_K:
+                # The same sum holds the gradient as a value, which no scale multiplies.
+                ds = ds * scale
+            ds = ds.to(q0.dtype)
+            dk0 = tl.dot(ds, q0, dk0, input_precision="tf32x3")
+            if K1 > 0 and DIM_SPLITS == 1:
+                dk1 = tl.dot(ds, q1, dk1, input_precision="tf32x3")
     return dk0, dk1, dv0, dv1
 
 
@@ -138,17 +149,17 @@ def attention_backward_keys(
     v,
     first,
     end,
-    far_first,
-    far_end,
-    grad,
-    scaled,
-    deltas,
-    grad_k,
-    grad_v,
-    q_at,
-    k_at,
-    v_at,
-    grad_at,
+    extra_first,
+    extra_end,
+    do,
+    lse2,
+    delta,
+    dk,
+    dv,
+    q_strides,
+    k_strides,
+    v_strides,
+    do_strides,
     tokens,
     length,
     keys,
@@ -156,7 +167,7 @@ def attention_backward_keys(
     window,
     scale,
     factor,
-    inner,
+    cap_factor,
     cap,
     REPEAT: tl.constexpr,
     KEY_DIM: tl.constexpr,
@@ -165,70 +176,82 @@ def attention_backward_keys(
     K1: tl.constexpr,
     V0: tl.constexpr,
     V1: tl.constexpr,
-    HALVES: tl.constexpr,
+    DIM_SPLITS: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
-    FAR: tl.constexpr,
-    SAME: tl.constexpr,
-    CAPPED: tl.constexpr,
+    HAS_EXTRA: tl.constexpr,
+    V_IS_K: tl.constexpr,
+    HAS_CAP: tl.constexpr,
     WANTS_K: tl.constexpr,
     WANTS_V: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """KEYS keys of one key head over every splits-th tile of rows: gradients of keys and of values."""
-    own, other = attention_starts(tl.program_id(0) % HALVES, K0, HALVES)
-    split, tile = tl.program_id(0) // HALVES % splits, tl.program_id(0) // HALVES // splits
-    group, line = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    """Gradients of KEYS keys and values of one key head from every splits-th tile of rows."""
+    col0, col1 = attention_columns(tl.program_id(0) % DIM_SPLITS, K0, DIM_SPLITS)
+    split, tile = tl.program_id(0) // DIM_SPLITS % splits, tl.program_id(0) // DIM_SPLITS // splits
+    group, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     groups = tl.num_programs(1)
     start = tile * KEYS
-    step = tl.minimum(tl.arange(0, KEYS), keys - 1 - start)
-    place = k + line * k_at[0] + group * k_at[2] + start * tl.cast(k_at[1], tl.int64) + step * k_at[1]
-    k0 = attention_tile(place, own, K0, KEY_DIM, K0 + K1 > KEY_DIM)
+    offs = tl.minimum(tl.arange(0, KEYS), keys - 1 - start)
+    k_ptrs = (
+        k
+        + batch * k_strides[0]
+        + group * k_strides[2]
+        + start * tl.cast(k_strides[1], tl.int64)
+        + offs * k_strides[1]
+    )
+    k0 = attention_tile(k_ptrs, col0, K0, KEY_DIM, K0 + K1 > KEY_DIM)
     k1 = k0
     if K1 > 0:
-        k1 = attention_tile(place, other, K1, KEY_DIM, K0 + K1 > KEY_DIM)
+        k1 = attention_tile(k_ptrs, col1, K1, KEY_DIM, K0 + K1 > KEY_DIM)
     v0, v1 = k0, k1
-    if WANTS_K and not SAME:
-        place = v + line * v_at[0] + group * v_at[2] + start * tl.cast(v_at[1], tl.int64) + step * v_at[1]
-        v0 = attention_tile(place, 0, V0, VALUE_DIM, V0 + V1 > VALUE_DIM)
+    if WANTS_K and not V_IS_K:
+        v_ptrs = (
+            v
+            + batch * v_strides[0]
+            + group * v_strides[2]
+            + start * tl.cast(v_strides[1], tl.int64)
+            + offs * v_strides[1]
+        )
+        v0 = attention_tile(v_ptrs, 0, V0, VALUE_DIM, V0 + V1 > VALUE_DIM)
         v1 = v0
         if V1 > 0:
-            v1 = attention_tile(place, V0, V1, VALUE_DIM, V0 + V1 > VALUE_DIM)
+            v1 = attention_tile(v_ptrs, V0, V1, VALUE_DIM, V0 + V1 > VALUE_DIM)
     dk0 = tl.zeros([KEYS, K0 if WANTS_K else 1], tl.float32)
-    dk1 = tl.zeros([KEYS, K1 if WANTS_K and K1 > 0 and HALVES == 1 else 1], tl.float32)
-    dv0 = tl.zeros([KEYS, V0 if WANTS_V and not SAME else 1], tl.float32)
-    dv1 = tl.zeros([KEYS, V1 if WANTS_V and not SAME and V1 > 0 else 1], tl.float32)
-    own_q = q + line * q_at[0] + group * REPEAT * q_at[2]
-    own_grad = grad + line * grad_at[0] + group * REPEAT * grad_at[2]
-    at = (line * groups + group) * length
+    dk1 = tl.zeros([KEYS, K1 if WANTS_K and K1 > 0 and DIM_SPLITS == 1 else 1], tl.float32)
+    dv0 = tl.zeros([KEYS, V0 if WANTS_V and not V_IS_K else 1], tl.float32)
+    dv1 = tl.zeros([KEYS, V1 if WANTS_V and not V_IS_K and V1 > 0 else 1], tl.float32)
+    q_batch = q + batch * q_strides[0] + group * REPEAT * q_strides[2]
+    do_batch = do + batch * do_strides[0] + group * REPEAT * do_strides[2]
+    row = (batch * groups + group) * length
     last = tl.minimum(start + KEYS, keys) - 1
-    for segment in tl.static_range(2 if FAR else 1):
+    for segment in tl.static_range(2 if HAS_EXTRA else 1):
         if segment == 0:
-            begins = first + line * keys if HIGH == 1 else first
-            ends = end + line * keys if LOW == 2 else end
+            begins = first + batch * keys if HIGH == 1 else first
+            ends = end + batch * keys if LOW == 2 else end
         else:
-            begins, ends = far_first + line * keys, far_end + line * keys
-        begin_first, stop_first = attention_readers(
+            begins, ends = extra_first + batch * keys, extra_end + batch * keys
+        begin_first, stop_first = attention_query_interval(
             start, begins, ends, tokens, window, LOW if segment == 0 else 2, HIGH if segment == 0 else 1
         )
-        begin_last, stop_last = attention_readers(
+        begin_last, stop_last = attention_query_interval(
             last, begins, ends, tokens, window, LOW if segment == 0 else 2, HIGH if segment == 0 else 1
         )
-        opening, whole, ragged = attention_stretches(
+        head_stop, full_start, full_stop = attention_full_tiles(
             begin_first * REPEAT, begin_last * REPEAT, stop_first * REPEAT, stop_last * REPEAT, ROWS, ROWS
         )
         for part in tl.static_range(3):
-            # Without a window all keys have readers up to the last row: no mask is needed at the end.
+            # Without a window all rows after a key see it: no mask is needed at the end.
             if part == 0:
-                a, b = begin_first * REPEAT, opening if segment == 0 else stop_last * REPEAT
+                a, b = begin_first * REPEAT, head_stop if segment == 0 else stop_last * REPEAT
             elif part == 1:
-                a, b = whole, ragged if LOW > 0 else stop_last * REPEAT
+                a, b = full_start, full_stop if LOW > 0 else stop_last * REPEAT
             else:
-                a, b = ragged, stop_last * REPEAT
+                a, b = full_stop, stop_last * REPEAT
             if part == 0 or (segment == 0 and (part == 1 or LOW > 0)):
-                key = attention_again(start, keys + part + 3 * segment) + tl.arange(0, KEYS)
-                begin, stop = attention_readers(
+                key = attention_opaque(start, keys + part + 3 * segment) + tl.arange(0, KEYS)
+                begin, stop = attention_query_interval(
                     tl.minimum(key, keys - 1),
                     begins,
                     ends,
@@ -242,12 +265,12 @@ def attention_backward_keys(
                     k1,
                     v0,
                     v1,
-                    own_q,
-                    own_grad,
-                    scaled + at,
-                    deltas + at,
-                    q_at,
-                    grad_at,
+                    q_batch,
+                    do_batch,
+                    lse2 + row,
+                    delta + row,
+                    q_strides,
+                    do_strides,
                     tokens,
                     a + split * ROWS,
                     b,
@@ -260,10 +283,10 @@ def attention_backward_keys(
                     dv1,
                     scale,
                     factor,
-                    inner,
+                    cap_factor,
                     cap,
-                    own,
-                    other,
+                    col0,
+                    col1,
                     REPEAT,
                     KEY_DIM,
                     VALUE_DIM,
@@ -271,25 +294,25 @@ def attention_backward_keys(
                     K1,
                     V0,
                     V1,
-                    HALVES,
-                    SAME,
-                    CAPPED,
+                    DIM_SPLITS,
+                    V_IS_K,
+                    HAS_CAP,
                     WANTS_K,
                     WANTS_V,
                     part != 1,
                     ROWS,
                 )
-    start = attention_again(start, keys)
-    index = ((split * tl.num_programs(2) + line) * keys + start) * groups + group
-    step, is_key = tl.arange(0, KEYS) * groups, start + tl.arange(0, KEYS) < keys
+    start = attention_opaque(start, keys)
+    out_row = ((split * tl.num_programs(2) + batch) * keys + start) * groups + group
+    row_offs, is_key = tl.arange(0, KEYS) * groups, start + tl.arange(0, KEYS) < keys
     if WANTS_K:
-        weight = 1.0 if SAME else scale
-        place = grad_k + index * KEY_DIM + step * KEY_DIM
-        attention_store(place, dk0 * weight, is_key, own, K0, KEY_DIM)
-        if K1 > 0 and HALVES == 1:
-            attention_store(place, dk1 * weight, is_key, K0, K1, KEY_DIM)
-    if WANTS_V and not SAME:
-        place = grad_v + index * VALUE_DIM + step * VALUE_DIM
-        attention_store(place, dv0, is_key, 0, V0, VALUE_DIM)
+        dk_scale = 1.0 if V_IS_K else scale
+        dk_ptrs = dk + out_row * KEY_DIM + row_offs * KEY_DIM
+        attention_store(dk_ptrs, dk0 * dk_scale, is_key, col0, K0, KEY_DIM)
+        if K1 > 0 and DIM_SPLITS == 1:
+            attention_store(dk_ptrs, dk1 * dk_scale, is_key, K0, K1, KEY_DIM)
+    if WANTS_V and not V_IS_K:
+        dv_ptrs = dv + out_row * VALUE_DIM + row_offs * VALUE_DIM
+        attention_store(dv_ptrs, dv0, is_key, 0, V0, VALUE_DIM)
         if V1 > 0:
-            attention_store(place, dv1, is_key, V0, V1, VALUE_DIM)
+            attention_store(dv_ptrs, dv1, is_key, V0, V1, VALUE_DIM)

@@ -1,10 +1,20 @@
-"""Softmax attention over intervals of keys in Triton: what all its kernels share, and the forward kernel.
+"""FlashAttention-2 forward (arXiv 2307.08691, algorithm 1) in Triton, and what its backward shares with it.
 
-Every query sees keys [low, high), and perhaps a second interval of the same or of other keys, under one
-softmax; both bounds never fall from one token to the next. FlashAttention-2, arXiv 2307.08691, algorithm 1.
+A query sees the keys [low, high), and with HAS_EXTRA a second interval, of the same or of other keys, under
+the same softmax. No bound falls from one token to the next. Names follow the algorithm and its Triton
+tutorial:
 
-Letters: M rows of a tile, N keys of a tile, R query heads of a key head. The queries of a key head are rows:
-row i is token i // R under head i % R, so that a tile reads each key once for all of its heads.
+    s, p         scores and unnormalised probabilities of a tile: lines 8 and 9
+    m_i, m_new   running maximum of each row before and after a tile: line 9
+    l_i          running sum of p, and alpha = exp(m_i - m_new), which rescales it and acc: lines 9 and 10
+    acc          running output, normalised at the end, as is lse_i = m_i + log l_i: lines 12 and 13
+
+The R = REPEAT query heads of a key head share its tiles: row i of a tile is token i // R under head i % R.
+A head of KEY_DIM columns is loaded as tiles of K0 and K1 columns (k0, k1; 0 for no second one), values as V0
+and V1. With DIM_SPLITS of 2 two programs compute the same scores, and each the output for its own V0 columns.
+V_IS_K: values are the keys. LOW and HIGH: where bounds come from, as `attention_interval` takes them.
+MASKED_KEYS: keys of a tile at the ends of an interval, which are masked. x_strides: strides of rows, tokens
+and heads; x_token: that of tokens.
 """
 
 # A kernel called by a kernel does return; its type says otherwise.
@@ -19,28 +29,28 @@ LEAST = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def attention_tile(line, start, WIDTH: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """WIDTH columns from `start` on of the rows at `line`; if PADDED, zero past DIM."""
+def attention_tile(row_ptrs, start, WIDTH: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """WIDTH columns from `start` on of the rows at `row_ptrs`; if PADDED, zero past DIM."""
     column = start + tl.arange(0, WIDTH)
-    place = line[:, None] + column[None, :]
+    ptrs = row_ptrs[:, None] + column[None, :]
     if PADDED:
-        tile = tl.load(place, mask=(column < DIM)[None, :], other=0.0)
+        tile = tl.load(ptrs, mask=(column < DIM)[None, :], other=0.0)
     else:
-        tile = tl.load(place)
+        tile = tl.load(ptrs)
     return tile
 
 
 @triton.jit
-def attention_starts(half, K0: tl.constexpr, HALVES: tl.constexpr):
-    """First columns of the two parts of a key; with two HALVES a program's own one goes first."""
-    own = half * K0 if HALVES > 1 else 0
-    other = K0 - own
-    return own, other
+def attention_columns(dim_split, K0: tl.constexpr, DIM_SPLITS: tl.constexpr):
+    """First columns of tiles 0 and 1 of a head; of two DIM_SPLITS the program's own columns are tile 0."""
+    col0 = dim_split * K0 if DIM_SPLITS > 1 else 0
+    col1 = K0 - col0
+    return col0, col1
 
 
 @triton.jit
 def attention_product(a0, a1, b0, b1, HAS_SECOND: tl.constexpr):
-    """Products of all rows of a with all rows of b, over one or two parts of the columns."""
+    """a b^T, over one or two tiles of columns."""
     out = tl.dot(a0, tl.trans(b0), input_precision="tf32x3")
     if HAS_SECOND:
         out = tl.dot(a1, tl.trans(b1), out, input_precision="tf32x3")
@@ -48,47 +58,50 @@ def attention_product(a0, a1, b0, b1, HAS_SECOND: tl.constexpr):
 
 
 @triton.jit
-def attention_capped(score, inner, cap):
-    """cap tanh(score inner / 2) for the factor `inner` that belongs to powers of two."""
-    return cap - 2.0 * cap / (1.0 + tl.exp2(score * inner))
+def attention_capped(s, cap_factor, cap):
+    """cap tanh(s scale / logit_cap), with cap_factor = 2 log2(e) scale / logit_cap."""
+    return cap - 2.0 * cap / (1.0 + tl.exp2(s * cap_factor))
 
 
 @triton.jit
 def attention_rows(tile, tokens, REPEAT: tl.constexpr, ROWS: tl.constexpr):
-    """Tokens of the first and of the last row of a tile; of each row how many tokens it is past the first,
-    its head, and whether it exists.
+    """First and last token of a tile of rows; of each row its token less the first, its head, and whether it
+    exists.
 
-    The last token stands in for those that do not. Offsets from the first row fit in 32 bits.
+    Rows past the end take the last token. Offsets from the first token fit in 32 bits.
     """
     row = tile * ROWS + tl.arange(0, ROWS)
     first = tile * ROWS // REPEAT
     last = tl.minimum((tile * ROWS + ROWS - 1) // REPEAT, tokens - 1)
-    mtp = tl.minimum(row // REPEAT, tokens - 1) - first
-    return first, last, mtp, row % REPEAT, row < tokens * REPEAT
+    token_offs = tl.minimum(row // REPEAT, tokens - 1) - first
+    return first, last, token_offs, row % REPEAT, row < tokens * REPEAT
 
 
 @triton.jit
-def attention_again(number, bound):
-    """The same number, which is below the bound; the compiler cannot tell.
+def attention_opaque(number, bound):
+    """The same number, of which only we know that it is below the bound.
 
-    What follows from it is then computed where it is used, and waits in no register through the loops before.
+    The compiler then computes what follows from it where it is used, instead of keeping it in registers
+    through the loops before.
     """
     return tl.minimum(number, bound)
 
 
 @triton.jit
 def attention_tokens(tile, use, tokens, REPEAT: tl.constexpr, ROWS: tl.constexpr):
-    """The token of each row, computed anew for each `use`."""
-    first, _, mtp, _, _ = attention_rows(attention_again(tile, tokens * REPEAT + use), tokens, REPEAT, ROWS)
-    return first + mtp
+    """The token of each row, computed again for each `use`."""
+    first, _, token_offs, _, _ = attention_rows(
+        attention_opaque(tile, tokens * REPEAT + use), tokens, REPEAT, ROWS
+    )
+    return first + token_offs
 
 
 @triton.jit
 def attention_interval(token, low, high, window, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """First key that a query sees, and the one after its last; of a block of tokens or of one.
+    """First key that a query sees, and the one after its last; for one token or many.
 
-    LOW: 0 for all keys from the first on, 1 for the last `window`, 2 as loaded. HIGH: 0 for up to the token
-    itself, 1 as loaded.
+    LOW: 0 for all keys from the first on, 1 for the last `window`, 2 loaded from `low`. HIGH: 0 for keys up
+    to the token itself, 1 loaded from `high`.
     """
     if LOW == 0:
         begin = token * 0
@@ -101,17 +114,18 @@ def attention_interval(token, low, high, window, LOW: tl.constexpr, HIGH: tl.con
 
 
 @triton.jit
-def attention_stretches(
-    begin_first, begin_last, stop_first, stop_last, EDGE: tl.constexpr, SIZE: tl.constexpr
+def attention_full_tiles(
+    begin_first, begin_last, stop_first, stop_last, MASKED_KEYS: tl.constexpr, FULL_KEYS: tl.constexpr
 ):
-    """Where keys from `begin_first` on need no mask any more, and where they need one again.
+    """End of the masked tiles at the head of an interval, and start and stop of the tiles that need no mask.
 
-    Tiles are of SIZE between the two and of EDGE outside. The bounds are those of the first and of the last
-    row: none of [begin_first, stop_last) is left out.
+    FlexAttention's full blocks: every row of the tile sees every key. The bounds are those of the first and
+    of the last row. Full tiles have FULL_KEYS keys, those before and after MASKED_KEYS, and together they
+    cover [begin_first, stop_last).
     """
-    whole = begin_first + tl.cdiv(begin_last - begin_first, EDGE) * EDGE
-    ragged = whole + tl.maximum(stop_first - whole, 0) // SIZE * SIZE
-    return tl.minimum(whole, stop_last), whole, ragged
+    full_start = begin_first + tl.cdiv(begin_last - begin_first, MASKED_KEYS) * MASKED_KEYS
+    full_stop = full_start + tl.maximum(stop_first - full_start, 0) // FULL_KEYS * FULL_KEYS
+    return tl.minimum(full_start, stop_last), full_start, full_stop
 
 
 @triton.jit
@@ -127,72 +141,72 @@ def attention_forward_tiles(
     stop,
     low,
     high,
-    top,
-    total,
+    m_i,
+    l_i,
     acc0,
     acc1,
     factor,
-    inner,
+    cap_factor,
     cap,
-    own,
-    other,
+    col0,
+    col1,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     K0: tl.constexpr,
     K1: tl.constexpr,
     V0: tl.constexpr,
     V1: tl.constexpr,
-    HALVES: tl.constexpr,
+    DIM_SPLITS: tl.constexpr,
     LOW: tl.constexpr,
-    SAME: tl.constexpr,
-    CAPPED: tl.constexpr,
-    VALUES: tl.constexpr,
-    MASKED: tl.constexpr,
+    V_IS_K: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_VALUES: tl.constexpr,
+    IS_MASKED: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Goes over the keys from `begin` on: highest score, total weight and weighted values so far."""
-    offset = tl.arange(0, KEYS)
+    """Lines 6 to 11 of the algorithm for the keys [begin, stop): the new m_i, l_i and acc."""
+    offs_n = tl.arange(0, KEYS)
     for start in range(begin, stop, KEYS):
-        key = start + offset
-        step = offset
-        if MASKED:
-            # Past the end the last key stands in; no query sees it there.
-            step = tl.minimum(offset, keys - 1 - start)
-        # Offsets within a tile fit in 32 bits, which halves the registers that they take.
-        line = k + start * tl.cast(k_token, tl.int64) + step * k_token
-        k0 = attention_tile(line, own, K0, KEY_DIM, K0 + K1 > KEY_DIM)
+        key = start + offs_n
+        offs = offs_n
+        if IS_MASKED:
+            # Keys past the end are read as the last one, and masked.
+            offs = tl.minimum(offs_n, keys - 1 - start)
+        # Offsets within a tile fit in 32 bits, which take half the registers of 64.
+        k_ptrs = k + start * tl.cast(k_token, tl.int64) + offs * k_token
+        k0 = attention_tile(k_ptrs, col0, K0, KEY_DIM, K0 + K1 > KEY_DIM)
         k1 = k0
         if K1 > 0:
-            k1 = attention_tile(line, other, K1, KEY_DIM, K0 + K1 > KEY_DIM)
-        score = attention_product(q0, q1, k0, k1, K1 > 0)
-        if CAPPED:
-            score = attention_capped(score, inner, cap)
-        if MASKED:
+            k1 = attention_tile(k_ptrs, col1, K1, KEY_DIM, K0 + K1 > KEY_DIM)
+        s = attention_product(q0, q1, k0, k1, K1 > 0)
+        if HAS_CAP:
+            s = attention_capped(s, cap_factor, cap)
+        if IS_MASKED:
             is_seen = key[None, :] < high[:, None]
             if LOW > 0:
                 is_seen = is_seen & (key[None, :] >= low[:, None])
-            score = tl.where(is_seen, score, float("-inf"))
-        peak = tl.maximum(top, tl.max(score, axis=1))
-        scaled = peak * factor
-        weight = tl.exp2(score * factor - scaled[:, None])
-        fade = tl.exp2(top * factor - scaled)
-        total = total * fade + tl.sum(weight, axis=1)
-        top = peak
-        if VALUES:
-            acc0 = acc0 * fade[:, None]
-            if SAME:
+            s = tl.where(is_seen, s, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(s, axis=1))
+        m_scaled = m_new * factor
+        p = tl.exp2(s * factor - m_scaled[:, None])
+        alpha = tl.exp2(m_i * factor - m_scaled)
+        l_i = l_i * alpha + tl.sum(p, axis=1)
+        m_i = m_new
+        if HAS_VALUES:
+            acc0 = acc0 * alpha[:, None]
+            if V_IS_K:
                 v0, v1 = k0, k1
             else:
-                line = v + start * tl.cast(v_token, tl.int64) + step * v_token
-                v0 = attention_tile(line, 0, V0, VALUE_DIM, V0 + V1 > VALUE_DIM)
+                v_ptrs = v + start * tl.cast(v_token, tl.int64) + offs * v_token
+                v0 = attention_tile(v_ptrs, 0, V0, VALUE_DIM, V0 + V1 > VALUE_DIM)
                 v1 = v0
                 if V1 > 0:
-                    v1 = attention_tile(line, V0, V1, VALUE_DIM, V0 + V1 > VALUE_DIM)
-            weight = weight.to(v0.dtype)
-            acc0 = tl.dot(weight, v0, acc0, input_precision="tf32x3")
-            if V1 > 0 and HALVES == 1:
-                acc1 = tl.dot(weight, v1, acc1 * fade[:, None], input_precision="tf32x3")
-    return top, total, acc0, acc1
+                    v1 = attention_tile(v_ptrs, V0, V1, VALUE_DIM, V0 + V1 > VALUE_DIM)
+            p = p.to(v0.dtype)
+            acc0 = tl.dot(p, v0, acc0, input_precision="tf32x3")
+            if V1 > 0 and DIM_SPLITS == 1:
+                acc1 = tl.dot(p, v1, acc1 * alpha[:, None], input_precision="tf32x3")
+    return m_i, l_i, acc0, acc1
 
 
 @triton.jit
@@ -211,52 +225,54 @@ def attention_forward_segment(
     low,
     high,
     window,
-    top,
-    total,
+    m_i,
+    l_i,
     acc0,
     acc1,
     factor,
-    inner,
+    cap_factor,
     cap,
-    own,
-    other,
+    col0,
+    col1,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     K0: tl.constexpr,
     K1: tl.constexpr,
     V0: tl.constexpr,
     V1: tl.constexpr,
-    HALVES: tl.constexpr,
+    DIM_SPLITS: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
-    SAME: tl.constexpr,
-    CAPPED: tl.constexpr,
-    VALUES: tl.constexpr,
-    IS_FAR: tl.constexpr,
+    V_IS_K: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_VALUES: tl.constexpr,
+    IS_EXTRA: tl.constexpr,
     REPEAT: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    EDGE: tl.constexpr,
+    MASKED_KEYS: tl.constexpr,
 ):
-    """One interval of keys for tokens from `first` to `last`; masks only the tiles at its two ends.
+    """One interval of keys of the tokens from `first` to `last`; only the tiles at its two ends are masked.
 
-    A far interval is short: all its tiles are masked, in one loop.
+    The extra interval is short: all of its tiles are masked, in one loop.
     """
     begin_first, stop_first = attention_interval(first, low, high, window, LOW, HIGH)
     begin_last, stop_last = attention_interval(last, low, high, window, LOW, HIGH)
-    opening, whole, ragged = attention_stretches(begin_first, begin_last, stop_first, stop_last, EDGE, KEYS)
+    head_stop, full_start, full_stop = attention_full_tiles(
+        begin_first, begin_last, stop_first, stop_last, MASKED_KEYS, KEYS
+    )
     for part in tl.static_range(3):
-        # The opening, the middle without masks, and the end.
+        # Masked tiles at the head, full tiles, and masked tiles at the end.
         if part == 0:
-            a, b = begin_first, stop_last if IS_FAR else opening
+            a, b = begin_first, stop_last if IS_EXTRA else head_stop
         elif part == 1:
-            a, b = whole, ragged
+            a, b = full_start, full_stop
         else:
-            a, b = ragged, stop_last
-        if (part == 0 and LOW > 0) or (part > 0 and not IS_FAR):
-            token = attention_tokens(tile, part + 3 * IS_FAR, tokens, REPEAT, ROWS)
+            a, b = full_stop, stop_last
+        if (part == 0 and LOW > 0) or (part > 0 and not IS_EXTRA):
+            token = attention_tokens(tile, part + 3 * IS_EXTRA, tokens, REPEAT, ROWS)
             begin, stop = attention_interval(token, low, high, window, LOW, HIGH)
-            top, total, acc0, acc1 = attention_forward_tiles(
+            m_i, l_i, acc0, acc1 = attention_forward_tiles(
                 q0,
                 q1,
                 k,
@@ -268,30 +284,30 @@ def attention_forward_segment(
                 b,
                 begin,
                 stop,
-                top,
-                total,
+                m_i,
+                l_i,
                 acc0,
                 acc1,
                 factor,
-                inner,
+                cap_factor,
                 cap,
-                own,
-                other,
+                col0,
+                col1,
                 KEY_DIM,
                 VALUE_DIM,
                 K0,
                 K1,
                 V0,
                 V1,
-                HALVES,
+                DIM_SPLITS,
                 LOW,
-                SAME,
-                CAPPED,
-                VALUES,
+                V_IS_K,
+                HAS_CAP,
+                HAS_VALUES,
                 part != 1,
-                KEYS if part == 1 else EDGE,
+                KEYS if part == 1 else MASKED_KEYS,
             )
-    return top, total, acc0, acc1
+    return m_i, l_i, acc0, acc1
 
 
 @triton.jit
@@ -299,26 +315,26 @@ def attention_forward(
     q,
     k,
     v,
-    far_k,
-    far_v,
+    extra_k,
+    extra_v,
     low,
     high,
-    far_low,
-    far_high,
+    extra_low,
+    extra_high,
     sinks,
     out,
     lse,
-    q_at,
-    k_at,
-    v_at,
-    far_k_at,
-    far_v_at,
+    q_strides,
+    k_strides,
+    v_strides,
+    extra_k_strides,
+    extra_v_strides,
     tokens,
     keys,
-    far_keys,
+    extra_keys,
     window,
     factor,
-    inner,
+    cap_factor,
     cap,
     REPEAT: tl.constexpr,
     KEY_DIM: tl.constexpr,
@@ -327,149 +343,151 @@ def attention_forward(
     K1: tl.constexpr,
     V0: tl.constexpr,
     V1: tl.constexpr,
-    HALVES: tl.constexpr,
+    DIM_SPLITS: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
-    FAR: tl.constexpr,
-    SAME: tl.constexpr,
-    SINKS: tl.constexpr,
-    CAPPED: tl.constexpr,
-    VALUES: tl.constexpr,
+    HAS_EXTRA: tl.constexpr,
+    V_IS_K: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_VALUES: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    EDGE: tl.constexpr,
+    MASKED_KEYS: tl.constexpr,
 ):
-    """ROWS rows of one key head: outputs and log-sum-exp."""
-    # The last tiles see the most keys: they go first, and short ones fill up the end.
-    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // HALVES
-    half = tl.program_id(0) % HALVES
-    own, other = attention_starts(half, K0, HALVES)
-    group, line = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    """Output and log-sum-exp of ROWS rows of one key head."""
+    # The last rows see the most keys: they go first, and the short ones fill the end of the launch.
+    tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // DIM_SPLITS
+    dim_split = tl.program_id(0) % DIM_SPLITS
+    col0, col1 = attention_columns(dim_split, K0, DIM_SPLITS)
+    group, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     groups = tl.num_programs(1)
-    first, last, mtp, head, is_row = attention_rows(tile, tokens, REPEAT, ROWS)
-    place = q + line * q_at[0] + group * REPEAT * q_at[2] + first * tl.cast(q_at[1], tl.int64)
-    place = place + (mtp * q_at[1] + head * q_at[2])
-    q0 = attention_tile(place, own, K0, KEY_DIM, K0 + K1 > KEY_DIM)
+    first, last, token_offs, head, is_row = attention_rows(tile, tokens, REPEAT, ROWS)
+    q_ptrs = (
+        q + batch * q_strides[0] + group * REPEAT * q_strides[2] + first * tl.cast(q_strides[1], tl.int64)
+    )
+    q_ptrs = q_ptrs + (token_offs * q_strides[1] + head * q_strides[2])
+    q0 = attention_tile(q_ptrs, col0, K0, KEY_DIM, K0 + K1 > KEY_DIM)
     q1 = q0
     if K1 > 0:
-        q1 = attention_tile(place, other, K1, KEY_DIM, K0 + K1 > KEY_DIM)
-    top = tl.full([ROWS], LEAST, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+        q1 = attention_tile(q_ptrs, col1, K1, KEY_DIM, K0 + K1 > KEY_DIM)
+    m_i = tl.full([ROWS], LEAST, tl.float32)
+    l_i = tl.zeros([ROWS], tl.float32)
     acc0 = tl.zeros([ROWS, V0], tl.float32)
-    acc1 = tl.zeros([ROWS, V1 if V1 > 0 and HALVES == 1 else 1], tl.float32)
-    top, total, acc0, acc1 = attention_forward_segment(
+    acc1 = tl.zeros([ROWS, V1 if V1 > 0 and DIM_SPLITS == 1 else 1], tl.float32)
+    m_i, l_i, acc0, acc1 = attention_forward_segment(
         q0,
         q1,
-        k + line * k_at[0] + group * k_at[2],
-        v + line * v_at[0] + group * v_at[2],
-        k_at[1],
-        v_at[1],
+        k + batch * k_strides[0] + group * k_strides[2],
+        v + batch * v_strides[0] + group * v_strides[2],
+        k_strides[1],
+        v_strides[1],
         keys,
         tile,
         tokens,
         first,
         last,
-        low + line * tokens if LOW == 2 else low,
-        high + line * tokens if HIGH == 1 else high,
+        low + batch * tokens if LOW == 2 else low,
+        high + batch * tokens if HIGH == 1 else high,
         window,
-        top,
-        total,
+        m_i,
+        l_i,
         acc0,
         acc1,
         factor,
-        inner,
+        cap_factor,
         cap,
-        own,
-        other,
+        col0,
+        col1,
         KEY_DIM,
         VALUE_DIM,
         K0,
         K1,
         V0,
         V1,
-        HALVES,
+        DIM_SPLITS,
         LOW,
         HIGH,
-        SAME,
-        CAPPED,
-        VALUES,
+        V_IS_K,
+        HAS_CAP,
+        HAS_VALUES,
         False,
         REPEAT,
         ROWS,
         KEYS,
-        EDGE,
+        MASKED_KEYS,
     )
-    if FAR:
-        top, total, acc0, acc1 = attention_forward_segment(
+    if HAS_EXTRA:
+        m_i, l_i, acc0, acc1 = attention_forward_segment(
             q0,
             q1,
-            far_k + line * far_k_at[0] + group * far_k_at[2],
-            far_v + line * far_v_at[0] + group * far_v_at[2],
-            far_k_at[1],
-            far_v_at[1],
-            far_keys,
+            extra_k + batch * extra_k_strides[0] + group * extra_k_strides[2],
+            extra_v + batch * extra_v_strides[0] + group * extra_v_strides[2],
+            extra_k_strides[1],
+            extra_v_strides[1],
+            extra_keys,
             tile,
             tokens,
             first,
             last,
-            far_low + line * tokens,
-            far_high + line * tokens,
+            extra_low + batch * tokens,
+            extra_high + batch * tokens,
             window,
-            top,
-            total,
+            m_i,
+            l_i,
             acc0,
             acc1,
             factor,
-            inner,
+            cap_factor,
             cap,
-            own,
-            other,
+            col0,
+            col1,
             KEY_DIM,
             VALUE_DIM,
             K0,
             K1,
             V0,
             V1,
-            HALVES,
+            DIM_SPLITS,
             2,
             1,
-            SAME,
-            CAPPED,
-            VALUES,
+            V_IS_K,
+            HAS_CAP,
+            HAS_VALUES,
             True,
             REPEAT,
             ROWS,
             KEYS,
-            EDGE,
+            MASKED_KEYS,
         )
-    tile = attention_again(tile, tokens * REPEAT)
-    first, _, mtp, head, is_row = attention_rows(tile, tokens, REPEAT, ROWS)
-    peak = top * factor
-    fade = tl.full([ROWS], 1.0, tl.float32)
-    if SINKS:
-        # At the end and not as the first score: a far sink then rounds no weight.
+    tile = attention_opaque(tile, tokens * REPEAT)
+    first, _, token_offs, head, is_row = attention_rows(tile, tokens, REPEAT, ROWS)
+    m_scaled = m_i * factor
+    alpha = tl.full([ROWS], 1.0, tl.float32)
+    if HAS_SINKS:
+        # At the end and not as the first score: a large sink then rounds no p.
         sink = tl.load(sinks + group * REPEAT + head).to(tl.float32) * LOG2E
-        both = tl.maximum(peak, sink)
-        fade = tl.exp2(peak - both)
-        total = total * fade + tl.exp2(sink - both)
-        peak = both
-    is_seen = total > 0
-    total = tl.where(is_seen, total, 1.0)
-    wide = tl.where(is_seen, (peak + tl.log2(total)) / LOG2E, float("-inf"))
-    index = ((line * tokens + first) * groups + group) * REPEAT
-    step = mtp * (groups * REPEAT) + head
-    tl.store(lse + index + step, wide, mask=is_row & (half == 0))
-    if VALUES:
-        share = tl.where(is_seen, fade / total, 0.0)
-        place = out + index * VALUE_DIM + step * VALUE_DIM
-        attention_store(place, acc0 * share[:, None], is_row, own, V0, VALUE_DIM)
-        if V1 > 0 and HALVES == 1:
-            attention_store(place, acc1 * share[:, None], is_row, V0, V1, VALUE_DIM)
+        m_new = tl.maximum(m_scaled, sink)
+        alpha = tl.exp2(m_scaled - m_new)
+        l_i = l_i * alpha + tl.exp2(sink - m_new)
+        m_scaled = m_new
+    is_seen = l_i > 0
+    l_i = tl.where(is_seen, l_i, 1.0)
+    lse_i = tl.where(is_seen, (m_scaled + tl.log2(l_i)) / LOG2E, float("-inf"))
+    row = ((batch * tokens + first) * groups + group) * REPEAT
+    row_offs = token_offs * (groups * REPEAT) + head
+    tl.store(lse + row + row_offs, lse_i, mask=is_row & (dim_split == 0))
+    if HAS_VALUES:
+        inv_l = tl.where(is_seen, alpha / l_i, 0.0)
+        out_ptrs = out + row * VALUE_DIM + row_offs * VALUE_DIM
+        attention_store(out_ptrs, acc0 * inv_l[:, None], is_row, col0, V0, VALUE_DIM)
+        if V1 > 0 and DIM_SPLITS == 1:
+            attention_store(out_ptrs, acc1 * inv_l[:, None], is_row, V0, V1, VALUE_DIM)
 
 
 @triton.jit
-def attention_store(line, tile, is_in, start, WIDTH: tl.constexpr, DIM: tl.constexpr):
-    """Writes columns from `start` on of the rows at `line`, where is_in and inside DIM."""
+def attention_store(row_ptrs, tile, is_in, start, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """Writes WIDTH columns from `start` on of the rows at `row_ptrs`, where is_in and within DIM."""
     column = start + tl.arange(0, WIDTH)
     inside = is_in[:, None] & (column < DIM)[None, :]
-    tl.store(line[:, None] + column[None, :], tile.to(line.dtype.element_ty), mask=inside)
+    tl.store(row_ptrs[:, None] + column[None, :], tile.to(row_ptrs.dtype.element_ty), mask=inside)

@@ -8,7 +8,7 @@ from torch import Tensor
 from kernels.arguments import checked, require, require_within
 from kernels.block_attention.reference import block_attention_gathered
 from kernels.choose import takes_triton
-from kernels.places import require_places
+from kernels.query_index import require_q_index
 
 
 @checked
@@ -21,24 +21,27 @@ def block_attention(
     scale: float,
     block: int,
     position: Int[Tensor, "B S"],
-    places: Int[Tensor, "B T"] | None = None,
+    q_index: Int[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T J m"]]:
-    """Attention over the own block up to the query and all tokens of the selected blocks, and where it went.
+    """Attention over the query's own block up to itself and its selected blocks, and its mass on each block.
 
-    Blocks of `block` tokens count from each document's start; position is that of a token in its document.
-    selected are slots of `document_windows(position, block, block)`, of blocks before the query's own, each
-    at most once, -1 for none; J is G or H, a selection for each key head or for each query head. The second
-    result, m = n + 1, is the attention that fell on the own block, then on each selected one, summed over the
-    query heads that share the selection, in float32 at least and without a gradient.
-    places: where the queries stand among the keys, rising along a row; None is T = S, all tokens in order.
-    Work is O(T (n + 1) block (K + V)) per head.
+    A document is cut into blocks of `block` tokens from its start on; position is that of each token in its
+    document. selected: slots of `document_windows(position, block, block)`, of blocks before the query's own,
+    each at most once, -1 for none; J is G or H, one selection for each key head or for each query head.
+    The second result, m = n + 1, is the attention probability of the own block and of each selected one,
+    summed over the query heads that share the selection, in float32 at least and without a gradient.
+    q_index: index of each query in its row of keys, rising along the row; None where queries and keys are the
+    same T = S tokens.
+
+    Native Sparse Attention, arXiv 2502.11089, section 3.3.2 (selected attention), and MoBA, arXiv 2502.13189,
+    equation 2. Work is O(T (n + 1) block (K + V)) per head.
 
     Raises ValueError for an argument of the wrong shape, dtype or range.
     """
     tokens, heads = q.shape[1:3]
     key_heads, selectors = k.shape[2], selected.shape[2]
     require(tokens > 0, "q", "at least one token", tuple(q.shape))
-    require_places(places, tokens, k.shape[1])
+    require_q_index(q_index, tokens, k.shape[1])
     require(heads % key_heads == 0, "q", f"a multiple of {key_heads} heads", heads)
     require(q.dtype == k.dtype == v.dtype, "k, v", f"dtype {q.dtype}, as q", (k.dtype, v.dtype))
     require(selectors in (heads, key_heads), "selected", f"{key_heads} or {heads} heads", selectors)
@@ -46,7 +49,7 @@ def block_attention(
     slots = k.shape[1] // block
     require(selected.shape[3] <= slots, "selected", f"at most {slots} blocks", selected.shape[3])
     require_within("selected", selected, -1, max(slots, 1))
-    options: dict[str, Any] = {"scale": scale, "block": block, "position": position, "places": places}
+    options: dict[str, Any] = {"scale": scale, "block": block, "position": position, "q_index": q_index}
     if takes_triton("block_attention", q):
         from kernels.block_attention.triton import block_attention_triton
 

@@ -20,7 +20,7 @@ class Packed(NamedTuple):
     mean: float = 0.0
 
 
-# Several tiles of queries and keys, several slabs and parts of lists in few tokens.
+# Several tiles of queries and keys, several chunks and parts of lists in few tokens.
 _TILE = Tile(32, 16, 1, 1)
 SMALL = Tiles(_TILE, _TILE, _TILE, _TILE, _TILE, _TILE, 2, 1 << 16)
 
@@ -46,8 +46,8 @@ def draw(packed: Packed, factory: InputFactory) -> KernelCase:
     tiles = SMALL if factory.uses_small_tiles else None
 
     def run(form: Callable[..., Outputs], q: Tensor, k: Tensor, v: Tensor, **more: Tiles | None) -> Outputs:
-        chosen, place = selected.to(q.device), position.to(q.device)
-        return form(q, k, v, chosen, scale=key_dim**-0.5, block=block, position=place, **more)
+        chosen, own_position = selected.to(q.device), position.to(q.device)
+        return form(q, k, v, chosen, scale=key_dim**-0.5, block=block, position=own_position, **more)
 
     return KernelCase(
         inputs,

@@ -1,7 +1,7 @@
-"""Block selection in plain torch: the direct form with all scores, and the form by slabs of queries.
+"""Block selection in plain torch: one query at a time, and by chunks of queries.
 
-Letters: B rows, T tokens, H query heads, G key heads, J selecting heads, K key dim, C tokens of a block, N
-slots, n selected blocks, Q queries of a slab, S keys beside a slab.
+Letters: B rows, T queries, S keys, H query heads, G key heads, J selecting heads, K key dim, C tokens of a
+block, N slots of blocks, n selected blocks, m = n + 1, Q queries of a chunk.
 """
 
 import torch
@@ -9,10 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.document_windows import Windows, document_windows
-from kernels.places import Span, at_places, queries_at_once, query_tokens, spans
+from kernels.query_index import QueryChunk, at_queries, q_index_or_arange, queries_per_chunk, query_chunks
 
-# Elements of the scores that a slab of queries may hold: bounds memory, not the result.
-SLAB = 1 << 22
+# Elements of the scores that a chunk of queries may hold: bounds memory, not the result.
+CHUNK_ELEMENTS = 1 << 22
 
 
 @torch.no_grad()
@@ -33,13 +33,13 @@ def select_by_mean_direct(
         head = h // (heads // k.shape[2])
         scores = [float(q[b, t, h] @ k[b, s : s + block, head].mean(0)) for s in starts]
         best = sorted(range(len(scores)), key=lambda i: -scores[i])[:count]
-        for place, i in enumerate(best):
-            chosen[b, t, h, place] = starts[i] // block
+        for rank, i in enumerate(best):
+            chosen[b, t, h, rank] = starts[i] // block
     return chosen
 
 
 @torch.no_grad()
-def select_by_peak_direct(
+def select_by_max_direct(
     q: Float[Tensor, "B T J K"],
     k: Float[Tensor, "B T 1 K"],
     *,
@@ -52,7 +52,7 @@ def select_by_peak_direct(
     rows, tokens, heads, _ = q.shape
     width = min(count, tokens // block)
     chosen = torch.full((rows, tokens, heads, width), -1, device=q.device)
-    peaks = torch.zeros(rows, tokens, heads, width + 1, dtype=torch.long, device=q.device)
+    best_keys = torch.zeros(rows, tokens, heads, width + 1, dtype=torch.long, device=q.device)
     for b, t, h in _queries(rows, tokens, heads):
         scores = [float(q[b, t, h] @ k[b, s, 0]) for s in range(t + 1)]
         own = t - int(position[b, t]) % block
@@ -61,10 +61,10 @@ def select_by_peak_direct(
         order = sorted(
             range(len(starts)), key=lambda i: (-float(starts[i] >= own - local * block), -scores[best[i]])
         )
-        peaks[b, t, h, 0] = max(range(own, t + 1), key=lambda i: scores[i])
-        for place, i in enumerate(order[:count]):
-            chosen[b, t, h, place], peaks[b, t, h, place + 1] = starts[i] // block, best[i]
-    return chosen, peaks
+        best_keys[b, t, h, 0] = max(range(own, t + 1), key=lambda i: scores[i])
+        for rank, i in enumerate(order[:count]):
+            chosen[b, t, h, rank], best_keys[b, t, h, rank + 1] = starts[i] // block, best[i]
+    return chosen, best_keys
 
 
 def _queries(rows: int, tokens: int, heads: int) -> list[tuple[int, int, int]]:
@@ -72,22 +72,22 @@ def _queries(rows: int, tokens: int, heads: int) -> list[tuple[int, int, int]]:
 
 
 @torch.no_grad()
-def select_by_mean_slabs(
+def select_by_mean_chunked(
     q: Float[Tensor, "B T H K"],
     k: Float[Tensor, "B S G K"],
     *,
     block: int,
     count: int,
     position: Int[Tensor, "B S"],
-    places: Int[Tensor, "B T"] | None = None,
+    q_index: Int[Tensor, "B T"] | None = None,
 ) -> Int[Tensor, "B T H n"]:
-    """The selection, a slab of queries at a time; means and scores in float32 at least."""
+    """The selection, a chunk of queries at a time; means and scores in float32 at least."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     windows = document_windows(position, block, block)
     means = windows.gather(k.to(dtype)).mean(2)
-    token, position = query_tokens(places, q.shape[1], q), at_places(position, places)
+    token, position = q_index_or_arange(q_index, q.shape[1], q), at_queries(position, q_index)
     chosen = []
-    for a, b, *_ in _slabs(q, windows.start.shape[1], None):
+    for a, b, *_ in _chunks(q, windows.start.shape[1], None):
         grouped = q[:, a:b].to(dtype).unflatten(2, (k.shape[2], -1))
         scores = torch.einsum("bqgrk,bngk->bqgrn", grouped, means).flatten(2, 3)
         chosen.append(windows.choose(scores, position[:, a:b], token[:, a:b], count=count))
@@ -95,7 +95,7 @@ def select_by_mean_slabs(
 
 
 @torch.no_grad()
-def select_by_peak_slabs(
+def select_by_max_chunked(
     q: Float[Tensor, "B T J K"],
     k: Float[Tensor, "B S 1 K"],
     *,
@@ -103,43 +103,45 @@ def select_by_peak_slabs(
     count: int,
     local: int,
     position: Int[Tensor, "B S"],
-    places: Int[Tensor, "B T"] | None = None,
+    q_index: Int[Tensor, "B T"] | None = None,
 ) -> tuple[Int[Tensor, "B T J n"], Int[Tensor, "B T J m"]]:
-    """The selection and its best keys, a slab of queries at a time; scores in float32 at least."""
+    """The selection and its best keys, a chunk of queries at a time; scores in float32 at least."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     q, k = q.to(dtype), k[:, :, 0].to(dtype)
     windows = document_windows(position, block, block)
     in_blocks = windows.gather(k).flatten(1, 2)
-    token, position = query_tokens(places, q.shape[1], q), at_places(position, places)
-    chosen, peaks = [], []
-    for span in _slabs(q, k.shape[1], places):
-        a, b = span.start, span.stop
+    token, position = q_index_or_arange(q_index, q.shape[1], q), at_queries(position, q_index)
+    chosen, best_keys = [], []
+    for chunk in _chunks(q, k.shape[1], q_index):
+        a, b = chunk.start, chunk.stop
         scores = torch.einsum("bqjk,bsk->bqjs", q[:, a:b], in_blocks)
-        best, place = scores.unflatten(-1, (windows.start.shape[1], block)).max(-1)
+        best, best_in_block = scores.unflatten(-1, (windows.start.shape[1], block)).max(-1)
         slots = windows.choose(best, position[:, a:b], token[:, a:b], count=count, local=local)
         chosen.append(slots)
-        own = _own_peak(q[:, a:b], k, position[:, a:b] % block, token[:, a:b], span, block)
-        peaks.append(torch.cat([own, _peaks(windows, place, slots)], -1))
-    return torch.cat(chosen, dim=1), torch.cat(peaks, dim=1)
+        own = _own_best_key(q[:, a:b], k, position[:, a:b] % block, token[:, a:b], chunk, block)
+        best_keys.append(torch.cat([own, _best_keys(windows, best_in_block, slots)], -1))
+    return torch.cat(chosen, dim=1), torch.cat(best_keys, dim=1)
 
 
-def _own_peak(q: Tensor, k: Tensor, inside: Tensor, token: Tensor, span: Span, block: int) -> Tensor:
-    first = max(0, span.low - block + 1)
-    key = torch.arange(first, span.high, device=q.device)
+def _own_best_key(
+    q: Tensor, k: Tensor, block_offset: Tensor, token: Tensor, chunk: QueryChunk, block: int
+) -> Tensor:
+    first = max(0, chunk.key_start - block + 1)
+    key = torch.arange(first, chunk.key_stop, device=q.device)
     query = token[..., None]
-    is_own = (key <= query) & (key >= query - inside[..., None])
-    scores = torch.einsum("bqjk,bsk->bqjs", q, k[:, first : span.high])
+    is_own = (key <= query) & (key >= query - block_offset[..., None])
+    scores = torch.einsum("bqjk,bsk->bqjs", q, k[:, first : chunk.key_stop])
     return scores.masked_fill(~is_own[:, :, None], float("-inf")).argmax(-1, keepdim=True) + first
 
 
-def _peaks(windows: Windows, place: Tensor, slots: Tensor) -> Tensor:
+def _best_keys(windows: Windows, best_in_block: Tensor, slots: Tensor) -> Tensor:
     if slots.shape[-1] == 0:
         return slots
     slots = slots.clamp(min=0)
-    start = windows.start[:, None, None].expand(-1, *place.shape[1:3], -1)
-    return start.gather(-1, slots) + place.gather(-1, slots)
+    start = windows.start[:, None, None].expand(-1, *best_in_block.shape[1:3], -1)
+    return start.gather(-1, slots) + best_in_block.gather(-1, slots)
 
 
-def _slabs(q: Tensor, keys: int, places: Tensor | None) -> list[Span]:
+def _chunks(q: Tensor, keys: int, q_index: Tensor | None) -> list[QueryChunk]:
     rows, tokens, heads, _ = q.shape
-    return spans(places, tokens, queries_at_once(q, rows * heads * keys, SLAB))
+    return query_chunks(q_index, tokens, queries_per_chunk(q, rows * heads * keys, CHUNK_ELEMENTS))

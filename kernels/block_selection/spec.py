@@ -1,8 +1,8 @@
 """The choice of blocks on drawn inputs."""
 
-from kernels.block_selection.reference import select_by_peak_direct
+from kernels.block_selection.reference import select_by_max_direct
 from kernels.block_selection.shapes import SHAPES, Shape
-from kernels.block_selection.triton import Tiles, select_by_peak_triton
+from kernels.block_selection.triton import Tiles, select_by_max_triton
 from kernels.spec import InputFactory, KernelCase, KernelCost, KernelSpec
 
 
@@ -18,15 +18,15 @@ def draw(shape: Shape, factory: InputFactory) -> KernelCase:
     tiles = Tiles(16, 16, 32, 1) if factory.uses_small_tiles else None
 
     def known(chosen, peaks):
-        # In order of place: blocks that go first are equals. The best key of no block may be any token.
+        # In order of slots: blocks that go first are equals. The best key of no block may be any token.
         chosen, order = chosen.sort(dim=-1)
         far = peaks[..., 1:].gather(-1, order).masked_fill(chosen < 0, -1)
         return chosen, peaks[..., :1], far
 
     return KernelCase(
         inputs,
-        lambda q, k: known(*select_by_peak_triton(q, k, **options, tiles=tiles)),
-        lambda q, k: known(*select_by_peak_direct(q, k, **options)),
+        lambda q, k: known(*select_by_max_triton(q, k, **options, tiles=tiles)),
+        lambda q, k: known(*select_by_max_direct(q, k, **options)),
     )
 
 

@@ -1,6 +1,7 @@
-"""The best key of every block in Triton: one program takes some queries and a block.
+"""The best key of every block in Triton: one program takes a tile of queries and a block.
 
-Letters: B rows, T queries, J selecting heads, K key dim, C tokens of a block, N slots.
+Letters: B rows, T queries, S keys, J selecting heads, K key dim, C tokens of a block, N slots of blocks, n
+selected blocks, m = n + 1. x_row, x_token, x_head: strides of x.
 """
 
 from typing import NamedTuple
@@ -13,87 +14,89 @@ from torch import Tensor
 
 from kernels.arguments import require
 from kernels.document_windows import document_windows
-from kernels.places import at_places, query_tokens
+from kernels.query_index import at_queries, q_index_or_arange
 
-# Numbers of a slab's best scores.
-SLAB = 2**25
+# Best scores that a chunk of queries may hold: bounds memory, not the result.
+CHUNK_ELEMENTS = 2**25
 MAX_DIM = 256
 
 
 class Tiles(NamedTuple):
-    """Queries and keys of a tile, queries of a slab (None: as many as fit SLAB), and warps."""
+    """Queries and keys of a tile, queries of a chunk (None: as many as CHUNK_ELEMENTS allows), and warps."""
 
     queries: int
     keys: int
-    slab: int | None
+    chunk: int | None
     warps: int
 
 
 @triton.jit
 def selection_scores(q, k, query, key, tokens, keys, dim, q_token, k_token, DIM: tl.constexpr):
-    """Scores of some queries and keys of one row and head."""
+    """Scores of a tile of queries with a tile of keys, of one row and head."""
     column = tl.arange(0, DIM)
     is_in = (query < tokens)[:, None] & (column < dim)[None, :]
-    left = tl.load(q + query.to(tl.int64)[:, None] * q_token + column[None, :], mask=is_in, other=0.0)
+    q_tile = tl.load(q + query.to(tl.int64)[:, None] * q_token + column[None, :], mask=is_in, other=0.0)
     is_in = (key >= 0) & (key < keys)
     is_in = (column < dim)[:, None] & is_in[None, :]
-    right = tl.load(k + key.to(tl.int64)[None, :] * k_token + column[:, None], mask=is_in, other=0.0)
-    return tl.dot(left, right, input_precision="tf32x3")
+    k_tile = tl.load(k + key.to(tl.int64)[None, :] * k_token + column[:, None], mask=is_in, other=0.0)
+    return tl.dot(q_tile, k_tile, input_precision="tf32x3")
 
 
 @triton.jit
-def selection_better(best, at, scores, key, is_in):
-    """The best score and its key so far, the earlier of equal ones."""
+def selection_better(best_score, best_key, scores, key, is_in):
+    """The best score so far and its key, the first of equal ones."""
     scores = tl.where(is_in, scores, float("-inf"))
-    top = tl.max(scores, axis=1)
-    place = tl.min(tl.where(scores == top[:, None], key[None, :], 2147483647), axis=1)
-    is_better = top > best
-    return tl.where(is_better, top, best), tl.where(is_better, place, at)
+    tile_score = tl.max(scores, axis=1)
+    tile_key = tl.min(tl.where(scores == tile_score[:, None], key[None, :], 2147483647), axis=1)
+    is_better = tile_score > best_score
+    return tl.where(is_better, tile_score, best_score), tl.where(is_better, tile_key, best_key)
 
 
 @triton.jit
-def selection_peaks(
-    q, k, start, position, places, best, at, begin, slab, tokens, keys, heads, dim, slots, block,
-    q_row, q_token, q_head, k_row, k_token,
-    HAS_PLACES: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
+def selection_best_keys(
+    q, k, start, position, q_index, best_scores, best_keys, begin, chunk, tokens, keys, heads, dim, slots,
+    block, q_row, q_token, q_head, k_row, k_token,
+    HAS_Q_INDEX: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """The best key of one slot for a tile of queries, or with slot N of each query's own block."""
+    """The best score and key of one block for a tile of queries; slot N is each query's own block."""
     row, head = tl.program_id(2).to(tl.int64) // heads, tl.program_id(2) % heads
     slot = tl.program_id(1)
     first = begin + tl.program_id(0) * QUERIES
     query = first + tl.arange(0, QUERIES)
-    is_query = (query < tokens) & (query - begin < slab)
-    q_near = q + row * q_row + head * q_head
-    k_near = k + row * k_row
-    top = tl.full([QUERIES], float("-inf"), tl.float32)
-    place = tl.zeros([QUERIES], tl.int32)
+    is_query = (query < tokens) & (query - begin < chunk)
+    q_base = q + row * q_row + head * q_head
+    k_base = k + row * k_row
+    best_score = tl.full([QUERIES], float("-inf"), tl.float32)
+    best_key = tl.zeros([QUERIES], tl.int32)
     if slot < slots:
-        opened = tl.load(start + row * slots + slot).to(tl.int32)
+        block_start = tl.load(start + row * slots + slot).to(tl.int32)
         for offset in range(0, block, KEYS):
-            key = opened + offset + tl.arange(0, KEYS)
-            scores = selection_scores(q_near, k_near, query, key, tokens, keys, dim, q_token, k_token, DIM)
-            is_in = (key < opened + block)[None, :] & is_query[:, None]
-            top, place = selection_better(top, place, scores, key, is_in)
+            key = block_start + offset + tl.arange(0, KEYS)
+            scores = selection_scores(q_base, k_base, query, key, tokens, keys, dim, q_token, k_token, DIM)
+            is_in = (key < block_start + block)[None, :] & is_query[:, None]
+            best_score, best_key = selection_better(best_score, best_key, scores, key, is_in)
     else:
-        inside = tl.load(position + row * tokens + query, mask=is_query, other=0).to(tl.int32) % block
+        block_offset = tl.load(position + row * tokens + query, mask=is_query, other=0).to(tl.int32) % block
         token, low, span = query, first - block + 1, block + QUERIES - 1
-        if HAS_PLACES:
-            token = tl.load(places + row * tokens + query, mask=is_query, other=-1).to(tl.int32)
-            # The first query stands first, so its block opens first.
-            low = tl.load(places + row * tokens + first).to(tl.int32) - block + 1
+        if HAS_Q_INDEX:
+            token = tl.load(q_index + row * tokens + query, mask=is_query, other=-1).to(tl.int32)
+            # The first query has the lowest index, so its block starts first.
+            low = tl.load(q_index + row * tokens + first).to(tl.int32) - block + 1
             span = tl.max(token, axis=0) - low + 1
         for offset in range(0, span, KEYS):
             key = low + offset + tl.arange(0, KEYS)
-            scores = selection_scores(q_near, k_near, query, key, tokens, keys, dim, q_token, k_token, DIM)
-            is_in = (key[None, :] <= token[:, None]) & (key[None, :] >= (token - inside)[:, None])
-            top, place = selection_better(top, place, scores, key, is_in & is_query[:, None])
-    line = ((row * slab + (query - begin)) * heads + head) * (slots + 1) + slot
-    tl.store(best + line, top, mask=is_query)
-    tl.store(at + line, place, mask=is_query)
+            scores = selection_scores(q_base, k_base, query, key, tokens, keys, dim, q_token, k_token, DIM)
+            is_in = (key[None, :] <= token[:, None]) & (key[None, :] >= (token - block_offset)[:, None])
+            best_score, best_key = selection_better(
+                best_score, best_key, scores, key, is_in & is_query[:, None]
+            )
+    index = ((row * chunk + (query - begin)) * heads + head) * (slots + 1) + slot
+    tl.store(best_scores + index, best_score, mask=is_query)
+    tl.store(best_keys + index, best_key, mask=is_query)
 
 
 @torch.no_grad()
-def select_by_peak_triton(
+def select_by_max_triton(
     q: Float[Tensor, "B T J K"],
     k: Float[Tensor, "B S 1 K"],
     *,
@@ -101,10 +104,10 @@ def select_by_peak_triton(
     count: int,
     local: int,
     position: Int[Tensor, "B S"],
-    places: Int[Tensor, "B T"] | None = None,
+    q_index: Int[Tensor, "B T"] | None = None,
     tiles: Tiles | None = None,
 ) -> tuple[Int[Tensor, "B T J n"], Int[Tensor, "B T J m"]]:
-    """`kernels.block_selection.select_by_peak`; scores of a block are never kept, only its best.
+    """`kernels.block_selection.select_by_max`; of the scores of a block only the best is kept.
 
     Raises ValueError for more than MAX_DIM dims or inputs on several devices.
     """
@@ -115,30 +118,34 @@ def select_by_peak_triton(
     )
     tiles = tiles or Tiles(128, 64, None, 8)
     q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
-    windows, position = document_windows(position, block, block), at_places(position, places).contiguous()
-    start, token = windows.start.contiguous(), query_tokens(places, tokens, q)
-    places = None if places is None else places.contiguous()
+    windows, position = document_windows(position, block, block), at_queries(position, q_index).contiguous()
+    start, token = windows.start.contiguous(), q_index_or_arange(q_index, tokens, q)
+    q_index = None if q_index is None else q_index.contiguous()
     slots = start.shape[1]
-    fitting = SLAB // (rows * heads * (slots + 1)) // tiles.queries * tiles.queries
-    step = min(tokens, tiles.slab or max(tiles.queries, fitting))
-    chosen, peaks = [], []
-    for begin in range(0, tokens, step):
-        slab = min(step, tokens - begin)
-        shape = (rows, slab, heads, slots + 1)
-        best = torch.empty(shape, dtype=torch.float32, device=q.device)
-        at = torch.empty(shape, dtype=torch.int32, device=q.device)
-        selection_peaks[(triton.cdiv(slab, tiles.queries), slots + 1, rows * heads)](
-            q, k, start, position, places, best, at, begin, slab, tokens, k.shape[1], heads, dim, slots,
-            block, *q.stride()[:3], *k.stride()[:2], HAS_PLACES=places is not None,
-            QUERIES=tiles.queries, KEYS=tiles.keys, DIM=max(16, triton.next_power_of_2(dim)),
-            num_warps=tiles.warps,
+    fitting = CHUNK_ELEMENTS // (rows * heads * (slots + 1)) // tiles.queries * tiles.queries
+    chunk_size = min(tokens, tiles.chunk or max(tiles.queries, fitting))
+    chosen, best_keys = [], []
+    for begin in range(0, tokens, chunk_size):
+        chunk = min(chunk_size, tokens - begin)
+        shape = (rows, chunk, heads, slots + 1)
+        slot_best_scores = torch.empty(shape, dtype=torch.float32, device=q.device)
+        slot_best_keys = torch.empty(shape, dtype=torch.int32, device=q.device)
+        selection_best_keys[(triton.cdiv(chunk, tiles.queries), slots + 1, rows * heads)](
+            q, k, start, position, q_index, slot_best_scores, slot_best_keys, begin, chunk, tokens,
+            k.shape[1], heads, dim, slots, block, *q.stride()[:3], *k.stride()[:2],
+            HAS_Q_INDEX=q_index is not None, QUERIES=tiles.queries, KEYS=tiles.keys, DIM=max(16,
+            triton.next_power_of_2(dim)), num_warps=tiles.warps,
         )  # fmt: skip
-        part = position[:, begin : begin + slab]
-        taken = windows.choose(
-            best[..., :slots], part, token[:, begin : begin + slab], count=count, local=local
+        chunk_position = position[:, begin : begin + chunk]
+        chosen_slots = windows.choose(
+            slot_best_scores[..., :slots],
+            chunk_position,
+            token[:, begin : begin + chunk],
+            count=count,
+            local=local,
         )
-        # The own block stands behind the slots, and first in the result.
-        own = torch.full((*shape[:3], 1), slots, dtype=taken.dtype, device=q.device)
-        peaks.append(at.gather(3, torch.cat([own, taken.clamp(min=0)], dim=3)).long())
-        chosen.append(taken)
-    return torch.cat(chosen, dim=1), torch.cat(peaks, dim=1)
+        # The own block is slot N, and first in the result.
+        own = torch.full((*shape[:3], 1), slots, dtype=chosen_slots.dtype, device=q.device)
+        best_keys.append(slot_best_keys.gather(3, torch.cat([own, chosen_slots.clamp(min=0)], dim=3)).long())
+        chosen.append(chosen_slots)
+    return torch.cat(chosen, dim=1), torch.cat(best_keys, dim=1)

@@ -1,4 +1,7 @@
-"""Windows of tokens compressed to one entry each: by mean, by a perceptron, or by gates per channel."""
+"""Windows of tokens compressed to one entry each: by mean, by a perceptron, or by gates per channel.
+
+Slots are those of `document_windows`; an entry is the compressed key or value of a window.
+"""
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -11,7 +14,7 @@ from kernels.document_windows import Windows
 
 @checked
 def mean_compress(x: Float[Tensor, "B T G K"], windows: Windows) -> Float[Tensor, "B N G K"]:
-    """The mean of each window; anything in slots without one.
+    """The mean of the L tokens of each window; anything in slots without one.
 
     Raises ValueError for an argument of the wrong shape.
     """
@@ -26,29 +29,30 @@ def mean_compress(x: Float[Tensor, "B T G K"], windows: Windows) -> Float[Tensor
 @checked
 def mlp_compress(
     x: Float[Tensor, "B T G K"],
-    place: Float[Tensor, "G L K"],
+    position_encoding: Float[Tensor, "G L K"],
     first: Float[Tensor, "G F E"],
     second: Float[Tensor, "G K F"],
     windows: Windows,
 ) -> Float[Tensor, "B N G K"]:
-    """A perceptron per head over the tokens of each window, E = L K: second silu(first (x + place)).
+    """second silu(first (x + position_encoding)): a perceptron per head over E = L K channels of a window.
 
-    place is added to the tokens by their place in the window. Anything in slots without a window.
+    position_encoding: what is added to each of the L tokens of a window. Anything in slots without a window.
     Native Sparse Attention, arXiv 2502.11089, equation 7.
 
     Raises ValueError for an argument of the wrong shape.
     """
     _check("x", x, windows)
     heads, dim = x.shape[2:]
-    require(place.shape == (heads, windows.length, dim), "place", (heads, windows.length, dim), place.shape)
+    expected = (heads, windows.length, dim)
+    require(position_encoding.shape == expected, "position_encoding", expected, position_encoding.shape)
     inner = first.shape[1]
     expected = (heads, inner, windows.length * dim)
     require(first.shape == expected, "first", expected, tuple(first.shape))
     if takes_triton("compress", x):
         from kernels.compress.triton import mlp_compress_triton
 
-        return mlp_compress_triton(x, place, first, second, windows)
-    return mlp_compress_gathered(x, place, first, second, windows)
+        return mlp_compress_triton(x, position_encoding, first, second, windows)
+    return mlp_compress_gathered(x, position_encoding, first, second, windows)
 
 
 @checked
@@ -61,11 +65,12 @@ def gated_compress(
     position: Int[Tensor, "B T"],
     is_overlapping: bool,
 ) -> Float[Tensor, "B N K"]:
-    """For each window and channel, the mean of the values under the softmax of gates + bias over its tokens.
+    """For each window and channel the mean of the values, weighted by softmax(gates + bias) over its tokens.
 
-    Plain: K = E. Overlapping: E = 2 K; the first half of the channels takes part in the entry of the window
-    after, the second half in that of its own, both under one softmax over 2 C tokens, or over C in the first
-    window of a document. Softmax in float32 at least. Anything in slots without a window.
+    bias: one for each of the C tokens of a window. Plain: K = E. Overlapping: E = 2 K; the last K channels of
+    a token belong to the entry of its own window, the first K to that of the next one, and the softmax goes
+    over these 2 C tokens, or C in the first window of a document. Softmax in float32 at least. Anything in
+    slots without a window. The compressors of DeepSeek-V4: overlapping in CSA, plain in HCA.
 
     Raises ValueError for an argument of the wrong shape.
     """

@@ -1,6 +1,7 @@
-"""Compressors in plain torch: window by window, and all windows gathered at once.
+"""Compressors in plain torch: one window at a time, and all windows gathered at once.
 
-Letters: B rows, T tokens, N slots, G heads, K dim of an entry, L or C tokens of a window, F inner dim.
+Letters: B rows, T tokens, N slots of windows, G heads, K dim of an entry, L or C tokens of a window, F inner
+dim, E channels.
 """
 
 import torch
@@ -22,7 +23,7 @@ def mean_compress_direct(x: Float[Tensor, "B T G K"], windows: Windows) -> Float
 
 def mlp_compress_direct(
     x: Float[Tensor, "B T G K"],
-    place: Float[Tensor, "G L K"],
+    position_encoding: Float[Tensor, "G L K"],
     first: Float[Tensor, "G F E"],
     second: Float[Tensor, "G K F"],
     windows: Windows,
@@ -33,20 +34,20 @@ def mlp_compress_direct(
     for b, n in windows.is_filled.nonzero().tolist():
         start = int(windows.start[b, n])
         for g in range(x.shape[2]):
-            tokens = x[b, start : start + windows.length, g] + place[g]
+            tokens = x[b, start : start + windows.length, g] + position_encoding[g]
             out[b, n, g] = second[g] @ silu(first[g] @ tokens.flatten())
     return out
 
 
 def mlp_compress_gathered(
     x: Float[Tensor, "B T G K"],
-    place: Float[Tensor, "G L K"],
+    position_encoding: Float[Tensor, "G L K"],
     first: Float[Tensor, "G F E"],
     second: Float[Tensor, "G K F"],
     windows: Windows,
 ) -> Float[Tensor, "B N G K"]:
     """All windows at once."""
-    tokens = windows.gather(x).transpose(2, 3) + place
+    tokens = windows.gather(x).transpose(2, 3) + position_encoding
     inner = torch.einsum("bnge,gfe->bngf", tokens.flatten(3), first)
     return torch.einsum("bngf,gkf->bngk", silu(inner), second)
 
@@ -100,8 +101,8 @@ def gated_compress_gathered(
     value = torch.cat(
         [windows.gather(values[..., :dim], shift=shift), windows.gather(values[..., dim:])], dim=2
     )
-    place = torch.arange(shift, windows.length, device=values.device)
+    offset = torch.arange(shift, windows.length, device=values.device)
     opening = position.gather(1, windows.start.clamp(max=position.shape[1] - 1))
-    is_first = (opening == 0)[..., None] & (place < 0)
+    is_first = (opening == 0)[..., None] & (offset < 0)
     weights = gate.masked_fill(is_first[..., None], float("-inf")).softmax(2)
     return (weights * value).sum(2).to(values.dtype)

@@ -35,16 +35,18 @@ def draw_mlp(shape: Shape, factory: InputFactory) -> KernelCase:
     inner = max(1, size // 2)
     inputs = {
         "x": factory.normal(shape.rows, shape.tokens, shape.heads, shape.dim),
-        "place": factory.normal(shape.heads, shape.length, shape.dim),
+        "position_encoding": factory.normal(shape.heads, shape.length, shape.dim),
         "first": factory.normal(shape.heads, inner, size, scale=size**-0.5),
         "second": factory.normal(shape.heads, shape.dim, inner, scale=inner**-0.5),
     }
     return KernelCase(
         inputs,
-        lambda x, place, first, second: (
-            mlp_compress_triton(x, place, first, second, windows, tiles=_tiles(factory)),
+        lambda x, position_encoding, first, second: (
+            mlp_compress_triton(x, position_encoding, first, second, windows, tiles=_tiles(factory)),
         ),
-        lambda x, place, first, second: (mlp_compress_direct(x, place, first, second, windows),),
+        lambda x, position_encoding, first, second: (
+            mlp_compress_direct(x, position_encoding, first, second, windows),
+        ),
     )
 
 

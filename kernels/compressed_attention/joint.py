@@ -1,7 +1,7 @@
 """Attention over a window of raw keys and compressed entries under one softmax, in plain torch.
 
 Letters: B rows, T queries, S raw keys, H query heads, K dim of a key, which is its value too, N slots of
-entries, k selected entries, W window, Q queries of a slab, M raw keys beside a slab.
+entries, k selected entries, Q queries of a chunk, M raw keys in the windows of a chunk.
 """
 
 from collections.abc import Iterable
@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.document_windows import Windows
-from kernels.places import Span, query_tokens, spans
+from kernels.query_index import QueryChunk, q_index_or_arange, query_chunks
 
-# Elements of the scores that a slab of queries may hold: bounds memory, not the result.
-SLAB = 1 << 22
-# Queries of a slab beside a window: more of them meet more raw keys outside it, fewer make short products.
+# Elements of the scores that a chunk of queries may hold: bounds memory, not the result.
+CHUNK_ELEMENTS = 1 << 22
+# Least queries of a chunk if the window is shorter: more of them read more masked keys, fewer make small
+# products.
 QUERIES = 128
-# A product with all entries is about this many times as fast per entry as one with gathered ones.
+# A product with all entries is about so many times as fast per entry as one with gathered entries.
 GATHERING = 32
 
 
@@ -42,21 +43,21 @@ def joint_attention_direct(
         slots = windows.is_filled[b].nonzero().flatten().tolist()
         starts = {n: int(windows.start[b, n]) for n in slots}
         for t in range(tokens):
-            opened = t - int(position[b, t])
-            near = [kv[b, s] for s in range(max(opened, t - window + 1), t + 1)]
-            chosen = [n for n in slots if starts[n] >= opened and starts[n] + windows.length <= t + 1]
+            document_start = t - int(position[b, t])
+            raw = [kv[b, s] for s in range(max(document_start, t - window + 1), t + 1)]
+            chosen = [n for n in slots if starts[n] >= document_start and starts[n] + windows.length <= t + 1]
             if selected is not None:
                 chosen = [n for n in selected[b, t].tolist() if n >= 0]
-            keys = torch.stack(near + [entries[b, n] for n in chosen])
+            keys = torch.stack(raw + [entries[b, n] for n in chosen])
             scores = torch.cat([q[b, t] @ keys.T * scale, sinks[:, None]], dim=-1)
-            weights = scores.softmax(-1)[:, :-1]
-            out.append(weights @ keys)
+            p = scores.softmax(-1)[:, :-1]
+            out.append(p @ keys)
             if selected is not None:
-                mass[b, t, selected[b, t] >= 0] = weights[:, len(near) :].detach().sum(0)
+                mass[b, t, selected[b, t] >= 0] = p[:, len(raw) :].detach().sum(0)
     return torch.stack(out).view_as(q), mass
 
 
-def joint_attention_slabs(
+def joint_attention_chunked(
     q: Float[Tensor, "B T H K"],
     kv: Float[Tensor, "B S K"],
     entries: Float[Tensor, "B N K"],
@@ -67,31 +68,37 @@ def joint_attention_slabs(
     position: Int[Tensor, "B T"],
     scale: float,
     window: int,
-    places: Int[Tensor, "B T"] | None = None,
-    tokens: Int[Tensor, "B T"] | None = None,
+    q_index: Int[Tensor, "B T"] | None = None,
+    token_index: Int[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, "B T H K"], Float[Tensor, "B T k"]]:
-    """A slab of queries at a time, in float32 at least; many scores are computed again for backward."""
+    """A chunk of queries at a time, in float32 at least; many scores are computed again for backward."""
     dtype, count = torch.promote_types(q.dtype, torch.float32), q.shape[1]
     entries, sinks = entries.to(dtype), sinks.to(dtype)
     slots = entries.shape[1]
     gathers = selected is not None and _gathers(slots, selected)
     keys = window + (selected.shape[2] if selected is not None and gathers else slots)
-    size = min(max(QUERIES, window), _slab(q, keys))
-    slabs = spans(places, count, size)
-    token, place = (query_tokens(x, count, q) for x in (tokens, places))
-    is_small = q.shape[0] * count * q.shape[2] * (keys + size) <= SLAB
+    size = min(max(QUERIES, window), _chunk_size(q, keys))
+    chunks = query_chunks(q_index, count, size)
+    token, query_index = (q_index_or_arange(x, count, q) for x in (token_index, q_index))
+    is_small = q.shape[0] * count * q.shape[2] * (keys + size) <= CHUNK_ELEMENTS
     outs, masses = [], []
-    for span, near in zip(slabs, _beside(kv.to(dtype), window, size, slabs, places), strict=True):
-        own = slice(span.start, span.stop)
+    for chunk, window_keys in zip(
+        chunks, _window_keys(kv.to(dtype), window, size, chunks, q_index), strict=True
+    ):
+        own = slice(chunk.start, chunk.stop)
         chosen = None if selected is None else selected[:, own]
         if chosen is None:
             seen = windows.is_seen(position[:, own], token[:, own])
         else:
             seen = chosen >= 0 if gathers else _marked(chosen, slots)
-        back = place[:, own, None] - torch.arange(near.shape[2], device=q.device) - (span.low - window + 1)
-        is_near = (back >= 0) & (back < window) & (back <= position[:, own, None])
-        visible = torch.cat([is_near, seen], dim=-1)
-        operands = (q[:, own].to(dtype), near, entries, sinks, chosen, gathers, visible, scale)
+        distance = (
+            query_index[:, own, None]
+            - torch.arange(window_keys.shape[2], device=q.device)
+            - (chunk.key_start - window + 1)
+        )
+        in_window = (distance >= 0) & (distance < window) & (distance <= position[:, own, None])
+        visible = torch.cat([in_window, seen], dim=-1)
+        operands = (q[:, own].to(dtype), window_keys, entries, sinks, chosen, gathers, visible, scale)
         if is_small:
             out, mass = _attend(*operands)
         else:
@@ -101,20 +108,20 @@ def joint_attention_slabs(
     return torch.cat(outs, dim=1), torch.cat(masses, dim=1)
 
 
-def _beside(
-    kv: Float[Tensor, "B S K"], window: int, size: int, slabs: list[Span], places: Tensor | None
+def _window_keys(
+    kv: Float[Tensor, "B S K"], window: int, size: int, chunks: list[QueryChunk], q_index: Tensor | None
 ) -> Iterable[Float[Tensor, "B K M"]]:
-    """Each slab's raw keys, from the first in the window of its first query on, zeros before the row."""
-    if places is None:
+    """The raw keys of each chunk, from the start of its first query's window on; zeros before the row."""
+    if q_index is None:
         padded = torch.nn.functional.pad(kv, (0, 0, window - 1, -kv.shape[1] % size))
         return padded.unfold(1, window - 1 + size, size).unbind(1)
     padded = torch.nn.functional.pad(kv, (0, 0, window - 1, 0))
-    return [padded[:, span.low : span.high + window - 1].mT for span in slabs]
+    return [padded[:, chunk.key_start : chunk.key_stop + window - 1].mT for chunk in chunks]
 
 
 def _attend(
     q: Tensor,
-    near: Tensor,
+    window_keys: Tensor,
     entries: Tensor,
     sinks: Tensor,
     chosen: Tensor | None,
@@ -122,17 +129,21 @@ def _attend(
     visible: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    near_scores = torch.einsum("bqhk,bks->bqhs", q, near)
+    window_scores = torch.einsum("bqhk,bks->bqhs", q, window_keys)
     # Entries for all queries [B N K], or for each query its own [B Q k K].
-    far, letters = (_taken(entries, chosen), "bqnk") if chosen is not None and gathers else (entries, "bnk")
-    far_scores = torch.einsum(f"bqhk,{letters}->bqhn", q, far)
-    scores = torch.cat([near_scores, far_scores], dim=-1) * scale
+    entry_keys, letters = (
+        (_taken(entries, chosen), "bqnk") if chosen is not None and gathers else (entries, "bnk")
+    )
+    entry_scores = torch.einsum(f"bqhk,{letters}->bqhn", q, entry_keys)
+    scores = torch.cat([window_scores, entry_scores], dim=-1) * scale
     scores = scores.masked_fill(~visible[:, :, None], float("-inf"))
     sink = sinks[:, None].expand(*scores.shape[:3], 1)
-    weights = torch.cat([scores, sink], dim=-1).softmax(-1)
-    by_near, by_far, _ = weights.split([near.shape[-1], far_scores.shape[-1], 1], dim=-1)
-    out = torch.einsum("bqhs,bks->bqhk", by_near, near) + torch.einsum(f"bqhn,{letters}->bqhk", by_far, far)
-    mass = by_far.detach().sum(2)
+    p = torch.cat([scores, sink], dim=-1).softmax(-1)
+    p_window, p_entries, _ = p.split([window_keys.shape[-1], entry_scores.shape[-1], 1], dim=-1)
+    out = torch.einsum("bqhs,bks->bqhk", p_window, window_keys) + torch.einsum(
+        f"bqhn,{letters}->bqhk", p_entries, entry_keys
+    )
+    mass = p_entries.detach().sum(2)
     if chosen is None:
         return out, mass[..., :0]
     if not gathers:
@@ -156,6 +167,6 @@ def _taken(entries: Tensor, chosen: Tensor) -> Tensor:
     return entries.gather(1, index).view(*chosen.shape, entries.shape[-1])
 
 
-def _slab(q: Tensor, keys: int) -> int:
+def _chunk_size(q: Tensor, keys: int) -> int:
     rows, tokens, heads, _ = q.shape
-    return min(tokens, max(1, SLAB // (rows * heads * max(1, keys))))
+    return min(tokens, max(1, CHUNK_ELEMENTS // (rows * heads * max(1, keys))))

@@ -10,7 +10,7 @@ from kernels.compressed_attention.entries import entry_attention_direct
 from kernels.compressed_attention.joint import joint_attention_direct
 from kernels.compressed_attention.shapes import JOINT_SHAPES, SHAPES, JointShape, Shape
 from kernels.compressed_attention.triton import (
-    SLAB,
+    CHUNK_ELEMENTS,
     entry_attention_triton,
     joint_attention_triton,
     select_by_entries_triton,
@@ -65,7 +65,7 @@ def draw_entries(packed: Packed, factory: InputFactory) -> KernelCase:
     }
     small: dict[str, Any] = {}
     if factory.uses_small_tiles:
-        small = {"tiles": SMALL, "tile": SMALL_MASS, "slab": min(SLAB, 500)}
+        small = {"tiles": SMALL, "tile": SMALL_MASS, "chunk": min(CHUNK_ELEMENTS, 500)}
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Outputs:
         out, chosen = entry_attention_triton(q, k, v, **options, **small)
@@ -176,9 +176,9 @@ def cost_of_joint(packed: JointPacked) -> KernelCost:
     return KernelCost(flops, 2 * queries + keys, 2.5 * flops, 4 * queries + 2 * keys)
 
 
-# A sum of 64 rows and 256 columns takes half of the registers; operands of 512 columns have many places.
+# A sum of 64 rows and 256 columns takes half of the registers; operands of 512 columns have many addresses.
 KNOWN_SPILLS = {
-    "attention_backward_queries": "50 reloads for the 66 products of a tile: places of operands, addresses",
+    "attention_backward_queries": "50 reloads for the 66 products of a tile: addresses of operands",
     "attention_backward_keys": "reloads outside its loops, and a few for the 68 products of a tile",
 }
 SPECS = (

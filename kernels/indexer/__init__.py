@@ -1,4 +1,4 @@
-"""The lightning indexer: cheap scores that choose keys, and the loss that teaches it what attention reads."""
+"""The lightning indexer of DeepSeek-V3.2: cheap scores that choose keys, and the loss that trains them."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from kernels.arguments import checked, require, require_order, require_within
 from kernels.choose import takes_triton
 from kernels.indexer.loss import index_loss_full, index_loss_selected
-from kernels.indexer.reference import choose_in_blocks, pool_keys, pool_selection
-from kernels.places import require_places
+from kernels.indexer.reference import choose_chunked, pool_keys, pool_selection
+from kernels.query_index import require_q_index
 
 __all__ = ["index_loss", "index_loss_of_chosen", "index_select", "pool_keys", "pool_selection"]
 
@@ -24,27 +24,29 @@ def index_select(
     top_k: int,
     last: Int[Tensor, "B P"] | None = None,
     document: Int[Tensor, "B S"] | None = None,
-    places: Int[Tensor, "B T"] | None = None,
+    q_index: Int[Tensor, "B T"] | None = None,
 ) -> Int[Tensor, "B T k"]:
-    """For each query its best min(top_k, P) entries, in order of place, -1 for those it has fewer.
+    """For each query the min(top_k, P) entries of the highest score, rising, then -1 if it has fewer.
 
-    The score of an entry is sum_n weights_n relu(q_n k). last is the last token of each entry in the row, -1
-    for no entry; None is one entry per token. An entry can be chosen from its last token on, in its own
-    document. Of equal scores the earlier entry wins. No gradient. places: where the queries stand in the row
-    of S tokens that entries and documents are of, rising along a row; None is T = S, all tokens in order.
+    The score of an entry is sum_n weights_n relu(q_n k). last: index in the row of the last token of each
+    entry, -1 for no entry; None is one entry per token. A query sees the entries of its document that end at
+    its token or before. Of equal scores the first entry wins. No gradient.
+    q_index: index of each query in the row of S tokens that entries and documents are of, rising along the
+    row; None where T = S and queries are all of them.
+    DeepSeek-V3.2, arXiv 2512.02556, equation 1.
 
     Raises ValueError for an argument of the wrong shape or range.
     """
     require(q.shape[1] > 0, "q", "at least one token", tuple(q.shape))
     require_order("document", document)
-    _require_row(q, k, last, places, ("document", None if document is None else document.shape[1]))
+    _require_row(q, k, last, q_index, ("document", None if document is None else document.shape[1]))
     require(top_k > 0, "top_k", "at least 1", top_k)
-    options: dict[str, Any] = {"top_k": top_k, "last": last, "document": document, "places": places}
+    options: dict[str, Any] = {"top_k": top_k, "last": last, "document": document, "q_index": q_index}
     if takes_triton("indexer", q):
         from kernels.indexer.triton import index_select_triton
 
         return index_select_triton(q, k, weights, **options)
-    return choose_in_blocks(q, k, weights, **options)
+    return choose_chunked(q, k, weights, **options)
 
 
 @checked
@@ -60,25 +62,25 @@ def index_loss(
     last: Int[Tensor, "B P"] | None = None,
     size: int = 1,
     document: Int[Tensor, "B S"] | None = None,
-    places: Int[Tensor, "B T"] | None = None,
+    q_index: Int[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, ""]:
-    """KL(p || softmax of scores) over all entries that a query can see, summed over queries.
+    """KL(p || softmax(scores)) over all entries that a query sees, in nats, summed over queries.
 
-    p is what the attention takes of each entry of `size` tokens, over all its heads, normalised over the
-    entries; it gets no gradient. lse is the attention's own log-sum-exp. A query that sees no entry counts
-    nothing. places as in `index_select`; the attention's keys are the tokens of the row. Memory is linear in
-    T and in S.
+    p: attention probability of each entry of `size` tokens, summed over heads and normalised over entries;
+    without gradient. lse: the log-sum-exp of that attention, whose keys are the tokens of the row. A query
+    that sees no entry adds zero. q_index as in `index_select`. Memory is linear in T and in S.
+    DeepSeek-V3.2, arXiv 2512.02556, equation 3.
 
     Raises ValueError for an argument of the wrong shape.
     """
     require(q.shape[1] > 0, "q", "at least one token", tuple(q.shape))
     require_order("document", document)
-    _require_row(q, k, last, places, ("attention_k", attention_k.shape[1]))
+    _require_row(q, k, last, q_index, ("attention_k", attention_k.shape[1]))
     heads, key_heads = attention_q.shape[2], attention_k.shape[2]
     require(heads % key_heads == 0, "attention_k", f"a divisor of {heads} heads", key_heads)
     require(last is not None or size == 1, "last", f"given with entries of {size} tokens", last)
     options: dict[str, Any] = {"scale": scale, "last": last, "size": size, "document": document}
-    options["places"] = places
+    options["q_index"] = q_index
     if takes_triton("indexer", q):
         from kernels.indexer.triton_loss import index_loss_full_triton
 
@@ -94,14 +96,16 @@ def index_loss_of_chosen(
     entries: Int[Tensor, "B T k"],
     shares: Float[Tensor, "B T k"],
 ) -> Float[Tensor, ""]:
-    """`index_loss` over the chosen entries alone; shares is what the attention takes of each, unnormalised.
+    """`index_loss` over the chosen entries alone. shares: attention probability of each, summed over heads.
+
+    DeepSeek-V3.2, arXiv 2512.02556, equation 4.
 
     Raises ValueError for an argument of the wrong shape.
     """
     require(q.shape[1] > 0, "q", "at least one token", tuple(q.shape))
     require_within("entries", entries, -1, k.shape[1])
     if entries.shape[2] == 0:
-        # Nothing to learn from, but all of it takes part in the graph.
+        # No loss, but the inputs are part of the graph.
         parts = (x.to(torch.promote_types(x.dtype, torch.float32)).sum() for x in (q, k, weights))
         return 0.0 * torch.stack(list(parts)).sum()
     if takes_triton("indexer", q):
@@ -113,14 +117,14 @@ def index_loss_of_chosen(
 
 
 def _require_row(
-    q: Tensor, k: Tensor, last: Tensor | None, places: Tensor | None, row: tuple[str, int | None]
+    q: Tensor, k: Tensor, last: Tensor | None, q_index: Tensor | None, row: tuple[str, int | None]
 ) -> None:
-    """Refuses entries and places that do not fit the row; `row` names an argument of its tokens, if any."""
+    """Refuses entries and a q_index that do not fit the row; row: name of an argument of S tokens, and S."""
     name, length = row
     if last is None:
         require(length in (None, k.shape[1]), name, f"{k.shape[1]} tokens, as k has entries", length)
         name, length = "k", k.shape[1]
     if length is not None:
-        require_places(places, q.shape[1], length, name)
+        require_q_index(q_index, q.shape[1], length, name)
     else:
-        require_order("places", places)
+        require_order("q_index", q_index)

@@ -1,7 +1,8 @@
-"""The indexer's loss in plain torch: how far the softmax of its scores is from what the attention takes.
+"""The indexer's loss in plain torch: divergence of the softmax of its scores from the attention's.
 
-Letters: B rows, T queries, N index heads, D index dim, P entries, H heads, G key heads, C queries of a block.
-The target is detached, so d loss / d score = softmax(score) - target, and forward can make all gradients.
+Letters: B rows, T queries, S tokens, N index heads, D index dim, P entries, k chosen entries, H heads, G key
+heads, C queries of a chunk. The target is detached, so ds = d loss / d score = softmax(score) - target, and
+forward can compute all gradients.
 """
 
 from collections.abc import Callable
@@ -12,13 +13,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kernels.indexer.reference import SCORES, entry_tokens, index_scores, last_tokens, visible_entries
-from kernels.places import queries_at_once
+from kernels.query_index import queries_per_chunk
 
 
 class Target(NamedTuple):
-    """For a block of queries: what the attention takes of each entry [B C P], and whether it can be chosen.
+    """For a chunk of queries the attention probability of each entry, and whether a query sees it, [B C P].
 
-    entries [B C P] are the places of the entries where each query has its own, None where all share them.
+    shares: summed over heads, not normalised. entries: indices of the entries [B C P] if each query has its
+    own; None if all queries share them.
     """
 
     shares: Tensor
@@ -29,12 +31,12 @@ class Target(NamedTuple):
 def divergence(
     scores: Float[Tensor, "B C P"], shares: Float[Tensor, "B C P"], visible: Bool[Tensor, "B C P"]
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "B C P"]]:
-    """Sum of KL(shares normalised || softmax(scores)) over queries, and its gradient by the scores."""
+    """Sum of KL(shares / sum(shares) || softmax(scores)) over queries, and its gradient by the scores."""
     shares = shares.masked_fill(~visible, 0.0)
     total = shares.sum(-1, keepdim=True)
     is_counted = total > 0
     target = shares / torch.where(is_counted, total, 1.0)
-    # A query that sees nothing would make NaN of a softmax over nothing.
+    # The softmax over nothing would be NaN.
     scores = scores.masked_fill(~visible, float("-inf")).masked_fill(~is_counted, 0.0)
     log_chosen = scores.log_softmax(-1)
     terms = torch.where(target > 0, target * (target.clamp(min=1e-300).log() - log_chosen), 0.0)
@@ -71,9 +73,9 @@ def index_loss_full(
     last: Int[Tensor, "B P"] | None,
     size: int,
     document: Int[Tensor, "B S"] | None,
-    places: Int[Tensor, "B T"] | None = None,
+    q_index: Int[Tensor, "B T"] | None = None,
 ) -> Float[Tensor, ""]:
-    """The loss over all entries, a block of queries at a time, the attention's weights computed again."""
+    """The loss over all entries, a chunk of queries at a time; attention is computed again from lse."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     heads, (rows, length, groups, _) = attention_q.shape[2], attention_k.shape
     keys = attention_k.detach().to(dtype).permute(0, 2, 3, 1).flatten(0, 1).contiguous()
@@ -85,16 +87,16 @@ def index_loss_full(
     def target(start: int, stop: int) -> Target:
         scores = torch.bmm(queries[:, :, start:stop].flatten(2, 3).flatten(0, 1), keys).mul_(scale)
         scores.sub_(sums[:, :, start:stop].reshape(rows * groups, -1, 1))
-        is_key = visible_entries(start, stop, row_lasts, document, places)
-        # [B G C r S]: masked before exp, since keys that a query does not see are not in its sum.
+        is_key = visible_entries(start, stop, row_lasts, document, q_index)
+        # [B G C R S]: masked before exp, since lse does not cover keys that a query does not see.
         spread = scores.view(rows, groups, stop - start, -1, length)
         shares = spread.masked_fill_(~is_key[:, None, :, None], float("-inf")).exp_().sum((1, 3))
         if size > 1:
             members = entry_tokens(lasts, size).flatten(1)[:, None].expand(-1, stop - start, -1)
             shares = shares.gather(2, members).unflatten(2, (-1, size)).sum(3)
-        return Target(shares, visible_entries(start, stop, lasts, document, places), None)
+        return Target(shares, visible_entries(start, stop, lasts, document, q_index), None)
 
-    step = queries_at_once(q, rows * max(q.shape[2] * k.shape[1], heads * length), SCORES)
+    step = queries_per_chunk(q, rows * max(q.shape[2] * k.shape[1], heads * length), SCORES)
     return cast(Tensor, IndexLoss.apply(q, k, weights, target, step))
 
 
@@ -105,7 +107,7 @@ def index_loss_selected(
     entries: Int[Tensor, "B T k"],
     shares: Float[Tensor, "B T k"],
 ) -> Float[Tensor, ""]:
-    """The loss over each query's own entries, a block of queries at a time."""
+    """The loss over each query's own entries, a chunk of queries at a time."""
     dtype = torch.promote_types(q.dtype, torch.float32)
 
     def target(start: int, stop: int) -> Target:
@@ -113,18 +115,18 @@ def index_loss_selected(
         return Target(shares[:, start:stop].detach().to(dtype), own >= 0, own.clamp(min=0))
 
     numbers = q.shape[0] * entries.shape[2] * (q.shape[2] + q.shape[3])
-    step = queries_at_once(q, numbers, SCORES)
+    step = queries_per_chunk(q, numbers, SCORES)
     return cast(Tensor, IndexLoss.apply(q, k, weights, target, step))
 
 
 class IndexLoss(torch.autograd.Function):
-    """q [B T N D], k [B P D], weights [B T N] -> the loss; `target` gives a block's target."""
+    """q [B T N D], k [B P D], weights [B T N] -> the loss; `target` gives the target of a chunk."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, weights: Tensor, target: Callable[[int, int], Target], step: int
     ) -> Tensor:
-        """The loss and all gradients, one block of queries after the other."""
+        """The loss and all gradients, one chunk of queries after the other."""
         dtype = torch.promote_types(q.dtype, torch.float32)
         ctx.dtypes = [x.dtype for x in (q, k, weights)]
         q, k, weights = (x.to(dtype).contiguous() for x in (q, k, weights))
@@ -145,35 +147,35 @@ class IndexLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """What forward found, times the factor of the loss."""
+        """The gradients that forward computed, times that of the loss."""
         found = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return *((x * grads[0]).to(dtype) for x, dtype in found), None, None
 
 
 def _taken(k: Tensor, entries: Tensor) -> Tensor:
     # [B P D] at [B C k] -> [B C k D].
-    lines = torch.arange(k.shape[0], device=k.device)[:, None, None] * k.shape[1]
-    return k.flatten(0, 1).index_select(0, (lines + entries).flatten()).view(*entries.shape, -1)
+    row_offsets = torch.arange(k.shape[0], device=k.device)[:, None, None] * k.shape[1]
+    return k.flatten(0, 1).index_select(0, (row_offsets + entries).flatten()).view(*entries.shape, -1)
 
 
 def _products(q: Tensor, k: Tensor, entries: Tensor | None) -> Tensor:
-    # [B C N P]: each index head's query with each entry.
+    # [B C N P]: q_n k of each index head and entry.
     if entries is None:
         return torch.bmm(q.flatten(1, 2), k.mT.contiguous()).unflatten(1, (-1, q.shape[2]))
     keys = _taken(k, entries).flatten(0, 1)
-    turned = torch.bmm(keys, q.flatten(0, 1).mT.contiguous()).mT.contiguous()
-    return turned.unflatten(0, (q.shape[0], -1))
+    products = torch.bmm(keys, q.flatten(0, 1).mT.contiguous()).mT.contiguous()
+    return products.unflatten(0, (q.shape[0], -1))
 
 
-def _into(grad_q: Tensor, grad_k: Tensor, grad: Tensor, q: Tensor, k: Tensor, entries: Tensor | None) -> None:
+def _into(dq: Tensor, dk: Tensor, dproducts: Tensor, q: Tensor, k: Tensor, entries: Tensor | None) -> None:
     """Adds the gradients of the products [B C N P] to those of q [B C N D] and k [B P D]."""
     if entries is None:
-        lines = grad.flatten(1, 2)
-        grad_q += torch.bmm(lines, k).view_as(grad_q)
-        grad_k += torch.bmm(lines.mT, q.flatten(1, 2))
+        rows = dproducts.flatten(1, 2)
+        dq += torch.bmm(rows, k).view_as(dq)
+        dk += torch.bmm(rows.mT, q.flatten(1, 2))
         return
-    lines = grad.flatten(0, 1)
-    grad_q += torch.bmm(lines, _taken(k, entries).flatten(0, 1)).view_as(grad_q)
-    offsets = torch.arange(k.shape[0], device=k.device)[:, None, None] * k.shape[1]
-    each = torch.bmm(lines.mT.contiguous(), q.flatten(0, 1)).flatten(0, 1)
-    grad_k.flatten(0, 1).index_add_(0, (offsets + entries).flatten(), each)
+    rows = dproducts.flatten(0, 1)
+    dq += torch.bmm(rows, _taken(k, entries).flatten(0, 1)).view_as(dq)
+    row_offsets = torch.arange(k.shape[0], device=k.device)[:, None, None] * k.shape[1]
+    dk_rows = torch.bmm(rows.mT.contiguous(), q.flatten(0, 1)).flatten(0, 1)
+    dk.flatten(0, 1).index_add_(0, (row_offsets + entries).flatten(), dk_rows)

@@ -68,10 +68,10 @@ def draw_chosen(shape: Shape, factory: InputFactory, *, is_deterministic: bool =
     shares = shares * (factory.integers(rows, tokens, 1, low=0, high=5) > 0)
 
     def reference(q, k, weights):
-        places = torch.where(entries < 0, tokens, entries)
+        index = torch.where(entries < 0, tokens, entries)
         spread = torch.zeros(rows, tokens, tokens + 1, dtype=q.dtype)
-        mass = spread.scatter(2, places, shares.to(q.dtype))[..., :tokens]
-        visible = spread.scatter(2, places, 1.0)[..., :tokens] > 0
+        mass = spread.scatter(2, index, shares.to(q.dtype))[..., :tokens]
+        visible = spread.scatter(2, index, 1.0)[..., :tokens] > 0
         return (index_loss_direct(q, k, weights, mass, visible),)
 
     tiles = ChosenTiles(16, 1) if factory.uses_small_tiles else None
@@ -115,11 +115,11 @@ def draw_full(shape: Shape, factory: InputFactory) -> KernelCase:
         keys = attention_k.double().repeat_interleave(heads // groups, dim=2)
         scores = torch.einsum("bthk,bshk->bhts", attention_q.double(), keys) * scale
         mass = (scores - lse.mT[..., None]).exp().sum(1)
-        places = last_tokens(k, last)
+        last_token = last_tokens(k, last)
         if last is not None:
             members = entry_tokens(last, size).flatten(1)[:, None].expand(-1, tokens, -1)
             mass = mass.gather(2, members).unflatten(2, (-1, size)).sum(3)
-        visible = visible_entries(0, tokens, places, document)
+        visible = visible_entries(0, tokens, last_token, document)
         return (index_loss_direct(q, k, weights, mass.to(q.dtype), visible),)
 
     return KernelCase(

@@ -1,8 +1,10 @@
-"""The lightning indexer in Triton: scores of a slab of queries, and the best entries of each.
+"""The lightning indexer in Triton: scores of a chunk of queries, then the highest of each by radix selection.
 
-Letters: B rows, T queries, N index heads, D index dim, P entries, k chosen entries.
-Scores of all pairs never exist at once: a slab of queries has its scores in memory, from which one program
-per query takes the best by counting their bytes, the highest first.
+The scores of one chunk of queries are in memory at a time. One program per query finds the k-th highest byte
+by byte, with a histogram for each byte from the highest one on, and collects what is not lower.
+
+Letters: B rows, T queries, S tokens, N index heads, D index dim, P entries, k chosen entries, s queries of a
+chunk. x_row, x_token, x_head: strides of x.
 """
 
 from typing import NamedTuple
@@ -15,142 +17,153 @@ from torch import Tensor
 
 from kernels.arguments import require
 from kernels.indexer.reference import last_tokens
-from kernels.places import at_places
+from kernels.query_index import at_queries
 
-# Numbers of scores of a slab.
-SLAB = 2**26
+# Scores that a chunk of queries may hold: bounds memory, not the result.
+CHUNK_ELEMENTS = 2**26
 MAX_DIM = 256
 
 
 class Tiles(NamedTuple):
-    """Queries and entries of a tile, entries that the choice reads at a time, queries of a slab, warps.
+    """Queries and entries of a tile, entries that the selection reads at a time, queries of a chunk, warps.
 
-    slab of None is as many queries as fit SLAB.
+    chunk of None is as many queries as CHUNK_ELEMENTS allows.
     """
 
     queries: int
     entries: int
     read: int
-    slab: int | None
+    chunk: int | None
     warps: int
 
 
 class Entries(NamedTuple):
-    """Whom each entry is visible to: from its last token on, in its document; documents may be None.
+    """Which queries see an entry: those of its document from its last token on.
 
-    document and places are those of queries; without places query t is token t.
+    last: index of the last token of each entry, -1 for no entry. entry_document and document: of entries and
+    of queries; None for one document. q_index: index of each query in the row; None: query t is token t.
     """
 
     last: Int[Tensor, "B P"]
-    owner: Int[Tensor, "B P"] | None
+    entry_document: Int[Tensor, "B P"] | None
     document: Int[Tensor, "B T"] | None
-    places: Int[Tensor, "B T"] | None
+    q_index: Int[Tensor, "B T"] | None
 
 
 def entries_of(
-    k: Tensor, last: Tensor | None, document: Tensor | None, places: Tensor | None = None
+    k: Tensor, last: Tensor | None, document: Tensor | None, q_index: Tensor | None = None
 ) -> Entries:
-    """Visibility of the entries k."""
+    """Which queries see the entries k."""
     last = last_tokens(k, last).contiguous()
-    places = None if places is None else places.contiguous()
+    q_index = None if q_index is None else q_index.contiguous()
     if document is None:
-        return Entries(last, None, None, places)
-    owner = document.gather(1, last.clamp(min=0))
-    return Entries(last, owner, at_places(document, places).contiguous(), places)
+        return Entries(last, None, None, q_index)
+    entry_document = document.gather(1, last.clamp(min=0))
+    return Entries(last, entry_document, at_queries(document, q_index).contiguous(), q_index)
 
 
-def slab_of(rows: int, tokens: int, entries: int, tiles: Tiles) -> int:
-    """Queries of a slab, whole tiles."""
-    fitting = max(tiles.queries, SLAB // (rows * entries) // tiles.queries * tiles.queries)
-    return min(tokens, tiles.slab or fitting)
+def chunk_of(rows: int, tokens: int, entries: int, tiles: Tiles) -> int:
+    """Queries of a chunk, whole tiles."""
+    fitting = max(tiles.queries, CHUNK_ELEMENTS // (rows * entries) // tiles.queries * tiles.queries)
+    return min(tokens, tiles.chunk or fitting)
 
 
 def tiles_for() -> Tiles:
-    """Tiles of a full warpgroup."""
+    """Tiles for two of Hopper's warpgroups."""
     return Tiles(128, 64, 1024, None, 8)
 
 
 @triton.jit
 def index_visible(
-    last, owner, document, places, row, query, entry, tokens, entries,
-    HAS_DOCUMENTS: tl.constexpr, HAS_PLACES: tl.constexpr,
+    last, entry_document, document, q_index, row, query, entry, tokens, entries,
+    HAS_DOCUMENTS: tl.constexpr, HAS_Q_INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Which of the entries each of the queries can see."""
-    at = tl.load(last + row * entries + entry, mask=entry < entries, other=-1)
+    """Which of the entries each of the queries sees."""
+    last_token = tl.load(last + row * entries + entry, mask=entry < entries, other=-1)
     token = query
-    if HAS_PLACES:
-        token = tl.load(places + row * tokens + query, mask=query < tokens, other=-1)
-    visible = (at >= 0)[None, :] & (at[None, :] <= token[:, None]) & (query < tokens)[:, None]
+    if HAS_Q_INDEX:
+        token = tl.load(q_index + row * tokens + query, mask=query < tokens, other=-1)
+    visible = (last_token >= 0)[None, :] & (last_token[None, :] <= token[:, None]) & (query < tokens)[:, None]
     if HAS_DOCUMENTS:
-        of_entry = tl.load(owner + row * entries + entry, mask=entry < entries, other=-1)
+        of_entry = tl.load(entry_document + row * entries + entry, mask=entry < entries, other=-1)
         of_query = tl.load(document + row * tokens + query, mask=query < tokens, other=-2)
         visible = visible & (of_query[:, None] == of_entry[None, :])
     return visible
 
 
 @triton.jit
-def index_products(q, k_turned, query, first, n, tokens, dim, q_token, q_head, DIM: tl.constexpr):
-    """Products of one head's queries with some entries."""
+def index_products(q, k_transposed, query, first, n, tokens, dim, q_token, q_head, DIM: tl.constexpr):
+    """q_n k of a tile of queries of head n with a tile of entries."""
     column = tl.arange(0, DIM)
-    place = (query - first)[:, None] * q_token + n * q_head + column[None, :]
+    q_offs = (query - first)[:, None] * q_token + n * q_head + column[None, :]
     is_in = (query < tokens)[:, None] & (column < dim)[None, :]
-    return tl.dot(tl.load(q + place, mask=is_in, other=0.0), k_turned, input_precision="tf32x3")
+    return tl.dot(tl.load(q + q_offs, mask=is_in, other=0.0), k_transposed, input_precision="tf32x3")
 
 
 @triton.jit
-def index_scores_slab(
-    q, k, weights, last, owner, document, places, scores, begin, slab, tokens, heads, entries, dim,
+def index_scores_chunk(
+    q, k, weights, last, entry_document, document, q_index, scores, begin, chunk, tokens, heads, entries, dim,
     q_row, q_token, q_head, k_row, k_token, w_row, w_token, w_head,
-    HAS_DOCUMENTS: tl.constexpr, HAS_PLACES: tl.constexpr,
+    HAS_DOCUMENTS: tl.constexpr, HAS_Q_INDEX: tl.constexpr,
     QUERIES: tl.constexpr, ENTRIES: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """Scores of a tile of the slab, minus infinity where a query does not see an entry."""
+    """Scores of a tile of queries and entries, minus infinity where a query does not see an entry."""
     row = tl.program_id(2).to(tl.int64)
     first = begin + tl.program_id(0) * QUERIES
     query = first + tl.arange(0, QUERIES)
     entry = tl.program_id(1) * ENTRIES + tl.arange(0, ENTRIES)
     visible = index_visible(
-        last, owner, document, places, row, query, entry, tokens, entries, HAS_DOCUMENTS, HAS_PLACES
+        last,
+        entry_document,
+        document,
+        q_index,
+        row,
+        query,
+        entry,
+        tokens,
+        entries,
+        HAS_DOCUMENTS,
+        HAS_Q_INDEX,
     )
-    total = tl.zeros([QUERIES, ENTRIES], tl.float32)
+    acc = tl.zeros([QUERIES, ENTRIES], tl.float32)
     if tl.max(visible.to(tl.int32)) > 0:
         column = tl.arange(0, DIM)
-        near = k + row * k_row + (tl.program_id(1).to(tl.int64) * ENTRIES) * k_token
-        place = tl.arange(0, ENTRIES)[None, :] * k_token + column[:, None]
+        k_base = k + row * k_row + (tl.program_id(1).to(tl.int64) * ENTRIES) * k_token
+        k_offs = tl.arange(0, ENTRIES)[None, :] * k_token + column[:, None]
         is_in = (column < dim)[:, None] & (entry < entries)[None, :]
-        k_turned = tl.load(near + place, mask=is_in, other=0.0)
-        q_near = q + row * q_row + first.to(tl.int64) * q_token
-        w_near = weights + row * w_row + first.to(tl.int64) * w_token
+        k_transposed = tl.load(k_base + k_offs, mask=is_in, other=0.0)
+        q_base = q + row * q_row + first.to(tl.int64) * q_token
+        w_base = weights + row * w_row + first.to(tl.int64) * w_token
         for n in range(heads):
-            product = index_products(q_near, k_turned, query, first, n, tokens, dim, q_token, q_head, DIM)
-            w = tl.load(w_near + (query - first) * w_token + n * w_head, mask=query < tokens, other=0.0)
-            total += tl.maximum(product, 0.0) * w.to(tl.float32)[:, None]
-    total = tl.where(visible, total, float("-inf"))
-    line = row * slab + (query - begin)
-    is_in = ((query - begin) < slab)[:, None] & (entry < entries)[None, :]
-    tl.store(scores + line[:, None] * entries + entry[None, :], total, mask=is_in)
+            product = index_products(q_base, k_transposed, query, first, n, tokens, dim, q_token, q_head, DIM)
+            w = tl.load(w_base + (query - first) * w_token + n * w_head, mask=query < tokens, other=0.0)
+            acc += tl.maximum(product, 0.0) * w.to(tl.float32)[:, None]
+    acc = tl.where(visible, acc, float("-inf"))
+    row_index = row * chunk + (query - begin)
+    is_in = ((query - begin) < chunk)[:, None] & (entry < entries)[None, :]
+    tl.store(scores + row_index[:, None] * entries + entry[None, :], acc, mask=is_in)
 
 
 @triton.jit
-def index_key(scores, line, entry, entries):
-    """Scores as whole numbers of the same order; 0 beyond the entries, 1 for minus infinity."""
-    x = tl.load(scores + line * entries + entry, mask=entry < entries, other=float("-inf"))
+def index_key(scores, row_index, entry, entries):
+    """Scores as whole numbers in the same order; 0 past the last entry, 1 for minus infinity."""
+    x = tl.load(scores + row_index * entries + entry, mask=entry < entries, other=float("-inf"))
     # Zeros of either sign are one score.
     x = tl.where(x == 0.0, 0.0, x)
     bits = x.to(tl.uint32, bitcast=True)
-    turned = tl.where(bits >= 2147483648, bits ^ 4294967295, bits | 2147483648)
+    ordered = tl.where(bits >= 2147483648, bits ^ 4294967295, bits | 2147483648)
     is_none = x == float("-inf")
-    return tl.where(entry < entries, tl.where(is_none, 1, turned.to(tl.int64)), 0)
+    return tl.where(entry < entries, tl.where(is_none, 1, ordered.to(tl.int64)), 0)
 
 
 @triton.jit
-def index_best(scores, chosen, begin, slab, tokens, entries, count, READ: tl.constexpr, BINS: tl.constexpr):
-    """The places of one query's best entries in order, -1 behind them; of equal ones the earlier.
+def index_best(scores, chosen, begin, chunk, tokens, entries, count, READ: tl.constexpr, BINS: tl.constexpr):
+    """Indices of the `count` best entries of one query, rising, then -1; of equal scores the first entries.
 
-    Four passes find the lowest score that is chosen, byte by byte; a fifth collects.
+    Four passes find the bytes of the lowest score that is chosen; a fifth collects.
     """
     row = tl.program_id(1).to(tl.int64)
-    line = row * slab + tl.program_id(0)
+    row_index = row * chunk + tl.program_id(0)
     offset = tl.arange(0, READ)
     bins = tl.arange(0, BINS)
     prefix = tl.zeros([], tl.int64)
@@ -159,44 +172,44 @@ def index_best(scores, chosen, begin, slab, tokens, entries, count, READ: tl.con
         shift = 24 - 8 * level
         totals = tl.zeros([BINS], tl.int32)
         for start in range(0, entries, READ):
-            key = index_key(scores, line, start + offset, entries)
+            key = index_key(scores, row_index, start + offset, entries)
             is_open = (key >> (shift + 8)) == prefix
             byte = ((key >> shift) & 255).to(tl.int32)
             totals += tl.histogram(byte, BINS, mask=is_open)
         above = tl.cumsum(totals, reverse=True)
-        # The highest byte from which on there are enough.
+        # The highest byte that is reached by as many scores as are needed.
         edge = tl.max(tl.where(above >= room, bins, 0))
         prefix = prefix * 256 + edge
         room -= tl.sum(tl.where(bins > edge, totals, 0))
     found = tl.zeros([], tl.int32)
     ties = tl.zeros([], tl.int32)
-    target = chosen + (row * tokens + begin + tl.program_id(0)) * count
+    out_ptrs = chosen + (row * tokens + begin + tl.program_id(0)) * count
     for start in range(0, entries, READ):
-        key = index_key(scores, line, start + offset, entries)
+        key = index_key(scores, row_index, start + offset, entries)
         is_tie = (key == prefix) & (key > 1)
         tie = ties + tl.cumsum(is_tie.to(tl.int32))
         is_chosen = (key > prefix) | (is_tie & (tie <= room))
         rank = found + tl.cumsum(is_chosen.to(tl.int32)) - 1
-        tl.store(target + rank, (start + offset).to(tl.int64), mask=is_chosen)
+        tl.store(out_ptrs + rank, (start + offset).to(tl.int64), mask=is_chosen)
         ties += tl.sum(is_tie.to(tl.int32))
         found += tl.sum(is_chosen.to(tl.int32))
     for start in range(0, count, READ):
-        tl.store(target + start + offset, -1, mask=(start + offset >= found) & (start + offset < count))
+        tl.store(out_ptrs + start + offset, -1, mask=(start + offset >= found) & (start + offset < count))
 
 
 @torch.no_grad()
-def scores_slab(
-    q: Tensor, k: Tensor, weights: Tensor, entries: Entries, begin: int, slab: int, tiles: Tiles
+def scores_chunk(
+    q: Tensor, k: Tensor, weights: Tensor, entries: Entries, begin: int, chunk: int, tiles: Tiles
 ) -> Float[Tensor, "B s P"]:
-    """Scores of the queries from `begin` on, s of them, minus infinity where an entry is not visible."""
+    """Scores of the s queries from `begin` on, minus infinity where a query does not see an entry."""
     rows, tokens, heads, dim = q.shape
     count = k.shape[1]
-    scores = torch.empty(rows, slab, count, dtype=torch.float32, device=q.device)
-    grid = (triton.cdiv(slab, tiles.queries), triton.cdiv(count, tiles.entries), rows)
-    index_scores_slab[grid](
-        q, k, weights, *entries, scores, begin, slab, tokens, heads, count, dim, *q.stride()[:3],
+    scores = torch.empty(rows, chunk, count, dtype=torch.float32, device=q.device)
+    grid = (triton.cdiv(chunk, tiles.queries), triton.cdiv(count, tiles.entries), rows)
+    index_scores_chunk[grid](
+        q, k, weights, *entries, scores, begin, chunk, tokens, heads, count, dim, *q.stride()[:3],
         *k.stride()[:2], *weights.stride(), HAS_DOCUMENTS=entries.document is not None,
-        HAS_PLACES=entries.places is not None,
+        HAS_Q_INDEX=entries.q_index is not None,
         QUERIES=tiles.queries, ENTRIES=tiles.entries, DIM=max(16, triton.next_power_of_2(dim)),
         num_warps=tiles.warps, num_stages=2,
     )  # fmt: skip
@@ -222,22 +235,22 @@ def index_select_triton(
     top_k: int,
     last: Int[Tensor, "B P"] | None = None,
     document: Int[Tensor, "B S"] | None = None,
-    places: Int[Tensor, "B T"] | None = None,
+    q_index: Int[Tensor, "B T"] | None = None,
     tiles: Tiles | None = None,
 ) -> Int[Tensor, "B T k"]:
     """`kernels.indexer.index_select`. Raises ValueError for more than MAX_DIM dims or several devices."""
     q, k, weights = checked(q, k, weights)
     rows, tokens = q.shape[:2]
-    entries, tiles = entries_of(k, last, document, places), tiles or tiles_for()
+    entries, tiles = entries_of(k, last, document, q_index), tiles or tiles_for()
     count = min(top_k, k.shape[1])
     chosen = torch.empty(rows, tokens, count, dtype=torch.int64, device=q.device)
     if count == 0:
         return chosen
-    step = slab_of(rows, tokens, k.shape[1], tiles)
+    step = chunk_of(rows, tokens, k.shape[1], tiles)
     for begin in range(0, tokens, step):
-        slab = min(step, tokens - begin)
-        scores = scores_slab(q, k, weights, entries, begin, slab, tiles)
-        index_best[(slab, rows)](
-            scores, chosen, begin, slab, tokens, k.shape[1], count, READ=tiles.read, BINS=256, num_warps=8
+        chunk = min(step, tokens - begin)
+        scores = scores_chunk(q, k, weights, entries, begin, chunk, tiles)
+        index_best[(chunk, rows)](
+            scores, chosen, begin, chunk, tokens, k.shape[1], count, READ=tiles.read, BINS=256, num_warps=8
         )
     return chosen

@@ -19,12 +19,13 @@ def selected_attention(
     scale: float,
     sinks: Float[Tensor, "H"] | None = None,
 ) -> Float[Tensor, "B T H V"]:
-    """Attention of each query over its chosen keys.
+    """Softmax attention of each query over its k chosen keys.
 
-    v of an integer says that values are so many first channels of the keys. selection: places among the
-    keys, each at most once, -1 for none; a query without any gets zeros. It is taken as given: it must hold
-    no later token and none of another document. Query head h reads key head h // (H / G). sinks: one more
-    score per head, without a value. Work is O(T k (K + V)) per head.
+    v: values, or an integer V if they are the first V channels of the keys. selection: indices of keys in the
+    row, each at most once, -1 for none; a query without keys gets zeros. It is taken as given: it must hold
+    no later token and none of another document. Query head h reads key head h // (H / G). sinks: a logit per
+    head that takes part in the softmax and has no value. Work is O(T k (K + V)) per head.
+    DeepSeek-V3.2, arXiv 2512.02556, equation 2.
 
     Raises ValueError for an argument of the wrong shape or dtype.
     """
@@ -49,7 +50,10 @@ def selected_attention_with_shares(
     scale: float,
     sinks: Float[Tensor, "H"] | None = None,
 ) -> tuple[Float[Tensor, "B T H V"], Float[Tensor, "B T k"]]:
-    """`selected_attention`, and what all heads take of each chosen key, in float32 and without gradient."""
+    """`selected_attention`, and the probability of each chosen key, summed over heads.
+
+    The latter is in float32 at least and has no gradient.
+    """
     _check(q, k, v, selection, sinks)
     if takes_triton("selected_attention", q):
         from kernels.selected_attention.triton import selected_attention_triton, shares_triton

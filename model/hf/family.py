@@ -32,7 +32,7 @@ def _no_copies(_: Architecture) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Nested:
-    """The text model's place in the config.json of a model with more parts, such as a vision tower.
+    """Where the text model is in the config.json of a model with more parts, such as a vision tower.
 
     model_types: of the fields that stand within `field`; the first is written. silent: fields beside it that
     speak of the other parts.

@@ -175,7 +175,7 @@ class Attn(Mixer):
             logit_cap=config.logit_cap,
             document=view.document,
             position=view.position,
-            places=view.places,
+            q_index=view.q_index,
         )
         return self._close(view.restore(out), gate)
 

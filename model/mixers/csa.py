@@ -118,7 +118,7 @@ class Csa(SharedKeyMixer):
             top_k=config.index_top_k,
             last=made.whole.last,
             document=view.document,
-            places=view.places,
+            q_index=view.q_index,
         )
         out, mass = self._joined(q, kv, self.compressor(x, made), selected, made.whole, sequence)
         out = self._write(out, table)

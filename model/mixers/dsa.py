@@ -167,12 +167,12 @@ class Dsa(LatentMixer):
             top_k=self.config.top_k // self.config.index_pool,
             last=index.last,
             document=view.document,
-            places=view.places,
+            q_index=view.q_index,
         )
         selection = entries
         if index.last is not None:
             size = self.config.index_pool
-            selection = pool_selection(entries, index.last, sequence.position, size, view.places)
+            selection = pool_selection(entries, index.last, sequence.position, size, view.q_index)
         q, keys = self._in_latent(latents, view)
         inside, shares = selected_attention_with_shares(
             q, keys, self._values, selection, scale=self.config.scale
@@ -188,7 +188,7 @@ class Dsa(LatentMixer):
     def _dense(self, x: Tensor, latents: Latents, sequence: Sequence) -> Tensor | Mixed:
         view = sequence.view()
         keys, values = self.keys_values(latents, view)
-        options = {"scale": self.config.scale, "document": view.document, "places": view.places}
+        options = {"scale": self.config.scale, "document": view.document, "q_index": view.q_index}
         out, lse = attention_with_lse(latents.q, keys, values, **options)
         out = self.out_proj(out.flatten(-2))
         if self.shares_selection:

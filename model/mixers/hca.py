@@ -210,11 +210,11 @@ class SharedKeyMixer(Mixer):
     ) -> tuple[Float[Tensor, "B S K"], Int[Tensor, "B T"] | None]:
         """Raw keys, each chunk behind those of the window before it, and where queries stand there."""
         view = sequence.view(self.shared.window - 1)
-        keys, places = view.keys(kv), view.places
-        if places is None:
+        keys, q_index = view.keys(kv), view.q_index
+        if q_index is None:
             return keys, None
         chunk = torch.arange(keys.shape[0], device=kv.device) % (keys.shape[0] // kv.shape[0])
-        return view.restore(keys), view.restore(places + (chunk * keys.shape[1])[:, None])
+        return view.restore(keys), view.restore(q_index + (chunk * keys.shape[1])[:, None])
 
     def _joined(
         self,
@@ -226,9 +226,9 @@ class SharedKeyMixer(Mixer):
         sequence: Sequence,
     ) -> tuple[Tensor, Tensor]:
         """Attention over the window and entries of whole rows, and where it went."""
-        near, places = self._near(kv, sequence)
+        near, q_index = self._near(kv, sequence)
         options = {"windows": windows, "position": sequence.position, "scale": self.scale}
-        options |= {"window": self.shared.window, "places": places, "tokens": sequence.view().places}
+        options |= {"window": self.shared.window, "q_index": q_index, "token_index": sequence.view().q_index}
         return joint_attention(q, near, entries, self.sinks, selected, **options)
 
     def _write(self, out: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
@@ -263,7 +263,7 @@ class Hca(SharedKeyMixer):
         if config.compression is None:
             view, sinks = sequence.view(config.window - 1), self.sinks.to(q.dtype)
             key = view.keys(kv)[:, :, None]
-            options = {"window": config.window, "document": view.document, "places": view.places}
+            options = {"window": config.window, "document": view.document, "q_index": view.q_index}
             out = attention(view.queries(q), key, key, scale=self.scale, sinks=sinks, **options)
             return self._write(view.restore(out), table)
         made = sequence.compression(config.compression, config.compression)

@@ -191,6 +191,6 @@ class Mla(LatentMixer):
             values,
             scale=self.latent.scale,
             document=view.document,
-            places=view.places,
+            q_index=view.q_index,
         )
         return self.out_proj(out.flatten(-2))

@@ -97,7 +97,7 @@ class Moba(Mixer):
             q, k = rotate(q, *table), rotate(k, *table)
         view = sequence.view()
         k, v = view.keys(k), view.keys(v)
-        options = {"block": config.block, "position": view.position, "places": view.places}
+        options = {"block": config.block, "position": view.position, "q_index": view.q_index}
         selected = select_by_mean(q, k, count=config.num_blocks - 1, **options)
         out, _ = block_attention(q, k, v, selected, scale=config.head_dim**-0.5, **options)
         return self.out_proj(out.flatten(-2))

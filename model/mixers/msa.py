@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from kernels.block_attention import block_attention
-from kernels.block_selection import select_by_peak
+from kernels.block_selection import select_by_max
 from kernels.rotary import rotate
 from kernels.selection_loss import selection_loss
 from model.linear import Linear, RMSNorm
@@ -151,14 +151,14 @@ class Msa(Mixer):
         index_q, index_k = self.indexer(x.detach(), sequence)
         k, v, index_k = (view.keys(part) for part in (k, v, index_k))
         count, local = config.num_blocks - 1, config.num_local_blocks - 1
-        options = {"block": config.block, "position": view.position, "places": view.places}
-        selected, peaks = select_by_peak(index_q, index_k, count=count, local=local, **options)
+        options = {"block": config.block, "position": view.position, "q_index": view.q_index}
+        selected, best_keys = select_by_max(index_q, index_k, count=count, local=local, **options)
         out, mass = block_attention(q, k, v, selected, scale=config.head_dim**-0.5, **options)
         out = self.out_proj(out.flatten(-2))
         if not config.index_loss:
             return Mixed(out)
         # Scaled as in attention: unscaled, the first softmax would be nearly one-hot.
-        scores = _scores_at(index_q, index_k, peaks) * config.index_dim**-0.5
+        scores = _scores_at(index_q, index_k, best_keys) * config.index_dim**-0.5
         is_seen = torch.nn.functional.pad(selected >= 0, (1, 0), value=True)
         # Sharers of a key head have the same index head and choice: each counts its share of one loss.
         loss = (
@@ -169,8 +169,8 @@ class Msa(Mixer):
 
 
 def _scores_at(
-    q: Float[Tensor, "B T J K"], k: Float[Tensor, "B S 1 K"], peaks: Int[Tensor, "B T J m"]
+    q: Float[Tensor, "B T J K"], k: Float[Tensor, "B S 1 K"], best_keys: Int[Tensor, "B T J m"]
 ) -> Float[Tensor, "B T J m"]:
-    index = peaks.flatten(1)[..., None].expand(-1, -1, k.shape[-1])
-    best = k[:, :, 0].gather(1, index).view(*peaks.shape, -1)
+    index = best_keys.flatten(1)[..., None].expand(-1, -1, k.shape[-1])
+    best = k[:, :, 0].gather(1, index).view(*best_keys.shape, -1)
     return (q[:, :, :, None] * best).sum(-1)

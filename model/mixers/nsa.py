@@ -122,7 +122,7 @@ class NsaConfig(MixerConfig):
         }
         if self.compressor == "mean":
             return tp_plan
-        names = ("place", "first", "second")
+        names = ("position_encoding", "first", "second")
         return tp_plan | {
             f"{part}.{name}": TPShard(0, "heads") for part in ("phi_k", "phi_v") for name in names
         }
@@ -138,19 +138,21 @@ class Perceptron(nn.Module):
 
     def __init__(self, heads: int, dim: int, hidden: int, length: int, init_std: float) -> None:
         super().__init__()
-        self.place = nn.Parameter(torch.empty(heads, length, dim))
+        self.position_encoding = nn.Parameter(torch.empty(heads, length, dim))
         self.first = nn.Parameter(torch.empty(heads, hidden, length * dim))
         self.second = nn.Parameter(torch.empty(heads, dim, hidden))
         self.initial = {
-            "place": Initial("normal", 0.0, init_std),
+            "position_encoding": Initial("normal", 0.0, init_std),
             "first": Initial("normal", 0.0, (length * dim) ** -0.5),
             "second": Initial("normal", 0.0, hidden**-0.5),
         }
 
     def forward(self, x: Float[Tensor, "B T G K"], windows: Windows) -> Float[Tensor, "B N G K"]:
         """An entry for each window."""
-        place, first, second = (weight.to(x.dtype) for weight in (self.place, self.first, self.second))
-        return mlp_compress(x, place, first, second, windows)
+        position_encoding, first, second = (
+            weight.to(x.dtype) for weight in (self.position_encoding, self.first, self.second)
+        )
+        return mlp_compress(x, position_encoding, first, second, windows)
 
 
 class Nsa(Mixer):
@@ -191,7 +193,7 @@ class Nsa(Mixer):
         self, q: Tensor, keys: list[Tensor], values: list[Tensor], sequence: Sequence
     ) -> tuple[Tensor, Tensor, Tensor]:
         config, scale, view = self.config, self.config.key_dim**-0.5, sequence.view()
-        options = {"position": view.position, "places": view.places, "scale": scale}
+        options = {"position": view.position, "q_index": view.q_index, "scale": scale}
         made = sequence.compression(config.entry_length, config.entry_stride)
         blocks = document_windows(view.position, config.block, config.block)
         windows: dict[str, Any] = {"entries": made.whole, "blocks": blocks}
@@ -213,7 +215,7 @@ class Nsa(Mixer):
         k, v = view.keys(keys[1]), view.keys(values[1])
         chosen, _ = block_attention(q, k, v, selected, block=config.block, **options)
         view = sequence.view(config.window - 1)
-        options = {"window": config.window, "document": view.document, "places": view.places}
+        options = {"window": config.window, "document": view.document, "q_index": view.q_index}
         q, k, v = view.queries(q), view.keys(keys[2]), view.keys(values[2])
         return compressed, chosen, view.restore(attention(q, k, v, scale=scale, **options))
 

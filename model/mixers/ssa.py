@@ -129,12 +129,12 @@ class Ssa(Mixer):
         return Mixed(self.out_proj(drawn.flatten(-2)), losses)
 
     def _full(self, q: Tensor, k: Tensor, v: Tensor, view: AttentionView) -> Tensor:
-        scale, document, places = self.config.head_dim**-0.5, view.document, view.places
-        return attention(q, k, v, scale=scale, document=document, places=places)
+        scale, document, q_index = self.config.head_dim**-0.5, view.document, view.q_index
+        return attention(q, k, v, scale=scale, document=document, q_index=q_index)
 
     def _sparse(self, q: Tensor, k: Tensor, v: Tensor, view: AttentionView) -> Tensor:
         config = self.config
-        options = {"position": view.position, "places": view.places, "scale": config.head_dim**-0.5}
+        options = {"position": view.position, "q_index": view.q_index, "scale": config.head_dim**-0.5}
         blocks = document_windows(view.position, config.block, config.block)
         selected = select_across_shards(
             q,

@@ -65,6 +65,6 @@ class Zigzag(LatentMixer):
             first=config.first_blocks * config.block,
             document=view.document,
             position=view.position,
-            places=view.places,
+            q_index=view.q_index,
         )
         return self.out_proj(out.flatten(-2))

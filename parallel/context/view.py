@@ -62,13 +62,13 @@ class HeadTailViews:
 
     def _whole(self) -> AttentionView:
         size = self._position.shape[1] // (2 * self.axis.size)
-        places = (self._starts()[:, None] + torch.arange(size, device=self._position.device)).flatten()
-        places = places.expand(self._position.shape[0], -1).contiguous()
+        q_index = (self._starts()[:, None] + torch.arange(size, device=self._position.device)).flatten()
+        q_index = q_index.expand(self._position.shape[0], -1).contiguous()
 
         def keys(x: Shaped[Tensor, "B T *E"]) -> Shaped[Tensor, "B S *E"]:
             return whole_row(x, self.axis)
 
-        return AttentionView(self._position, self._document, places, _same, keys, _same)
+        return AttentionView(self._position, self._document, q_index, _same, keys, _same)
 
     def _near(self, reach: int) -> AttentionView:
         size = self._position.shape[1] // (2 * self.axis.size)
@@ -79,9 +79,9 @@ class HeadTailViews:
         else:
             lower = self._document[:, :1, None] - 1
             document = torch.where(is_token, self._document[:, token], lower).flatten(0, 1)
-        places = torch.arange(reach, reach + size, device=position.device).expand(position.shape[0], -1)
+        q_index = torch.arange(reach, reach + size, device=position.device).expand(position.shape[0], -1)
         return AttentionView(
-            position, document, places.contiguous(), split_chunks, self._behind(reach), join_chunks
+            position, document, q_index.contiguous(), split_chunks, self._behind(reach), join_chunks
         )
 
     def _tokens(self, reach: int) -> tuple[Int[Tensor, "2 C"], Bool[Tensor, "2 C"]]:

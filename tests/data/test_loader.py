@@ -53,21 +53,27 @@ def copy(dataset: Prepared, tmp_path: Path) -> Path:
 
 
 def slow_stream(file: TokenFile) -> list[tuple[int, int, int]]:
-    """Every token with its document and its place there."""
+    """Every token with its document and its position there."""
     documents = [file.document(index).tolist() for index in range(file.num_documents)]
-    return [(token, number, place) for number, d in enumerate(documents) for place, token in enumerate(d)]
+    return [
+        (token, number, token_position)
+        for number, d in enumerate(documents)
+        for token_position, token in enumerate(d)
+    ]
 
 
 def slow_row(stream: list[tuple[int, int, int]], start: int, length: int) -> dict[str, list[int]]:
     """One window, token by token."""
     row: dict[str, list[int]] = {"tokens": [], "targets": [], "document": [], "position": []}
-    _, first_document, first_place = stream[start]
+    _, first_document, first_position = stream[start]
     for here, after in itertools.pairwise(stream[start : start + length + 1]):
-        token, number, place = here
+        token, number, token_position = here
         row["tokens"].append(token)
         row["targets"].append(after[0] if after[1] == number else IGNORED)
         row["document"].append(number - first_document)
-        row["position"].append(place - first_place if number == first_document else place)
+        row["position"].append(
+            token_position - first_position if number == first_document else token_position
+        )
     return row
 
 
@@ -256,8 +262,8 @@ def test_a_model_with_too_few_embeddings_is_refused(dataset: Prepared, loader: L
 @pytest.mark.parametrize("vocab_size", [440, 512])
 def test_a_token_beyond_the_vocabulary_is_found(copy: Path, name: str, vocab_size: int) -> None:
     tokens = np.memmap(copy / f"{name}.bin", np.uint16, mode="r+")
-    place = len(tokens) // 2
-    tokens[place] = 500
+    token_position = len(tokens) // 2
+    tokens[token_position] = 500
     tokens.flush()
     loader = open_loader(copy, vocab_size=vocab_size, weights={"code": 1.0})
 
@@ -265,7 +271,10 @@ def test_a_token_beyond_the_vocabulary_is_found(copy: Path, name: str, vocab_siz
         loader.batch(0, windows_of(loader)[0])
         loader.held_out(0, loader.held_out_rows)
 
-    one_line(rf"{name}\.bin: token {place} \(byte {2 * place}\) is 500, expected 0 to 439", read_all)
+    one_line(
+        rf"{name}\.bin: token {token_position} \(byte {2 * token_position}\) is 500, expected 0 to 439",
+        read_all,
+    )
 
 
 def test_a_file_cut_short_is_refused(copy: Path) -> None:

@@ -17,7 +17,7 @@ def inputs_of(case: Shape, dtype: torch.dtype) -> list[torch.Tensor]:
 
 
 def documents_of(rows: int, tokens: int, starts: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Document numbers, and the place of each token in its document."""
+    """Document numbers, and the position of each token in its document."""
     document = (torch.rand(rows, tokens) < starts).long().cumsum(1)
     is_start = torch.nn.functional.pad(document.diff(dim=1) != 0, (1, 0), value=True)
     index = torch.arange(tokens).expand(rows, -1)

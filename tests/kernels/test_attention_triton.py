@@ -146,8 +146,8 @@ def test_unseen_keys_get_gradients_of_exactly_zero(pattern: Pattern) -> None:
         root = out[:, t].sum() + lse[:, t].sum()
         grads = torch.autograd.grad(root, (inputs["k"], inputs["v"]), retain_graph=True)
         doubles = [x.detach().double().requires_grad_() for x in inputs.values()]
-        expected, far = attention_direct(*doubles, scale=0.3, **options)
-        true = torch.autograd.grad(expected[:, t].sum() + far[:, t].sum(), doubles[1:])
+        expected, expected_lse = attention_direct(*doubles, scale=0.3, **options)
+        true = torch.autograd.grad(expected[:, t].sum() + expected_lse[:, t].sum(), doubles[1:])
         for ours, theirs in zip(grads, true, strict=True):
             assert torch.equal(ours == 0, theirs == 0), t
 
@@ -162,8 +162,8 @@ def test_packed_documents_equal_separate_ones(pattern: Pattern) -> None:
     packed = attention_triton(**inputs, document=document, position=position, **options)
     parts = [x.split(lengths, dim=1) for x in inputs.values()]
     separate = [attention_triton(*part, **options) for part in zip(*parts, strict=True)]
-    for place in range(2):
-        assert torch.equal(packed[place], torch.cat([pair[place] for pair in separate], dim=1))
+    for index in range(2):
+        assert torch.equal(packed[index], torch.cat([pair[index] for pair in separate], dim=1))
 
 
 @pytest.mark.parametrize("lengths", [(1, 1, 1, 1), (15, 1, 16), (31, 33), (2, 40, 3)])
@@ -177,15 +177,15 @@ def test_documents_of_any_lengths(lengths: tuple[int, ...], pattern: Pattern) ->
 def test_far_sinks_take_all_or_nothing() -> None:
     inputs = drawn(20, 2, 2)
     plain = attention_triton(**inputs, scale=0.5, pattern=FULL, tiles=SMALL)
-    for far in (-1e4, float("-inf")):
-        sinks = torch.full((2,), far, requires_grad=True)
+    for sink in (-1e4, float("-inf")):
+        sinks = torch.full((2,), sink, requires_grad=True)
         out, lse = attention_triton(**inputs, scale=0.5, pattern=FULL, sinks=sinks, tiles=SMALL)
         assert torch.equal(out, plain[0])
         assert torch.equal(lse, plain[1])
         (grad,) = torch.autograd.grad(out.sum(), sinks)
         assert torch.equal(grad, torch.zeros(2))
-    near = {**inputs, "sinks": torch.full((2,), 1e4)}
-    out, lse = attention_triton(**near, scale=0.5, pattern=FULL, tiles=SMALL)
+    large_sinks = {**inputs, "sinks": torch.full((2,), 1e4)}
+    out, lse = attention_triton(**large_sinks, scale=0.5, pattern=FULL, tiles=SMALL)
     assert torch.equal(out, torch.zeros_like(out))
     assert torch.allclose(lse, torch.full_like(lse, 1e4), rtol=1e-6)
     # A sink among large scores is as exact as they are.
@@ -210,12 +210,12 @@ def test_scales_that_turn_or_flatten_scores(scale: float, logit_cap: float | Non
     assert_true(found)
 
 
-@pytest.mark.parametrize("place", [0, 1])
-def test_each_output_alone_gives_gradients(place: int) -> None:
+@pytest.mark.parametrize("index", [0, 1])
+def test_each_output_alone_gives_gradients(index: int) -> None:
     both = case_of(drawn(30, 4, 2), scale=0.3, pattern=Pattern(9))
 
     def only(form: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda **inputs: (form(**inputs)[place] + 0 * sum(x.sum() for x in inputs.values()),)
+        return lambda **inputs: (form(**inputs)[index] + 0 * sum(x.sum() for x in inputs.values()),)
 
     assert_true(relative_errors(both._replace(triton=only(both.triton), reference=only(both.reference))))
 
@@ -223,7 +223,7 @@ def test_each_output_alone_gives_gradients(place: int) -> None:
 def test_rows_that_see_no_key() -> None:
     inputs = {name: x.requires_grad_() for name, x in drawn(20, 2, 1).items()}
     token = torch.arange(20, dtype=torch.int32)[None]
-    # The first tokens see none, later ones every key up to half their own place.
+    # The first tokens see none, later ones every key up to half their own index.
     low, high = torch.zeros_like(token), (token - 4).clamp(min=0) // 2
     spec = Spec(0.3, None, Interval(low, high), None, SMALL)
     out, lse = interval_attention(*inputs.values(), None, None, None, spec)
@@ -277,30 +277,36 @@ def no_document_start(token, low, high, window, LOW: tl.constexpr, HIGH: tl.cons
 
 
 @triton.jit
-def readers_end_early(key, first, end, tokens, window, LOW: tl.constexpr, HIGH: tl.constexpr):
+def queries_end_early(key, first, end, tokens, window, LOW: tl.constexpr, HIGH: tl.constexpr):
     return key, tl.minimum(key + window - 1, tokens)
 
 
 @triton.jit
-def one_tile_lost(begin_first, begin_last, stop_first, stop_last, EDGE: tl.constexpr, SIZE: tl.constexpr):
-    whole = begin_first + tl.cdiv(begin_last - begin_first, EDGE) * EDGE
-    ragged = whole + tl.maximum(stop_first - whole, 0) // SIZE * SIZE
-    return tl.minimum(whole, stop_last), whole + SIZE, tl.maximum(ragged, whole + SIZE)
+def one_tile_lost(
+    begin_first, begin_last, stop_first, stop_last, MASKED_KEYS: tl.constexpr, FULL_KEYS: tl.constexpr
+):
+    full_start = begin_first + tl.cdiv(begin_last - begin_first, MASKED_KEYS) * MASKED_KEYS
+    full_stop = full_start + tl.maximum(stop_first - full_start, 0) // FULL_KEYS * FULL_KEYS
+    return (
+        tl.minimum(full_start, stop_last),
+        full_start + FULL_KEYS,
+        tl.maximum(full_stop, full_start + FULL_KEYS),
+    )
 
 
 WINDOW = {"pattern": Pattern(9)}
 DOCUMENTS = {"pattern": FULL, "document": documents_of((13, 27))[0]}
 DEFECTS = [
-    (triton_forward, "attention_stretches", one_tile_lost, {"pattern": FULL}, "out0"),
-    (triton_backward, "attention_stretches", one_tile_lost, {"pattern": FULL}, "grad q"),
-    (triton_backward_keys, "attention_stretches", one_tile_lost, {"pattern": FULL}, "grad k"),
+    (triton_forward, "attention_full_tiles", one_tile_lost, {"pattern": FULL}, "out0"),
+    (triton_backward, "attention_full_tiles", one_tile_lost, {"pattern": FULL}, "grad q"),
+    (triton_backward_keys, "attention_full_tiles", one_tile_lost, {"pattern": FULL}, "grad k"),
     (triton_forward, "attention_interval", one_key_too_many, WINDOW, "out0"),
     (triton_forward, "attention_interval", one_key_too_few, WINDOW, "out1"),
     (triton_forward, "attention_interval", no_document_start, DOCUMENTS, "out0"),
     (triton_backward, "attention_interval", one_key_too_many, WINDOW, "grad q"),
     (triton_backward, "attention_interval", no_document_start, DOCUMENTS, "grad q"),
-    (triton_backward_keys, "attention_readers", readers_end_early, WINDOW, "grad k"),
-    (triton_backward_keys, "attention_readers", readers_end_early, WINDOW, "grad v"),
+    (triton_backward_keys, "attention_query_interval", queries_end_early, WINDOW, "grad k"),
+    (triton_backward_keys, "attention_query_interval", queries_end_early, WINDOW, "grad v"),
 ]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.activation import activate
 from kernels.attention import attention, attention_with_lse
 from kernels.block_attention import block_attention
-from kernels.block_selection import select_by_mean, select_by_peak
+from kernels.block_selection import select_by_max, select_by_mean
 from kernels.compress import gated_compress, mean_compress, mlp_compress
 from kernels.compressed_attention import entry_attention, entry_importance, joint_attention, select_by_entries
 from kernels.convolution import short_convolution
@@ -34,7 +34,7 @@ B, T, G, H, K, V = 2, 6, 2, 4, 8, 10
 
 
 class Call(NamedTuple):
-    """A call that works; `too_far` are tensors of places or ids, and the first number that is none.
+    """A call that works; `too_far` are tensors of indices or ids, and the first number that is none.
 
     lone are tensors of which no other argument knows a dim.
     """
@@ -67,7 +67,7 @@ def calls() -> dict[str, Call]:
     seen = {"entries": windows, "blocks": windows, "scale": 0.3, "count": 1, "initial": 0, "local": 0}
     joint = {"q": normal(B, T, H, K), "kv": normal(B, T, K), "entries": normal(B, slots, K)}
     joint |= {"sinks": normal(H), "selected": torch.full((B, T, 1), -1), "position": position}
-    mlp = {"x": normal(B, T, G, K), "place": normal(G, 2, K)}
+    mlp = {"x": normal(B, T, G, K), "position_encoding": normal(G, 2, K)}
     mlp |= {"first": normal(G, 5, 2 * K), "second": normal(G, K, 5)}
     gated = {"values": normal(B, T, K), "gates": normal(B, T, K), "bias": normal(2, K), "position": position}
     experts = {"x": normal(T, K), "gate_up": normal(3, 16, K), "down": normal(3, K, 8)}
@@ -93,8 +93,8 @@ def calls() -> dict[str, Call]:
         "select_by_mean": Call(
             select_by_mean, {"q": qkv["q"], "k": qkv["k"], "position": position}, {"block": 2, "count": 1}
         ),
-        "select_by_peak": Call(
-            select_by_peak,
+        "select_by_max": Call(
+            select_by_max,
             {"q": qkv["q"], "k": normal(B, T, 1, K), "position": position},
             {"block": 2, "count": 1, "local": 0},
         ),
@@ -257,7 +257,7 @@ def test_another_kind_of_number_or_device_is_refused(name: str, argument: str) -
 
 
 @pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call.too_far])
-def test_places_and_ids_out_of_range_are_refused(name: str) -> None:
+def test_indices_and_ids_out_of_range_are_refused(name: str) -> None:
     call = CALLS[name]
     for argument, limit in call.too_far.items():
         for wrong in (limit, -2):

@@ -60,9 +60,9 @@ def attend(form, options):
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 @pytest.mark.parametrize("starts", [0.0, 0.03, 0.3])
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("slab", [3000, 1 << 30])
-def test_gathered_equals_direct(case, starts, dtype, limit, slab, monkeypatch) -> None:
-    monkeypatch.setattr("kernels.block_attention.reference.SLAB", slab)
+@pytest.mark.parametrize("chunk_elements", [3000, 1 << 30])
+def test_gathered_equals_direct(case, starts, dtype, limit, chunk_elements, monkeypatch) -> None:
+    monkeypatch.setattr("kernels.block_attention.reference.CHUNK_ELEMENTS", chunk_elements)
     position = positions_of(case.rows, case.tokens, starts)
     options = {
         "selected": selection_of(case, position),

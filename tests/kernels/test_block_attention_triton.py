@@ -106,7 +106,7 @@ def test_any_selection_is_exact(routing: str) -> None:
             torch.zeros(*selected.shape[:3], SHAPE.tokens // SHAPE.block), position, count=1
         )
     elif routing == "the last":
-        # The only choice stands behind places that are empty.
+        # The only choice stands behind slots that are empty.
         selected = torch.cat([torch.full_like(selected[..., :2], -1), selected[..., :1]], dim=-1)
     else:
         selected[:, torch.arange(SHAPE.tokens) != 20] = -1
@@ -138,8 +138,8 @@ def test_packed_documents_equal_separate_ones() -> None:
         start = windows.start[0][selected[:, a:b].clamp(min=0)]
         own = torch.where(selected[:, a:b] >= 0, (start - a) // shape.block, -1)
         own = own[..., : (b - a) // shape.block]
-        place = torch.arange(b - a)[None]
-        out, part_mass = block_attention_triton(**part, selected=own, position=place, **options)
+        position = torch.arange(b - a)[None]
+        out, part_mass = block_attention_triton(**part, selected=own, position=position, **options)
         torch.testing.assert_close(out, whole[:, a:b], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(part_mass, mass[:, a:b, :, : own.shape[3] + 1], rtol=1e-5, atol=1e-6)
 
@@ -196,14 +196,14 @@ def test_strided_inputs_and_two_runs_are_bitwise_the_same() -> None:
     assert torch.equal(case.triton(*turned)[0], first["out0"])
 
 
-def test_slabs_change_nothing() -> None:
+def test_chunks_change_nothing() -> None:
     shape = SHAPE._replace(rows=1, tokens=21)
     position = position_of(1, shape.tokens, (10,))
     inputs, selected = inputs_of(shape, torch.float32), selection_of(shape, position)
     options = {"selected": selected, "scale": 0.3, "block": shape.block, "position": position}
     found = []
     for size in (1, 1 << 12, 1 << 30):
-        tiles = SMALL._replace(slab_bytes=size)
+        tiles = SMALL._replace(chunk_bytes=size)
         form = lambda q, k, v, tiles=tiles: block_attention_triton(q, k, v, **options, tiles=tiles)  # noqa: E731
         found.append(outputs_and_grads(form, inputs))
     for name, x in found[0].items():
@@ -214,26 +214,26 @@ def test_slabs_change_nothing() -> None:
 def test_lists_hold_each_choice_once_and_plans_cover_them() -> None:
     selected = torch.randint(-1, 5, (2, 11, 4, 3))
     lists = lists_of(selected, 2, 5, 4)
-    assert (lists.lists, lists.slabs) == (20, 3)
+    assert (lists.lists, lists.chunks) == (20, 3)
     flat = selected.flatten().tolist()
     seen = []
     for number in range(lists.lists):
-        for slab in range(lists.slabs):
-            a, b = lists.bounds[number * 3 + slab : number * 3 + slab + 2].tolist()
+        for chunk in range(lists.chunks):
+            a, b = lists.bounds[number * 3 + chunk : number * 3 + chunk + 2].tolist()
             own = lists.order[a:b].tolist()
             assert own == sorted(own)
             for choice in own:
                 row, token, head = choice // (11 * 4 * 3), choice // 12 % 11, choice // 3 % 4
                 assert number == (row * 2 + head // 2) * 5 + flat[choice]
-                assert token // 4 == slab
+                assert token // 4 == chunk
             seen += own
     assert sorted(seen) == [i for i, slot in enumerate(flat) if slot >= 0]
-    plan = plan_of(lists, 2, 2 * 4 * 4 * 3, by_slab=True)
+    plan = plan_of(lists, 2, 2 * 4 * 4 * 3, by_chunk=True)
     sizes = lists.bounds.diff().view(20, 3)
-    for slab in range(3):
-        owners = [n for n in range(20) for _ in range(-(-int(sizes[n, slab]) // 2))]
-        assert plan.owner[slab].tolist()[: len(owners)] == owners
-        assert (plan.owner[slab][len(owners) :] == 20).all()
+    for chunk in range(3):
+        lists_of_programs = [n for n in range(20) for _ in range(-(-int(sizes[n, chunk]) // 2))]
+        assert plan.list_of_program[chunk].tolist()[: len(lists_of_programs)] == lists_of_programs
+        assert (plan.list_of_program[chunk][len(lists_of_programs) :] == 20).all()
 
 
 def test_the_config_chooses_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +249,7 @@ def test_the_config_chooses_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @triton.jit
-def side_without_documents(
+def token_rows_without_the_last(
     first, last, group, SHARED: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr
 ):
     index = tl.arange(0, ROWS)
@@ -258,24 +258,32 @@ def side_without_documents(
 
 
 @triton.jit
-def rows_without_the_last(
-    order, at, end, tokens, selectors, places, SHARED: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr
+def choice_rows_without_the_last(
+    order,
+    at,
+    end,
+    tokens,
+    selectors,
+    num_selected,
+    SHARED: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     index = tl.arange(0, ROWS)
     head, at = index % PADDED, at + index // PADDED
     is_in = (at < end - 1) & (head < SHARED)
     choice = tl.load(order + at, mask=at < end, other=0)
-    place, selector = choice % places, (choice // places) % selectors
-    return (choice // (places * selectors)) % tokens, selector, head, place, is_in
+    rank, selector = choice % num_selected, (choice // num_selected) % selectors
+    return (choice // (num_selected * selectors)) % tokens, selector, head, rank, is_in
 
 
 @pytest.mark.parametrize(
     ("where", "name", "fault"),
     [
-        (triton_forward, "block_attention_side", side_without_documents),
-        (triton_backward, "block_attention_side", side_without_documents),
-        (triton_forward, "block_attention_rows", rows_without_the_last),
-        (triton_backward, "block_attention_rows", rows_without_the_last),
+        (triton_forward, "block_attention_token_rows", token_rows_without_the_last),
+        (triton_backward, "block_attention_token_rows", token_rows_without_the_last),
+        (triton_forward, "block_attention_choice_rows", choice_rows_without_the_last),
+        (triton_backward, "block_attention_choice_rows", choice_rows_without_the_last),
     ],
 )
 def test_sabotage_a_lost_row_is_seen(where, name: str, fault, monkeypatch: pytest.MonkeyPatch) -> None:

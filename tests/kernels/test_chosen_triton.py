@@ -73,45 +73,47 @@ def test_far_scores_and_sinks(scale: float, sink: float) -> None:
     assert max(relative_errors(case_of(selection, scale, torch.full((4,), sink))).values()) <= LIMIT
 
 
-def count_without_the_last(selection, line, chosen, CHOSEN: tl.constexpr):
-    place = tl.arange(0, CHOSEN)
-    key = tl.load(selection + line * chosen + place, mask=place < chosen, other=-1)
-    return tl.max(tl.where(key >= 0, place + 1, 0), axis=0) // 16 * 16
+def count_without_the_last(selection, query, chosen, CHOSEN: tl.constexpr):
+    slot = tl.arange(0, CHOSEN)
+    key = tl.load(selection + query * chosen + slot, mask=slot < chosen, other=-1)
+    return tl.max(tl.where(key >= 0, slot + 1, 0), axis=0) // 16 * 16
 
 
 def rows_of_the_first_part(x, base, key, is_key, first, dim, stride, DIM: tl.constexpr):
     column = tl.arange(0, DIM)
-    place = base + key[:, None] * stride + column[None, :]
-    return tl.load(x + place, mask=is_key[:, None] & (column < dim)[None, :], other=0.0)
+    offs = base + key[:, None] * stride + column[None, :]
+    return tl.load(x + offs, mask=is_key[:, None] & (column < dim)[None, :], other=0.0)
 
 
 def everything_is_visible(
-    last, owner, document, places, row, query, entry, tokens, entries,
-    HAS_DOCUMENTS: tl.constexpr, HAS_PLACES: tl.constexpr,
+    last, entry_document, document, q_index, row, query, entry, tokens, entries,
+    HAS_DOCUMENTS: tl.constexpr, HAS_Q_INDEX: tl.constexpr,
 ):  # fmt: skip
     return (query < tokens)[:, None] & (entry < entries)[None, :]
 
 
-def the_later_of_equals(best, at, scores, key, is_in):
+def the_later_of_equals(best_score, best_key, scores, key, is_in):
     scores = tl.where(is_in, scores, float("-inf"))
-    top = tl.max(scores, axis=1)
-    place = tl.max(tl.where(scores == top[:, None], key[None, :], -1), axis=1)
-    return tl.where(top > best, top, best), tl.where(top > best, place, at)
+    tile_score = tl.max(scores, axis=1)
+    tile_key = tl.max(tl.where(scores == tile_score[:, None], key[None, :], -1), axis=1)
+    return tl.where(tile_score > best_score, tile_score, best_score), tl.where(
+        tile_score > best_score, tile_key, best_key
+    )
 
 
 def shares_of_their_neighbours(
-    k, entries, shares, line, row, start, count, dim, k_row, k_token,
+    k, entries, shares, query, row, start, count, dim, k_row, k_token,
     ENTRIES: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    place = start + tl.arange(0, ENTRIES)
-    entry = tl.load(entries + line * count + place, mask=place < count, other=-1).to(tl.int32)
+    slot = start + tl.arange(0, ENTRIES)
+    entry = tl.load(entries + query * count + slot, mask=slot < count, other=-1).to(tl.int32)
     is_entry = entry >= 0
-    other = (place + 1) % count
-    share = tl.load(shares + line * count + other, mask=is_entry, other=0.0).to(tl.float32)
+    other = (slot + 1) % count
+    share = tl.load(shares + query * count + other, mask=is_entry, other=0.0).to(tl.float32)
     column = tl.arange(0, DIM)
-    source = k + row * k_row + entry[:, None] * k_token + column[None, :]
-    keys = tl.load(source, mask=is_entry[:, None] & (column < dim)[None, :], other=0.0)
-    return keys, share, entry, place, is_entry
+    k_ptrs = k + row * k_row + entry[:, None] * k_token + column[None, :]
+    keys = tl.load(k_ptrs, mask=is_entry[:, None] & (column < dim)[None, :], other=0.0)
+    return keys, share, entry, slot, is_entry
 
 
 DEFECTS = [
@@ -124,10 +126,10 @@ DEFECTS = [
 ]
 
 
-@pytest.mark.parametrize(("module", "name", "defect", "spec", "place"), DEFECTS)
-def test_a_defect_in_a_kernel_is_seen(module, name, defect, spec, place, monkeypatch) -> None:
+@pytest.mark.parametrize(("module", "name", "defect", "spec", "shape_index"), DEFECTS)
+def test_a_defect_in_a_kernel_is_seen(module, name, defect, spec, shape_index, monkeypatch) -> None:
     found = next(s for s in kernel_specs(spec.split(".")[0]) if s.name == spec)
-    case = found.draw(found.shapes[place], input_factory(torch.float32, uses_small_tiles=True))
+    case = found.draw(found.shapes[shape_index], input_factory(torch.float32, uses_small_tiles=True))
     assert max(relative_errors(case).values()) <= LIMIT
     monkeypatch.setattr(module, name, triton.jit(defect))
     assert not max(relative_errors(case).values()) <= 1e-3
@@ -149,8 +151,8 @@ def test_the_best_of_any_scores(tokens: int, heads: int, top_k: int, pools: bool
     assert max(relative_errors(draw_chosen(shape._replace(rows=1), drawn)).values()) <= LIMIT
 
 
-def test_equal_negative_infinite_and_zero_scores_go_by_place() -> None:
-    # Scores of minus zero, zero and less than zero: the first places win among equals.
+def test_equal_negative_infinite_and_zero_scores_go_by_index() -> None:
+    # Scores of minus zero, zero and less than zero: the first indices win among equals.
     q, k = torch.ones(1, 40, 1, 4), torch.zeros(1, 40, 4)
     k[0, 30:] = 1.0
     for weight in (-1.0, 0.0, 1.0):

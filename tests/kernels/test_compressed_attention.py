@@ -30,9 +30,11 @@ def inputs_of(case: Shape, slots: int) -> list[Tensor]:
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 @pytest.mark.parametrize("starts", [0.0, 0.1])
 @pytest.mark.parametrize(("dtype", "limit"), PRECISIONS)
-@pytest.mark.parametrize("slab", [400, 1 << 30])
-def test_entry_attention_equals_one_query_at_a_time(case, starts, dtype, limit, slab, monkeypatch) -> None:
-    monkeypatch.setattr("kernels.compressed_attention.entries.SLAB", slab)
+@pytest.mark.parametrize("chunk_elements", [400, 1 << 30])
+def test_entry_attention_equals_one_query_at_a_time(
+    case, starts, dtype, limit, chunk_elements, monkeypatch
+) -> None:
+    monkeypatch.setattr("kernels.compressed_attention.entries.CHUNK_ELEMENTS", chunk_elements)
     options = windows_of(case, positions_of(case.rows, case.tokens, starts))
     choice = {"count": case.chosen, "initial": 1, "local": 1}
     inputs = inputs_of(case, options["entries"].start.shape[1])

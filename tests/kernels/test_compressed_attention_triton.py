@@ -114,11 +114,11 @@ def entry_inputs(position: Tensor, heads: int = 4, key_heads: int = 2) -> dict[s
     return {name: torch.randn(shape) for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("slab", [1, 77, 1 << 24])
-def test_slabs_change_no_choice(slab: int) -> None:
+@pytest.mark.parametrize("chunk", [1, 77, 1 << 24])
+def test_chunks_change_no_choice(chunk: int) -> None:
     position = positions_of(13, 1, 30)
     inputs, options = entry_inputs(position), entry_options(position)
-    more = {"tiles": SMALL, "tile": SMALL_MASS, "slab": slab}
+    more = {"tiles": SMALL, "tile": SMALL_MASS, "chunk": chunk}
     _, found = entry_attention_triton(**inputs, **options, **more)
     expected = entry_attention_direct(**{name: x.double() for name, x in inputs.items()}, **options)[1]
     assert torch.equal(found.sort(-1).values, expected.sort(-1).values)
@@ -236,7 +236,7 @@ def one_entry_too_many(token, low, high, window, LOW: tl.constexpr, HIGH: tl.con
 
 
 @triton.jit
-def no_readers(key, first, end, tokens, window, LOW: tl.constexpr, HIGH: tl.constexpr):
+def no_queries(key, first, end, tokens, window, LOW: tl.constexpr, HIGH: tl.constexpr):
     begin = key
     if HIGH == 1:
         begin = tl.load(first + key) + 1
@@ -251,7 +251,7 @@ def test_a_defect_in_a_kernel_is_seen(monkeypatch) -> None:
         patch.setattr(triton_forward, "attention_interval", one_entry_too_many)
         assert relative_errors(draw())["out0"] > 1e-3
     with monkeypatch.context() as patch:
-        patch.setattr(triton_backward_keys, "attention_readers", no_readers)
+        patch.setattr(triton_backward_keys, "attention_query_interval", no_queries)
         assert relative_errors(draw())["grad entries"] > 1e-3
 
 

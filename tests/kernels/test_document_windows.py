@@ -37,7 +37,7 @@ def test_every_complete_window_has_its_slot(tokens, stride, longer, starts, seed
                 assert windows.is_past(position)[b, t].nonzero().flatten().tolist() == past
 
 
-def test_equal_scores_are_taken_in_order_of_place() -> None:
+def test_equal_scores_are_taken_in_order_of_index() -> None:
     scores = torch.tensor([[1.0, 2.0, 2.0, 1.0, 1.0, float("-inf")], [float("-inf")] * 6])
     assert top_slots(scores, 4).tolist() == [[1, 2, 0, 3], [-1] * 4]
     assert top_slots(scores, 9).tolist() == [[1, 2, 0, 3, 4, -1], [-1] * 6]

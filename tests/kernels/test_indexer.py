@@ -21,7 +21,7 @@ def inputs_of(case: Shape, entries: int, dtype: torch.dtype = torch.float64) -> 
 
 
 def documents_of(rows: int, tokens: int, starts: float) -> tuple[Tensor, Tensor]:
-    """Document numbers, and the place of each token in its document."""
+    """Document numbers, and the position of each token in its document."""
     document = (torch.rand(rows, tokens) < starts).long().cumsum(1)
     is_start = torch.nn.functional.pad(document.diff(dim=1) != 0, (1, 0), value=True)
     index = torch.arange(tokens).expand(rows, -1)
@@ -59,24 +59,24 @@ def test_pools_are_whole_runs_of_one_document(tokens: int, size: int, starts: fl
     torch.manual_seed(seed)
     document, position = documents_of(2, tokens, starts)
     k, gates = torch.randn(2, 2, tokens, 3, dtype=torch.float64)
-    places = torch.randn(size, 3, dtype=torch.float64)
+    position_bias = torch.randn(size, 3, dtype=torch.float64)
 
-    def by_hand(k, gates, places):
+    def by_hand(k, gates, position_bias):
         pooled = []
         for b in range(2):
             for t in range(tokens):
                 if int(position[b, t]) % size == size - 1:
                     run = slice(t - size + 1, t + 1)
-                    pooled.append(((gates[b, run] + places).softmax(0) * k[b, run]).sum(0))
-        return torch.stack(pooled) if pooled else (k[:, :0] * gates.sum() * places.sum()).flatten(0, 1)
+                    pooled.append(((gates[b, run] + position_bias).softmax(0) * k[b, run]).sum(0))
+        return torch.stack(pooled) if pooled else (k[:, :0] * gates.sum() * position_bias.sum()).flatten(0, 1)
 
-    def ours(k, gates, places):
-        pooled, last = pool_keys(k, gates, places, position)
+    def ours(k, gates, position_bias):
+        pooled, last = pool_keys(k, gates, position_bias, position)
         return pooled[last >= 0]
 
-    inputs = [k, gates, places]
+    inputs = [k, gates, position_bias]
     assert_close(outputs_and_grads(ours, inputs), outputs_and_grads(by_hand, inputs), 1e-12)
-    last = pool_keys(k, gates, places, position)[1]
+    last = pool_keys(k, gates, position_bias, position)[1]
     visible = visible_entries(0, tokens, last, document)
     chosen = torch.where(visible, torch.arange(last.shape[1]), -1)
     selection = pool_selection(chosen, last, position, size)
@@ -112,8 +112,8 @@ def test_full_loss_equals_direct(case, starts, size, dtype, limit, monkeypatch) 
         taken = [weights.gather(2, run.clamp(min=0)[:, None].expand(-1, case.tokens, -1)) for run in runs]
         weights = torch.stack(taken).sum(0)
     inputs = inputs_of(case, entries, dtype)
-    places = torch.arange(entries).expand(case.rows, -1) if last is None else last
-    visible = visible_entries(0, case.tokens, places, document)
+    last_token = torch.arange(entries).expand(case.rows, -1) if last is None else last
+    visible = visible_entries(0, case.tokens, last_token, document)
 
     def ours(q, k, w):
         whole = (x.to(dtype) for x in (attention_q, attention_k, lse))

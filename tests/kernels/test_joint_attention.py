@@ -27,9 +27,11 @@ def index_of(case: JointShape, slots: int) -> list[Tensor]:
 @pytest.mark.parametrize("case", JOINT_SHAPES, ids=str)
 @pytest.mark.parametrize("starts", [0.0, 0.1])
 @pytest.mark.parametrize(("dtype", "limit"), PRECISIONS)
-@pytest.mark.parametrize("slab", [800, 1 << 30])
-def test_slabs_equal_one_query_at_a_time(case: JointShape, starts, dtype, limit, slab, monkeypatch) -> None:
-    monkeypatch.setattr("kernels.compressed_attention.joint.SLAB", slab)
+@pytest.mark.parametrize("chunk_elements", [800, 1 << 30])
+def test_chunks_equal_one_query_at_a_time(
+    case: JointShape, starts, dtype, limit, chunk_elements, monkeypatch
+) -> None:
+    monkeypatch.setattr("kernels.compressed_attention.joint.CHUNK_ELEMENTS", chunk_elements)
     position = positions_of(case.rows, case.tokens, starts)
     windows = document_windows(position, case.length, case.length)
     slots, selected = windows.start.shape[1], None

@@ -71,15 +71,15 @@ def logits_without_cap(logits, base, column, width, cap, HAS_CAP: tl.constexpr):
 
 
 def tile_without_bias(
-    values, gates, bias, row, begin, offset, channel, tokens, width, length, line, dim, is_part,
+    values, gates, bias, row, begin, offset, channel, tokens, width, length, part, dim, is_part,
     values_row, values_token, gates_row, gates_token,
 ):  # fmt: skip
     is_in = (is_part & (offset < length))[:, None] & (channel < dim)[None, :]
-    lane = line * dim + channel
-    place = values + row * values_row + begin * values_token + offset[:, None] * values_token
-    value = tl.load(place + lane[None, :], mask=is_in, other=0.0).to(tl.float32)
-    place = gates + row * gates_row + begin * gates_token + offset[:, None] * gates_token
-    gate = tl.load(place + lane[None, :], mask=is_in, other=0.0).to(tl.float32)
+    column = part * dim + channel
+    ptrs = values + row * values_row + begin * values_token + offset[:, None] * values_token
+    value = tl.load(ptrs + column[None, :], mask=is_in, other=0.0).to(tl.float32)
+    ptrs = gates + row * gates_row + begin * gates_token + offset[:, None] * gates_token
+    gate = tl.load(ptrs + column[None, :], mask=is_in, other=0.0).to(tl.float32)
     return value, tl.where(is_in, gate, float("-inf")), is_in
 
 

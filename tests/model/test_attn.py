@@ -211,7 +211,7 @@ def test_rotation_is_a_complex_product_and_turns_back(layout, on_last: bool) -> 
 
 @pytest.mark.parametrize("kind", ["window", "chunk"])
 def test_a_row_of_documents_is_blocked_as_they_are_alone(kind: str) -> None:
-    # Longer than a block of queries, with chunks that start at odd places of the row.
+    # Longer than a block of queries, with chunks that start at odd tokens of the row.
     mixer = attn(**{kind: 37}, rotary_dim=0).build(WIDTH, 0, 1, 0.3).double()
     for parameter in mixer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

@@ -1,4 +1,4 @@
-"""Blocks that a group of query heads chooses together do not depend on who has its heads, or on slabs."""
+"""Blocks that a group of query heads chooses together do not depend on who has its heads, or on chunks."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from model.tensor_shards import AllHeads
 
 @dataclass
 class Replica(AllHeads):
-    """Shares each key head with another, who has attention `other` to blocks; slabs come in order."""
+    """Shares each key head with another, who has attention `other` to blocks; chunks come in order."""
 
     other: Tensor
     kv_replicas: int = 2
@@ -27,9 +27,11 @@ class Replica(AllHeads):
         return x + part
 
 
-@pytest.mark.parametrize("slab", [1, 100, 1 << 24])
-def test_heads_of_two_sharers_choose_as_all_of_them(slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.block_choice.SLAB", slab)
+@pytest.mark.parametrize("chunk_elements", [1, 100, 1 << 24])
+def test_replicas_of_a_key_head_choose_as_one_rank(
+    chunk_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.block_choice.CHUNK_ELEMENTS", chunk_elements)
     view = Sequence.whole(torch.zeros(2, 60, dtype=torch.long)).view()
     entries, blocks = (document_windows(view.position, length, stride) for length, stride in ((4, 2), (4, 4)))
     q = torch.randn(2, 60, 6, 8, dtype=torch.float64)

@@ -112,13 +112,13 @@ def in_our_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
         "group_proj.weight": theirs["o_a_proj.weight"],
         "out_proj.weight": theirs["o_b_proj.weight"],
     }
-    places = {"compressor": "compressor", "compressor.indexer": "indexer.compressor"}
-    for place, name in places.items():
-        if f"{place}.kv_proj.weight" in theirs:
-            parts = [theirs[f"{place}.{part}_proj.weight"] for part in ("kv", "gate")]
+    theirs_names = {"compressor": "compressor", "compressor.indexer": "indexer.compressor"}
+    for their_name, name in theirs_names.items():
+        if f"{their_name}.kv_proj.weight" in theirs:
+            parts = [theirs[f"{their_name}.{part}_proj.weight"] for part in ("kv", "gate")]
             ours[f"{name}.in_proj.weight"] = torch.cat(parts)
-            ours[f"{name}.bias"] = theirs[f"{place}.position_bias"]
-            ours[f"{name}.norm.weight"] = theirs[f"{place}.kv_norm.weight"]
+            ours[f"{name}.bias"] = theirs[f"{their_name}.position_bias"]
+            ours[f"{name}.norm.weight"] = theirs[f"{their_name}.kv_norm.weight"]
     if "compressor.indexer.q_b_proj.weight" in theirs:
         ours["indexer.q_proj.weight"] = theirs["compressor.indexer.q_b_proj.weight"]
         ours["indexer.head_proj.weight"] = theirs["compressor.indexer.scorer.weights_proj.weight"]

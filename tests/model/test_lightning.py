@@ -40,15 +40,15 @@ def import_lightning(theirs: Mapping[str, Tensor], heads: int) -> dict[str, Tens
 @given(
     tokens=st.integers(1, 150),
     heads=st.integers(1, 3),
-    place=st.sampled_from([(0, 1), (0, 4), (2, 4), (3, 4)]),
+    layer_of_depth=st.sampled_from([(0, 1), (0, 4), (2, 4), (3, 4)]),
     seed=st.integers(0, 2**20),
 )
-def test_layer_equals_theirs(tokens: int, heads: int, place: tuple[int, int], seed: int) -> None:
+def test_layer_equals_theirs(tokens: int, heads: int, layer_of_depth: tuple[int, int], seed: int) -> None:
     from transformers import MiniMaxConfig
     from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
     torch.manual_seed(seed)
-    layer, depth = place
+    layer, depth = layer_of_depth
     config = config_of(num_heads=heads, value_dim=8)
     theirs_config = MiniMaxConfig(
         hidden_size=32,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernels.block_selection import select_by_peak
+from kernels.block_selection import select_by_max
 from model.mixer import Mixed, Sequence
 from model.mixers.msa import Msa, MsaConfig
 from tests.architectures import randomise
@@ -99,7 +99,7 @@ def test_equals_theirs(block: int, num_blocks: int, local: int) -> None:
     theirs = layer.indexer(x, table, None, position).transpose(1, 2)
     q, k = mixer.indexer(x, Sequence.whole(x[..., 0].long()))
     options = {"block": block, "count": num_blocks - 1, "local": local - 1, "position": position}
-    ours, _ = select_by_peak(q, k, **options)
+    ours, _ = select_by_max(q, k, **options)
     own = (position // block)[..., None, None].expand(*ours.shape[:3], 1)
     ours = torch.cat([own, ours], dim=-1).sort(-1).values
     theirs = torch.nn.functional.pad(theirs, (0, max(0, ours.shape[-1] - theirs.shape[-1])), value=-1)

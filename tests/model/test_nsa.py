@@ -76,7 +76,7 @@ def by_the_equations(config: NsaConfig, w: dict[str, Tensor], x: Tensor) -> Tens
     def phi(name: str, part: Tensor, g: int) -> Tensor:
         if config.compressor == "mean":
             return part.mean(0)
-        flat = (part + w[f"phi_{name}.place"][g]).flatten()
+        flat = (part + w[f"phi_{name}.position_encoding"][g]).flatten()
         return w[f"phi_{name}.second"][g] @ silu(w[f"phi_{name}.first"][g] @ flat)
 
     out = torch.zeros(tokens, heads, config.value_dim, dtype=x.dtype)

@@ -27,14 +27,14 @@ def rows_of(sizes: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def visible_pairs(config: ZigzagConfig, position: Tensor, document: Tensor) -> Tensor:
-    places = list(zip(document[0].tolist(), position[0].tolist(), strict=True))
+    token_keys = list(zip(document[0].tolist(), position[0].tolist(), strict=True))
 
     def sees(t: int, s: int) -> bool:
-        query, key = places[t][1] // config.block, places[s][1] // config.block
+        query, key = token_keys[t][1] // config.block, token_keys[s][1] // config.block
         is_near = key < config.first_blocks or query - key < config.recent_blocks
-        return s <= t and is_near and places[t][0] == places[s][0]
+        return s <= t and is_near and token_keys[t][0] == token_keys[s][0]
 
-    return torch.tensor([[sees(t, s) for s in range(len(places))] for t in range(len(places))])
+    return torch.tensor([[sees(t, s) for s in range(len(token_keys))] for t in range(len(token_keys))])
 
 
 def direct(

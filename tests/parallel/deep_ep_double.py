@@ -52,11 +52,11 @@ class Settings:
 
 
 class Handle(NamedTuple):
-    """Which tokens went where, and where those that came lie: row i came as place[i]."""
+    """Which tokens went where, and where those that came lie: row i came as source_row[i]."""
 
     is_token_in_rank: Tensor
     received: list[int]
-    place: Tensor
+    source_row: Tensor
 
 
 class Buffer:
@@ -133,8 +133,8 @@ class Buffer:
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=self.group)
         total = int(received.sum())
-        place = torch.randperm(total, generator=torch.Generator().manual_seed(total))
-        handle = Handle(is_token_in_rank, received.tolist(), place)
+        source_row = torch.randperm(total, generator=torch.Generator().manual_seed(total))
+        handle = Handle(is_token_in_rank, received.tolist(), source_row)
         ids, _ = self._sent(topk_idx, handle, False)
         weights, _ = self._sent(topk_weights, handle, False)
         held = len(num_tokens_per_expert) // self.group.size()
@@ -184,7 +184,7 @@ class Buffer:
 
         def arrive() -> None:
             work.wait()
-            out.copy_(raw[handle.place])
+            out.copy_(raw[handle.source_row])
             if self.fault == "lost token" and x.is_floating_point() and len(out):
                 out[-1] = 0.0
 
@@ -195,9 +195,9 @@ class Buffer:
 
     def _returned(self, x: Tensor, handle: Handle, fault: str) -> Tensor:
         """Rows of tokens summed over the ranks that they went to, unweighted, in float32 at least."""
-        assert len(x) == len(handle.place), "other rows than were received"
+        assert len(x) == len(handle.source_row), "other rows than were received"
         back = torch.empty_like(x)
-        back[handle.place] = x
+        back[handle.source_row] = x
         sizes = handle.is_token_in_rank.sum(0).tolist()
         raw = x.new_empty(sum(sizes), x.shape[1])
         dist.all_to_all_single(raw, back, sizes, handle.received, group=self.group)

@@ -148,8 +148,8 @@ def run(job: Job, world: World) -> Run:
     rows, _ = config.rank_rows(world.axes.batch.size)
     numbers, loads, samples = [], [], []
     for _ in range(STEPS):
-        place = 0 if job.fault == "rows of the first" else world.axes.batch.rank
-        batch = loader.batch(state.cursor + place * rows, rows)
+        batch_rank = 0 if job.fault == "rows of the first" else world.axes.batch.rank
+        batch = loader.batch(state.cursor + batch_rank * rows, rows)
         samples.append(digest_samples(batch, world))
         result = train_step(state, batch, config, world)
         assert not result.is_skipped

@@ -78,9 +78,9 @@ def collected(rank: int, size: int) -> list[Tensor]:
 def test_the_adjoint_of_every_collective_is_exact() -> None:
     # <A x, w> summed over ranks is <x, A* w>: the gradient is the adjoint, for all maps that are linear.
     found = run_world(2, collected)
-    for place in range(0, len(found[0]), 4):
-        forward = sum(float((part[place] * part[place + 3]).sum()) for part in found)
-        backward = sum(float((part[place + 1] * part[place + 2]).sum()) for part in found)
+    for start in range(0, len(found[0]), 4):
+        forward = sum(float((part[start] * part[start + 3]).sum()) for part in found)
+        backward = sum(float((part[start + 1] * part[start + 2]).sum()) for part in found)
         assert forward == pytest.approx(backward, rel=1e-14)
 
 

@@ -114,15 +114,17 @@ def no_tails(x: Tensor, axis: Axis, count: int) -> Tensor:
     return 0.0 * tails_before(x, axis, count)
 
 
-def one_behind(position: Tensor, document: Tensor | None, places: Tensor | None, *rest: Any) -> AttentionView:
-    return AttentionView(position, document, None if places is None else (places - 1).clamp(min=0), *rest)
+def one_behind(
+    position: Tensor, document: Tensor | None, q_index: Tensor | None, *rest: Any
+) -> AttentionView:
+    return AttentionView(position, document, None if q_index is None else (q_index - 1).clamp(min=0), *rest)
 
 
 # What is put in place of a function of the views.
 BROKEN: dict[str, tuple[str, Any]] = {
     "rank order": ("whole_row", in_rank_order),
     "no halo": ("tails_before", no_tails),
-    "places": ("AttentionView", one_behind),
+    "q_index": ("AttentionView", one_behind),
 }
 
 
@@ -162,7 +164,7 @@ def results(setting: Setting, documents: str, axis: Axis | None) -> dict[str, Te
 
 
 def nearest(position: Tensor) -> Tensor:
-    """What a layer gets that shares the keys of an earlier one: places among whole rows."""
+    """What a layer gets that shares the keys of an earlier one: indices among whole rows."""
     reach = torch.arange(TOKENS)[:, None] - torch.arange(5)
     return torch.where(torch.arange(5) <= position[..., None], reach, -1)
 
@@ -188,17 +190,17 @@ def apart(found: list[dict[str, Tensor]], reference: dict[str, Tensor]) -> dict[
 def test_ranks_equal_one_process(size: int, documents: str) -> None:
     chosen = SETTINGS if size < 4 else SETTINGS[::3]
     found = run_world(size, ranks, [(setting, documents) for setting in chosen], timeout=280.0)
-    for place, setting in enumerate(chosen):
+    for index, setting in enumerate(chosen):
         reference = results(setting, documents, None)
-        assert all(set(part[place]) == set(reference) for part in found)
-        for name, far in apart([part[place] for part in found], reference).items():
+        assert all(set(part[index]) == set(reference) for part in found)
+        for name, far in apart([part[index] for part in found], reference).items():
             assert far < 1e-12, (setting, name, far)
 
 
 BREAKABLE = {
     "rank order": ("attn", "mla", "dsa", "msa", "nsa", "csa"),
     "no halo": ("swa", "chunked", "nsa", "swa_shared", "hca", "csa"),
-    "places": ("attn", "swa", "dsa", "moba", "nsa", "hca"),
+    "q_index": ("attn", "swa", "dsa", "moba", "nsa", "hca"),
 }
 
 
@@ -206,8 +208,8 @@ BREAKABLE = {
 def test_a_broken_view_shows(broken: str) -> None:
     settings = [(Setting(name), "mixed") for name in BREAKABLE[broken]]
     found = run_world(2, ranks, settings, broken, timeout=280.0)
-    for place, setting in enumerate(settings):
-        far = apart([part[place] for part in found], results(*setting, None))
+    for index, setting in enumerate(settings):
+        far = apart([part[index] for part in found], results(*setting, None))
         assert far["out"] > 0.01, (setting, far)
         assert far["x"] > 0.01, (setting, far)
 
@@ -226,6 +228,6 @@ def test_nothing_is_seen_before_a_row() -> None:
     rows = packed("one")
     view = HeadTailSharding(Axis("cp", 0, (0,), None), *rows).view(*rows, 3)
     assert view.document is not None
-    assert view.places is not None
+    assert view.q_index is not None
     assert view.document[:, :4].tolist() == [[-1, -1, -1, 0], [0, 0, 0, 0]] * 2
-    assert view.places[0].tolist() == list(range(3, 3 + TOKENS // 2))
+    assert view.q_index[0].tolist() == list(range(3, 3 + TOKENS // 2))

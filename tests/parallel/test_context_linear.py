@@ -177,8 +177,8 @@ def test_ranks_are_each_document_alone(size: int) -> None:
     jobs = list(alone_all())
     ranks = run_world(size, on_rank, [(config_of(name), case) for name, case in jobs])
     distances = {
-        job: worst(summed([rank[place] for rank in ranks]), alone_all()[job])
-        for place, job in enumerate(jobs)
+        job: worst(summed([rank[index] for rank in ranks]), alone_all()[job])
+        for index, job in enumerate(jobs)
     }
     assert max(distances.values()) < 1e-12, distances
 
@@ -253,9 +253,9 @@ def with_faults(rank: int, size: int, configs: dict[str, MixerConfig]) -> list[l
 
 def test_every_fault_shows() -> None:
     found = run_world(2, with_faults, {name: config_of(name) for name in FIELDS})
-    for place, fault in enumerate(FAULTS):
+    for index, fault in enumerate(FAULTS):
         expected = alone(config_of(fault.name), fault.case)
-        ours = summed([rank[place] for rank in found])
+        ours = summed([rank[index] for rank in found])
         assert (relative(ours[0], expected[0]) > 1e-2) == fault.spoils_output, fault
         assert worst(ours[1:], expected[1:]) > 1e-2, fault
 
@@ -285,9 +285,9 @@ def moved_bytes(rank: int, size: int, configs: list[MixerConfig], lengths: list[
 def test_bytes_do_not_grow_with_the_row() -> None:
     names = [name for name in FIELDS if name != "conv"]
     found = run_world(4, moved_bytes, [config_of(name) for name in names], [64, 256])
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         for rank in found:
-            short, long = rank[place]
+            short, long = rank[index]
             assert short == long > 0, name
     # Lightning has no halo. 4 heads on 4 ranks, 2 rows: one head of each chunk stays on its rank.
     heads, keys, values, chunks, wide = 4, 8, 12, 4, 8

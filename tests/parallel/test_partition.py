@@ -52,9 +52,9 @@ def test_no_other_cut_is_better(problem: tuple[list[float], int, set[int]]) -> N
     found = partition(costs, stages, joined)
     assert [item for stage in found for item in stage] == list(range(len(costs)))
     assert not joined & {stage.start for stage in found}
-    places = [place for place in range(1, len(costs)) if place not in joined]
+    boundaries = [boundary for boundary in range(1, len(costs)) if boundary not in joined]
     every = []
-    for inner in combinations(places, stages - 1):
+    for inner in combinations(boundaries, stages - 1):
         cut = [range(*pair) for pair in pairwise((0, *inner, len(costs)))]
         every.append((max(loads(costs, cut)), sum(load**2 for load in loads(costs, cut))))
     best = min(worst for worst, _ in every)
@@ -214,9 +214,9 @@ def refusals(line: str) -> list[str]:
 def test_any_line_is_a_whole_cut_or_is_refused_by_stage(items: list[str]) -> None:
     whole = ["E", "gdn", "|", "dsa", "2*", "dsa_shared", "attn", "gdn", "dsa", "2*", "dsa_shared", "H"]
     assert not refusals(" ".join(whole))
-    for place in (0, len(items) // 2):
+    for boundary in (0, len(items) // 2):
         # Something put into a good line is rarely good, and never passes for another cut.
-        line = " ".join([*whole[:place], *items, *whole[place:]])
+        line = " ".join([*whole[:boundary], *items, *whole[boundary:]])
         assert all(message.startswith("parallel.pp_layout: ") for message in refusals(line))
         assert all("stage" in message for message in refusals(line))
         assert bool(refusals(line)) == bool(items)

@@ -82,7 +82,7 @@ def sums_on_rank(rank: int, size: int) -> list[tuple[torch.Tensor, torch.Tensor]
 
 def test_sums_over_neighbours_have_their_adjoint() -> None:
     ranks = run_world(4, sums_on_rank)
-    for place, count in enumerate((1, 2, 4)):
+    for index, count in enumerate((1, 2, 4)):
         own = [
             (torch.arange(6.0, dtype=torch.float64).view(2, 3) + 10**rank).requires_grad_()
             for rank in range(4)
@@ -94,5 +94,5 @@ def test_sums_over_neighbours_have_their_adjoint() -> None:
             grads = torch.autograd.grad(objective, [own[rank] for rank in group])
             for rank, grad in zip(group, grads, strict=True):
                 # Sums of at most four float64 numbers, all above zero, in another order.
-                torch.testing.assert_close(ranks[rank][place], (out.detach(), grad), rtol=1e-14, atol=0.0)
-                assert torch.equal(ranks[rank][place][0], ranks[first][place][0])
+                torch.testing.assert_close(ranks[rank][index], (out.detach(), grad), rtol=1e-14, atol=0.0)
+                assert torch.equal(ranks[rank][index][0], ranks[first][index][0])

@@ -134,9 +134,9 @@ def test_a_requeued_run_equals_an_uninterrupted_one(
         "queued again: saved on request",
         "attempt 2: 2 nodes",
     ]
-    places = [cut.log.find(milestone) for milestone in milestones]
-    assert -1 not in places, f"{milestones[places.index(-1)]!r} is not in the log\n{cut.log}"
-    assert places == sorted(places)
+    offsets = [cut.log.find(milestone) for milestone in milestones]
+    assert -1 not in offsets, f"{milestones[offsets.index(-1)]!r} is not in the log\n{cut.log}"
+    assert offsets == sorted(offsets)
     assert "attempt 3" not in cut.log
 
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["cut", "straight"]

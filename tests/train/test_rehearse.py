@@ -136,8 +136,8 @@ def by_axis(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[int]]:
     for row in rows:
         sums = found.setdefault((row["axis"], row["kind"]), [0, 0, 0])
         is_chosen = row["kind"] == "all_to_all" and "ep" in row["axis"]
-        for place, what in enumerate(("calls", "bytes", "sent")):
-            sums[place] += 0 if is_chosen and place else row[what]
+        for index, what in enumerate(("calls", "bytes", "sent")):
+            sums[index] += 0 if is_chosen and index else row[what]
     return found
 
 
@@ -170,7 +170,7 @@ def test_few_layers_and_micro_batches_stand_for_all(layout: str) -> None:
         assert {key: few["checkpoint"][key] for key in held["counts"]} == held["counts"]
 
 
-# Four places of two ranks each; stages are alike but for the ends.
+# Four pipeline ranks of two ranks each; stages are alike but for the ends.
 PLACES = {
     schedule: (
         *("layout.pattern=gdn", f"model.depth={depth}", "parallel.pp=4", f"parallel.pp_schedule={schedule}"),
@@ -192,7 +192,7 @@ def entries(step: dict[str, Any], config: RunConfig, rank: int) -> str:
     return json.dumps(step | coordinates_of(config, rank, 8))
 
 
-# No place of DualPipe-V stands for another: each splits another number of backwards.
+# No rank of DualPipe-V represents another: each splits another number of backwards.
 @pytest.mark.parametrize("schedule", mostly_long([*PLACES][:-1], quick=("1f1b",)))
 def test_a_stage_stands_for_those_like_it(schedule: str) -> None:
     config = config_of(*PLACES[schedule], size=8)
@@ -213,7 +213,7 @@ def test_a_stage_that_differs_stands_for_itself() -> None:
     assert found(*PLACES["1f1b"], "parallel.reshard_after_forward=true") == each
     assert found(*PLACES["1f1b"], "layout.pattern=gdn gdn mla") == each
     assert found(*PLACES["1f1b"], "optim.lr_scales={layers.2.*: 0.0}") == each
-    # In a V the last place holds both sides of its fold.
+    # In a V the last rank holds both sides of its fold.
     assert found(*PLACES["zero_bubble_v"]) == [0, 2, 2, 6]
 
 
