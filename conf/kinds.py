@@ -38,6 +38,11 @@ def _concrete(base: type[T]) -> list[type[T]]:
     return found
 
 
+def kind_of(config: Config) -> str:
+    """The kind of a config that has one."""
+    return type(config).model_fields["kind"].default
+
+
 def one_of(kinds: Mapping[str, type[Config]]) -> Any:
     """The pydantic type of a node that is one of these."""
     members = tuple(kinds.values())

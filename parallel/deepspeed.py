@@ -171,6 +171,7 @@ class Engine:
         initial_state: InitialState,
     ) -> None:
         self._engine, self._adam, self._size, self.partition_map = engine, optimizer, size, partition_map
+        self._initial_state = initial_state
 
     def step(self, batches: Sequence[MicroBatch], denominators: Denominators) -> Losses:
         """Forward and backward of all micro-batches. Adds to gradients; gives this rank's sums, detached."""

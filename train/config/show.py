@@ -2,6 +2,7 @@
 
 from itertools import groupby
 
+from conf.kinds import kind_of
 from model.count import count
 from train.config.run_config import RunConfig
 from train.track.report import print_table
@@ -21,7 +22,7 @@ def show_config(config: RunConfig, world_size: int) -> None:
             "data": f"{config.data.directory}, {config.data.sequence_length} tokens per sequence",
             "batch": f"{train.global_batch} sequences, {micro} at a time on each rank",
             "steps": f"{train.steps:,} ({tokens_of(config):,} tokens)",
-            "optimizer": f"{optim.kind}, lr {optim.lr:g}, {config.schedule.kind}, clip {optim.clip_norm:g}",
+            "optimizer": f"{kind_of(optim)}, lr {optim.lr:g}, {kind_of(config.schedule)}, clip {optim.clip_norm:g}",
             "precision": f"{config.precision.compute}, weights {config.precision.parameters}",
             "ranks": config.parallel.describe(world_size),
         },

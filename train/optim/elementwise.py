@@ -18,7 +18,7 @@ class Elementwise(Optimizer):
         self.config = config
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride] (no closures here)
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]

@@ -1,5 +1,8 @@
 """Lion: the sign of an interpolated momentum, arXiv 2302.06675 algorithm 2."""
 
+# torch keeps operations on lists of tensors under private names; its own optimizers are made of them.
+# pyright: reportPrivateImportUsage=false
+
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
