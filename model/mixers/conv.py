@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.linear import Linear
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, TPShard
-from model.mixers.gdn import ConvWeight
+from model.short_convolution import ShortConvolution
 
 
 class ConvConfig(MixerConfig):
@@ -61,7 +61,7 @@ class Conv(Mixer):
         super().__init__()
         channels = config.num_channels
         self.in_proj = Linear(width, 3 * channels, init_std)
-        self.conv = ConvWeight(channels, config.conv_width)
+        self.conv = ShortConvolution(channels, config.conv_width)
         self.out_proj = Linear(channels, width, out_std)
 
     def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"]:

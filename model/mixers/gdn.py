@@ -9,14 +9,13 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
-from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch import Tensor
 
-from kernels.convolution import short_convolution
-from kernels.norm import unit_norm
-from model.linear import GatedRMSNorm, Initial, Linear, RMSNorm
+from model.gated_delta import Decay, delta_rule_inputs
+from model.linear import GatedRMSNorm, Linear, RMSNorm
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, TPShard
 from model.recurrence import DeltaRule
+from model.short_convolution import ShortConvolution
 
 
 class GdnConfig(MixerConfig):
@@ -100,80 +99,6 @@ class GdnConfig(MixerConfig):
         return Context("state", self.conv_width - 1)
 
 
-class Decay(nn.Module):
-    """Log decay per head, -exp(A_log) softplus(x + dt_bias), in float32 at least."""
-
-    # In bfloat16 a rate near 1 would round the memory length by percents.
-    needs_full_precision = True
-    fusible = ("forward",)
-
-    def __init__(self, heads: int, dt_min: float, dt_max: float) -> None:
-        super().__init__()
-        self.A_log = nn.Parameter(torch.empty(heads))
-        self.dt_bias = nn.Parameter(torch.empty(heads))
-        # Rates of 1 to 16 and steps of dt_min to dt_max spread the memory over 1 to 1000 tokens.
-        self.initial = {
-            "A_log": Initial("log_of_uniform", 1.0, 16.0),
-            "dt_bias": Initial("inverse_softplus_of_log_uniform", dt_min, dt_max),
-        }
-
-    def forward(self, x: Float[Tensor, "B T H"]) -> Float[Tensor, "B T H"]:
-        """At most zero."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        rate = self.A_log.to(dtype).exp()
-        return -rate * softplus(x.to(dtype) + self.dt_bias.to(dtype))
-
-
-class ConvWeight(nn.Module):
-    """Taps of a depthwise convolution over channels, and its bias if there is one."""
-
-    def __init__(self, channels: int, taps: int, *, has_bias: bool = False) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(channels, taps))
-        self.bias = nn.Parameter(torch.empty(channels)) if has_bias else None
-        uniform = Initial("uniform", -(taps**-0.5), taps**-0.5)
-        self.initial = {"weight": uniform, "bias": uniform} if has_bias else {"weight": uniform}
-
-    def forward(
-        self, x: Float[Tensor, "B T D"], sequence: Sequence, *, has_silu: bool = True
-    ) -> Float[Tensor, "B T D"]:
-        """The convolution, document by document, through SiLU or not."""
-        sharding, bias = sequence.sharding, None if self.bias is None else self.bias.to(x.dtype)
-        document = None if sequence.document is None else sharding.chunks(sequence.document)
-        out = short_convolution(
-            sharding.chunks(x),
-            self.weight.to(x.dtype),
-            bias,
-            document=document,
-            initial_state=self._tail(x, sequence),
-            has_silu=has_silu,
-        )
-        return sharding.restore(out)
-
-    def _tail(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "X U D"] | None:
-        # The tokens before each chunk, zero where they are of another document than the chunk's first one.
-        count = self.weight.shape[1] - 1
-        tail = sequence.sharding.before(x, count) if count else None
-        if tail is None:
-            return None
-        first = sequence.sharding.chunks(sequence.position)[:, :1]
-        distance = torch.arange(count, 0, -1, device=x.device)
-        return tail * (distance <= first)[..., None]
-
-
-def delta_inputs(
-    mixed: Float[Tensor, "B T X"],
-    beta: Float[Tensor, "B T H"],
-    parts: tuple[int, ...],
-    key_dim: int,
-    value_dim: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries and keys [B T G K] of unit length, values [B T H V], and betas between 0 and 1."""
-    q, k, v = mixed.split(parts, dim=-1)
-    q, k = (part.unflatten(-1, (-1, key_dim)) for part in (q, k))
-    return unit_norm(q, factor=key_dim**-0.5), unit_norm(k), v.unflatten(-1, (-1, value_dim)), beta.sigmoid()
-
-
 class Gdn(Mixer):
     """Gated DeltaNet; one projection makes queries, keys, values, output gates, betas and decay inputs."""
 
@@ -183,7 +108,7 @@ class Gdn(Mixer):
         super().__init__()
         self.config, self.parts = config, config._parts()
         self.in_proj = Linear(width, sum(self.parts), init_std)
-        self.conv = ConvWeight(config._mixed(), config.conv_width)
+        self.conv = ShortConvolution(config._mixed(), config.conv_width)
         if config.has_decay:
             self.decay = Decay(config.num_value_heads, config.dt_min, config.dt_max)
         if config.has_output_gate:
@@ -203,7 +128,7 @@ class Gdn(Mixer):
         return self._close(out, gate)
 
     def _prepare(self, mixed: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return delta_inputs(mixed, beta, self.parts[:3], self.config.key_dim, self.config.value_dim)
+        return delta_rule_inputs(mixed, beta, self.parts[:3], self.config.key_dim, self.config.value_dim)
 
     def _close(self, out: Float[Tensor, "B T H V"], gate: Float[Tensor, "B T X"]) -> Float[Tensor, "B T D"]:
         """The normed and gated output of all heads, projected."""

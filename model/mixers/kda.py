@@ -9,10 +9,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from model.gated_delta import delta_rule_inputs
 from model.linear import GatedRMSNorm, Initial, Linear
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, TPShard
-from model.mixers.gdn import ConvWeight, delta_inputs
 from model.recurrence import DeltaRule
+from model.short_convolution import ShortConvolution
 
 
 class KdaConfig(MixerConfig):
@@ -139,7 +140,7 @@ class Kda(Mixer):
         self.decay_up_proj = Linear(config.decay_rank, keys, init_std)
         self.gate_down_proj = Linear(width, config.gate_rank, init_std)
         self.gate_up_proj = Linear(config.gate_rank, values, init_std)
-        self.conv = ConvWeight(sum(self.parts[:3]), config.conv_width)
+        self.conv = ShortConvolution(sum(self.parts[:3]), config.conv_width)
         self.decay = ChannelDecay(config)
         self.out_norm = GatedRMSNorm(config.value_dim, config.norm_eps, "sigmoid")
         self.out_proj = Linear(values, width, out_std)
@@ -154,7 +155,7 @@ class Kda(Mixer):
         return self._close(out, x)
 
     def _prepare(self, mixed: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return delta_inputs(mixed, beta, self.parts[:3], self.config.key_dim, self.config.value_dim)
+        return delta_rule_inputs(mixed, beta, self.parts[:3], self.config.key_dim, self.config.value_dim)
 
     def _close(self, out: Float[Tensor, "B T H V"], x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """The normed output of all heads, gated by x and projected."""

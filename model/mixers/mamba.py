@@ -11,8 +11,8 @@ from torch.nn.functional import silu, softplus
 
 from model.linear import Initial, Linear, RMSNorm
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, TPShard
-from model.mixers.gdn import ConvWeight
 from model.recurrence import SelectiveScan
+from model.short_convolution import ShortConvolution
 
 
 class MambaConfig(MixerConfig):
@@ -126,7 +126,7 @@ class Mamba(Mixer):
         self.config = config
         channels, rank, states = config.num_channels, config.dt_rank, config.state_dim
         self.in_proj = Linear(width, 2 * channels, init_std)
-        self.conv = ConvWeight(channels, config.conv_width, has_bias=config.has_conv_bias)
+        self.conv = ShortConvolution(channels, config.conv_width, has_bias=config.has_conv_bias)
         self.x_proj = Linear(channels, sum(config._inner()), init_std)
         if config.has_inner_norm:
             self.dt_norm = RMSNorm(rank, config.norm_eps, is_zero_centered=False)

@@ -15,8 +15,8 @@ from torch.nn.functional import silu, softplus
 from kernels.norm import gated_rms_norm
 from model.linear import Initial, Linear
 from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, TPShard
-from model.mixers.gdn import ConvWeight
 from model.recurrence import LinearAttention
+from model.short_convolution import ShortConvolution
 from model.tensor_shards import ALL_HEADS, HeadShards
 
 
@@ -167,7 +167,7 @@ class Mamba2(Mixer):
         self.config, self.parts = config, config._parts()
         values = self.parts[0]
         self.in_proj = Linear(width, sum(self.parts), init_std)
-        self.conv = ConvWeight(config._mixed(), config.conv_width, has_bias=config.has_conv_bias)
+        self.conv = ShortConvolution(config._mixed(), config.conv_width, has_bias=config.has_conv_bias)
         self.step = Step(config.num_heads, config.dt_floor, config.dt_min, config.dt_max)
         self.skip = nn.Parameter(torch.empty(config.num_heads))
         self.initial = {"skip": Initial("constant", 1.0)}

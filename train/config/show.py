@@ -13,6 +13,7 @@ def show_config(config: RunConfig, world_size: int) -> None:
     counts = count(config.architecture)
     degrees = config.parallel.degrees(world_size)
     optim, train, (_, micro) = config.optim, config.train, config.rank_rows(degrees.batch)
+    kinds = kind_of(optim), kind_of(config.schedule)
     print_table(
         "Run",
         {
@@ -22,7 +23,7 @@ def show_config(config: RunConfig, world_size: int) -> None:
             "data": f"{config.data.directory}, {config.data.sequence_length} tokens per sequence",
             "batch": f"{train.global_batch} sequences, {micro} at a time on each rank",
             "steps": f"{train.steps:,} ({tokens_of(config):,} tokens)",
-            "optimizer": f"{kind_of(optim)}, lr {optim.lr:g}, {kind_of(config.schedule)}, clip {optim.clip_norm:g}",
+            "optimizer": f"{kinds[0]}, lr {optim.lr:g}, {kinds[1]}, clip {optim.clip_norm:g}",
             "precision": f"{config.precision.compute}, weights {config.precision.parameters}",
             "ranks": config.parallel.describe(world_size),
         },
