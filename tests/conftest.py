@@ -11,9 +11,6 @@ import torch
 
 from tests import shapes
 
-# Small shapes on few cores: more threads would only take turns.
-torch.set_num_threads(1)
-
 hypothesis.settings.register_profile(
     "weft",
     deadline=None,  # the machine is shared; a slow example is not a wrong one
@@ -28,9 +25,15 @@ hypothesis.settings.load_profile("weft")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-shapes", action="store_true", help="run without shape checks (torch.compile)")
     parser.addoption("--seed", type=int, default=0, help="shift the seed of every test")
+    parser.addoption("--threads", type=int, default=1, help="threads of every operation of torch")
+    parser.addoption("--no-onednn", action="store_true", help="multiply matrices without oneDNN")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Small shapes on few cores: more threads would only take turns.
+    torch.set_num_threads(config.getoption("--threads"))
+    if config.getoption("--no-onednn"):
+        torch.backends.mkldnn.set_flags(False)
     if not config.getoption("--no-shapes"):
         shapes.check_imports()
 

@@ -3,7 +3,8 @@
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from functools import cache
+from copy import deepcopy
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -11,7 +12,16 @@ from torch import Tensor, nn
 
 from model.mixer import Mixed, Mixer, MixerConfig, Sequence
 from tests.architectures import randomise, small_architecture
-from tests.closeness import relative
+from tests.closeness import (
+    CANCELS,
+    SAME,
+    assert_close,
+    assert_rounded,
+    function_of,
+    in_float64,
+    outputs_and_grads,
+    weighed,
+)
 
 FULL, SLIDING = "create_causal_mask", "create_sliding_window_causal_mask"
 SIZES = {
@@ -55,37 +65,49 @@ def assert_same_layer(
     tokens: int,
     selection: Tensor | None = None,
 ) -> Tensor:
-    """Outputs within 2e-5 of their standard deviation, gradients within 1e-4; returns our output.
+    """In float64 both have the same output and gradients, and ours in float32 are those up to rounding.
 
-    `run` calls their layer on x, `weights` gives our state dict from their names. A parameter of theirs that
-    gets no gradient is compared in nothing but the output.
+    theirs is of float64, made in `in_float64`; ours of float32. `run` calls theirs on x, `weights` gives our
+    state dict from their names. A parameter of theirs that gets no gradient is compared in nothing but the
+    output. Returns our output, float32.
     """
     randomise(theirs, with_buffers=False)  # theirs keep the rotary frequencies
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            assert parameter.dtype == torch.float64, f"{parameter.dtype=}"
+            parameter.copy_(parameter.float())  # which ours can hold
     ours.load_state_dict(weights(theirs.state_dict()))
-    x = torch.randn(2, tokens, width)
-    ours_x, theirs_x = x.clone().requires_grad_(), x.clone().requires_grad_()
-    sequence = Sequence.whole(torch.zeros(2, tokens, dtype=torch.long))
-    mixed = ours(ours_x, sequence) if selection is None else ours(ours_x, sequence, selection)
-    out = mixed.out if isinstance(mixed, Mixed) else mixed
-    reference = run(theirs_x)
-    worst = (out - reference).abs().max() / reference.std()
-    assert worst < 2e-5, f"output off by {worst:.3g} standard deviations"
-    weight = torch.randn_like(out)
-    (out * weight).sum().backward()
-    (reference * weight).sum().backward()
-    assert ours_x.grad is not None
-    assert theirs_x.grad is not None
-    assert relative(ours_x.grad, theirs_x.grad) < 1e-4
-    nothing = torch.tensor(float("nan"))
+    exact = deepcopy(ours).double()
+    inputs = [torch.randn(2, tokens, width), *ours.parameters()]
+    names = ["out", "x", *(name for name, _ in ours.named_parameters())]
+
+    def results(mixer: Mixer, *inputs: Tensor) -> list[Tensor]:
+        sequence = Sequence.whole(torch.zeros(2, tokens, dtype=torch.long))
+        function = function_of(mixer, sequence, *([] if selection is None else [selection]))
+        return outputs_and_grads(lambda *leaves: out_of(function(*leaves)), inputs)
+
+    found = results(ours, *inputs)
+    assert_rounded(found, partial(results, exact), inputs, names=names)
+    with in_float64():
+        same = dict(zip(names, results(exact, *(x.double() for x in inputs)), strict=True))
+        their_x = inputs[0].double().requires_grad_()
+        reference = run(their_x)
+        weighed(reference).backward()
+    assert their_x.grad is not None
+    nothing = torch.tensor(float("nan"), dtype=torch.float64)
     grads = {
         name: nothing.expand_as(p) if p.grad is None else p.grad for name, p in theirs.named_parameters()
     }
-    expected = weights(grads)
-    for name, parameter in ours.named_parameters():
-        if not expected[name].isnan().any():
-            assert parameter.grad is not None, name
-            assert relative(parameter.grad, expected[name]) < 1e-4, name
-    return out.detach()
+    expected = {"out": reference.detach(), "x": their_x.grad, **weights(grads)}
+    compared = [name for name in names if not expected[name].isnan().any()]
+    pairs = ([own[name] for name in compared] for own in (same, expected))
+    assert_close(*pairs, SAME, names=compared, cancels=CANCELS)
+    return found[0]
+
+
+def out_of(mixed: Mixed | Tensor) -> Tensor:
+    """The output of a mixer, with or without more to say."""
+    return mixed.out if isinstance(mixed, Mixed) else mixed
 
 
 class Theirs:
@@ -101,16 +123,21 @@ class Theirs:
         self.prefix, self.text = prefix, text
 
     def layer(self, index: int, name: str = "Attention") -> Any:
-        """One attention layer, float32."""
-        return getattr(self.modeling, f"{self.prefix}{self.text}{name}")(self.config, index).float()
+        """One attention layer, float64."""
+        with in_float64():
+            return getattr(self.modeling, f"{self.prefix}{self.text}{name}")(self.config, index).double()
 
     def run(self, layer: nn.Module, mask: str, *rope: object, **extra: object) -> Callable[[Tensor], Tensor]:
-        """What calls the layer on x: `rope` goes to their rotary angles, `extra` to the layer."""
+        """What calls the layer on x within `in_float64`.
+
+        `rope` goes to their rotary angles, `extra` to the layer.
+        """
         from transformers import masking_utils
 
         names = [name for name in dir(self.modeling) if name.endswith("RotaryEmbedding")]
         names = [name for name in names if "Vision" not in name]
-        embedding = getattr(self.modeling, names[0])(self.config) if names else None
+        with in_float64():
+            embedding = getattr(self.modeling, names[0])(self.config) if names else None
 
         def call(x: Tensor) -> Tensor:
             position = torch.arange(x.shape[1])[None]

@@ -7,7 +7,7 @@ from kernels.attention import attention, attention_with_lse
 from kernels.attention import reference as forms
 from kernels.attention.reference import Pattern, attention_blocked, attention_direct
 from kernels.attention.shapes import SHAPES, Shape
-from tests.closeness import assert_close, outputs_and_grads
+from tests.closeness import assert_close, assert_true, outputs_and_grads, with_grads
 
 
 def inputs_of(case: Shape, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -53,8 +53,8 @@ PATTERNS = (Pattern(), Pattern(5), Pattern(12, 4), Pattern(8, 4, 3), Pattern(6, 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 @pytest.mark.parametrize("has_documents", [False, True])
 @pytest.mark.parametrize("has_sinks", [False, True])
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
-def test_public_form_equals_direct(case, has_documents, has_sinks, dtype, limit) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_public_form_equals_direct(case, has_documents, has_sinks, dtype) -> None:
     document, position = documents_of(case.rows, case.tokens, 0.05) if has_documents else (None, None)
     sinks = [torch.randn(case.heads, dtype=dtype)] if has_sinks else []
     inputs = inputs_of(case, dtype) + sinks
@@ -66,9 +66,7 @@ def test_public_form_equals_direct(case, has_documents, has_sinks, dtype, limit)
     def direct(q, k, v, sinks=None):
         return attention_direct(q, k, v, sinks=sinks, pattern=Pattern(case.window), **options)[0]
 
-    assert_close(
-        outputs_and_grads(ours, inputs), outputs_and_grads(direct, [x.double() for x in inputs]), limit
-    )
+    assert_true(outputs_and_grads(ours, inputs), with_grads(direct), inputs, 1e-11)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)

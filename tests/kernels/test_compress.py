@@ -6,29 +6,27 @@ from kernels.compress import gated_compress, mean_compress, mlp_compress
 from kernels.compress.reference import gated_compress_direct, mlp_compress_direct
 from kernels.compress.shapes import SHAPES, Shape
 from kernels.document_windows import Windows, document_windows
-from tests.closeness import assert_close, outputs_and_grads
+from tests.closeness import assert_true, outputs_and_grads, with_grads
 from tests.kernels.test_block_attention import positions_of
 
-PRECISIONS = [(torch.float64, 1e-10), (torch.float32, 1e-5)]
+PRECISIONS = [torch.float64, torch.float32]
 
 
 def only_filled(out: Tensor, windows: Windows) -> Tensor:
     return out[windows.is_filled]
 
 
-def compare(fast, direct, inputs: list[Tensor], windows: Windows, dtype: torch.dtype, limit: float) -> None:
-    ours = outputs_and_grads(lambda *x: only_filled(fast(*x), windows), [x.to(dtype) for x in inputs])
+def compare(fast, direct, inputs: list[Tensor], windows: Windows) -> None:
+    ours = outputs_and_grads(lambda *x: only_filled(fast(*x), windows), inputs)
     # Without any window the direct form's result depends on nothing.
-    theirs = outputs_and_grads(
-        lambda *x: only_filled(direct(*x), windows) + 0 * sum(y.sum() for y in x), inputs
-    )
-    assert_close(ours, theirs, limit)
+    theirs = lambda *x: only_filled(direct(*x), windows) + 0 * sum(y.sum() for y in x)  # noqa: E731
+    assert_true(ours, with_grads(theirs), inputs, 1e-10)
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 @pytest.mark.parametrize("starts", [0.0, 0.05, 0.4])
-@pytest.mark.parametrize(("dtype", "limit"), PRECISIONS)
-def test_perceptron_equals_window_by_window(case: Shape, starts: float, dtype, limit: float) -> None:
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_perceptron_equals_window_by_window(case: Shape, starts: float, dtype) -> None:
     windows = document_windows(positions_of(case.rows, case.tokens, starts), case.length, case.stride)
     heads, dim, size = case.heads, case.dim, case.length * case.dim
     shapes = [
@@ -37,27 +35,25 @@ def test_perceptron_equals_window_by_window(case: Shape, starts: float, dtype, l
         (heads, 7, size),
         (heads, dim, 7),
     ]
-    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    inputs = [torch.randn(shape, dtype=dtype) for shape in shapes]
     compare(
         lambda *x: mlp_compress(*x, windows),
         lambda *x: mlp_compress_direct(*x, windows),
         inputs,
         windows,
-        dtype,
-        limit,
     )
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 @pytest.mark.parametrize("starts", [0.0, 0.05, 0.4])
 @pytest.mark.parametrize("is_overlapping", [False, True])
-@pytest.mark.parametrize(("dtype", "limit"), PRECISIONS)
-def test_gated_equals_window_by_window(case: Shape, starts, is_overlapping, dtype, limit) -> None:
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_gated_equals_window_by_window(case: Shape, starts, is_overlapping, dtype) -> None:
     position = positions_of(case.rows, case.tokens, starts)
     windows = document_windows(position, case.length, case.length)
     shape = (case.rows, case.tokens, 2 * case.dim)
-    inputs = [torch.randn(shape, dtype=torch.float64) for _ in range(2)]
-    inputs.append(torch.randn(case.length, 2 * case.dim, dtype=torch.float64))
+    inputs = [torch.randn(shape, dtype=dtype) for _ in range(2)]
+    inputs.append(torch.randn(case.length, 2 * case.dim, dtype=dtype))
     # Large gates saturate: their gradients are next to nothing, and in float32 mostly rounding. The other
     # channels' gates have gradients to compare.
     inputs[1][..., ::2] *= 30
@@ -67,8 +63,6 @@ def test_gated_equals_window_by_window(case: Shape, starts, is_overlapping, dtyp
         lambda *x: gated_compress_direct(*x, **options),
         inputs,
         windows,
-        dtype,
-        limit,
     )
 
 

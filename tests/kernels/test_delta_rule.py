@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +11,7 @@ from kernels.delta_rule import gated_delta_rule
 from kernels.delta_rule.channel import channel_delta_rule_chunked
 from kernels.delta_rule.reference import gated_delta_rule_chunked, gated_delta_rule_recurrent
 from kernels.linear_attention.shapes import SHAPES, Shape
-from tests.closeness import assert_close, outputs_and_grads
+from tests.closeness import assert_close, assert_rounded, assert_true, outputs_and_grads, with_grads
 
 # The largest entry may differ by this much: 1e-10 is what float64 leaves after hundreds of products.
 LIMIT = 1e-10
@@ -93,10 +95,8 @@ def test_float32_stays_exact_after_a_strong_decay() -> None:
     inputs[3] = torch.full_like(inputs[3], -1e-3)
     inputs[3][:, 5] = -900.0
     single = outputs_and_grads(lambda *x: gated_delta_rule(*x[:5], initial_state=x[5]), inputs)
-    double = outputs_and_grads(
-        lambda *x: gated_delta_rule_recurrent(*x[:5], initial_state=x[5]), [x.double() for x in inputs]
-    )
-    assert_close(single, double, 1e-5)
+    recurrent = lambda *x: gated_delta_rule_recurrent(*x[:5], initial_state=x[5])  # noqa: E731
+    assert_rounded(single, with_grads(recurrent), inputs)
 
 
 def test_states_carry_over_between_calls() -> None:
@@ -120,16 +120,16 @@ def by_channel(shape: Shape, keys: str, decay: str, dtype: torch.dtype = torch.f
     return [x.to(dtype) for x in inputs]
 
 
-def compare_by_channel(inputs: list[Tensor], document: Tensor | None, limit: float) -> None:
-    def call(rule):
-        return lambda q, k, v, g, b, s: rule(q, k, v, g, b, document=document, initial_state=s)
+def compare_by_channel(inputs: list[Tensor], document: Tensor | None) -> None:
+    def results(rule, *inputs: Tensor) -> list[Tensor]:
+        found = outputs_and_grads(
+            lambda q, k, v, g, b, s: rule(q, k, v, g, b, document=document, initial_state=s), inputs
+        )
+        found[5] = found[5].where(torch.isfinite(inputs[3]), 0.0)
+        return found
 
-    ours = outputs_and_grads(call(gated_delta_rule), inputs)
-    reference = outputs_and_grads(call(gated_delta_rule_recurrent), [x.double() for x in inputs])
-    is_finite = torch.isfinite(inputs[3])
-    for grads in (ours, reference):
-        grads[5] = grads[5].where(is_finite, 0.0)
-    assert_close(ours, reference, limit)
+    ours = results(gated_delta_rule, *inputs)
+    assert_true(ours, partial(results, gated_delta_rule_recurrent), inputs, LIMIT)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -137,14 +137,14 @@ def compare_by_channel(inputs: list[Tensor], document: Tensor | None, limit: flo
 @pytest.mark.parametrize("decay", ["random", "bounded", "zero", "mixed"])
 def test_decay_per_channel_equals_the_recurrence_in_float64(shape: Shape, keys: str, decay: str) -> None:
     document = documents_of(shape.rows, shape.tokens, 0.05)
-    compare_by_channel(by_channel(shape, keys, decay), document, LIMIT)
+    compare_by_channel(by_channel(shape, keys, decay), document)
 
 
 @pytest.mark.parametrize("decay", ["random", "bounded", "mixed"])
 def test_decay_per_channel_in_float32_is_close_to_float64(decay: str) -> None:
     shape = SHAPES[-1]
     document = documents_of(shape.rows, shape.tokens, 0.05)
-    compare_by_channel(by_channel(shape, "random", decay, torch.float32), document, 1e-5)
+    compare_by_channel(by_channel(shape, "random", decay, torch.float32), document)
 
 
 def test_one_decay_for_all_channels_is_decay_per_head() -> None:

@@ -17,6 +17,7 @@ from kernels.experts.spec import SMALL
 from kernels.experts.triton import routed_experts_triton
 from kernels.experts.triton_sort import Sorted, sort_by_expert
 from kernels.spec import KernelCase, outputs_and_grads, relative_errors
+from tests.closeness import relative
 
 pytestmark = pytest.mark.interpreted
 
@@ -201,7 +202,8 @@ def test_the_config_chooses_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     with use_backends({"experts": "triton"}):
         ours = routed_experts(**inputs, chosen=chosen)
     assert not torch.equal(ours, plain)
-    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+    exact = {name: x.double() for name, x in inputs.items()}
+    assert relative(ours, routed_experts(**exact, chosen=chosen)) <= LIMITS[torch.float32]
 
 
 def test_no_tokens_give_no_rows_and_zero_gradients() -> None:

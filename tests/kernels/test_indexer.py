@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,7 +13,7 @@ from kernels.indexer import reference as forms
 from kernels.indexer.loss import index_loss_direct
 from kernels.indexer.reference import choose_directly, pool_keys, pool_selection, visible_entries
 from kernels.indexer.shapes import SHAPES, Shape
-from tests.closeness import assert_close, outputs_and_grads
+from tests.closeness import assert_close, assert_rounded, outputs_and_grads, with_grads
 
 
 def inputs_of(case: Shape, entries: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -86,6 +88,16 @@ def test_pools_are_whole_runs_of_one_document(tokens: int, size: int, starts: fl
             assert sorted(s for s in selection[b, t].tolist() if s >= 0) == expected
 
 
+def compare(loss: Callable[..., Tensor], direct: Callable[..., Tensor], inputs: list[Tensor]) -> None:
+    found, expected = outputs_and_grads(loss, inputs), with_grads(direct)
+    if found[0].dtype == torch.float32:
+        assert_rounded(found, expected, inputs)
+    else:
+        # One entry or one query leaves nothing to learn: all of it is rounding around zero.
+        for a, b in zip(found, expected(*inputs), strict=True):
+            assert (a - b).abs().max() <= 1e-10 * max(1.0, b.abs().max().item())
+
+
 def attention_of(case: Shape, document: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries, keys, log-sum-exp, and the weights summed over heads, of an attention."""
     q = torch.randn(case.rows, case.tokens, case.heads, case.key_dim, dtype=torch.float64)
@@ -98,8 +110,8 @@ def attention_of(case: Shape, document: Tensor | None) -> tuple[Tensor, Tensor, 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 @pytest.mark.parametrize("starts", [0.0, 0.1])
 @pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_full_loss_equals_direct(case, starts, size, dtype, limit, monkeypatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_full_loss_equals_direct(case, starts, size, dtype, monkeypatch) -> None:
     monkeypatch.setattr(losses, "SCORES", 700)
     document, position = documents_of(case.rows, case.tokens, starts)
     attention_q, attention_k, lse, weights = attention_of(case, document)
@@ -119,17 +131,12 @@ def test_full_loss_equals_direct(case, starts, size, dtype, limit, monkeypatch) 
         whole = (x.to(dtype) for x in (attention_q, attention_k, lse))
         return index_loss(q, k, w, *whole, scale=0.5, last=last, size=size, document=document)
 
-    found = outputs_and_grads(ours, inputs)
-    direct = outputs_and_grads(
-        lambda q, k, w: index_loss_direct(q, k, w, weights, visible), [x.double() for x in inputs]
-    )
-    for a, b in zip(found, direct, strict=True):
-        assert (a - b).abs().max() <= limit * max(1.0, b.abs().max().item())
+    compare(ours, lambda q, k, w: index_loss_direct(q, k, w, weights, visible), inputs)
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_loss_of_chosen_equals_direct(case, dtype, limit, monkeypatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_loss_of_chosen_equals_direct(case, dtype, monkeypatch) -> None:
     monkeypatch.setattr(losses, "SCORES", 700)
     document = documents_of(case.rows, case.tokens, 0.1)[0]
     weights = attention_of(case, document)[3]
@@ -138,12 +145,11 @@ def test_loss_of_chosen_equals_direct(case, dtype, limit, monkeypatch) -> None:
     is_chosen = torch.zeros(case.rows, case.tokens, case.tokens + 1, dtype=torch.bool)
     is_chosen = is_chosen.scatter(2, torch.where(entries < 0, case.tokens, entries), True)[..., :-1]
     shares = weights.gather(2, entries.clamp(min=0)).masked_fill(entries < 0, 0.0)
-    found = outputs_and_grads(lambda q, k, w: index_loss_of_chosen(q, k, w, entries, shares), inputs)
-    direct = outputs_and_grads(
-        lambda q, k, w: index_loss_direct(q, k, w, weights, is_chosen), [x.double() for x in inputs]
+    compare(
+        lambda q, k, w: index_loss_of_chosen(q, k, w, entries, shares),
+        lambda q, k, w: index_loss_direct(q, k, w, weights, is_chosen),
+        inputs,
     )
-    for a, b in zip(found, direct, strict=True):
-        assert (a - b).abs().max() <= limit * max(1.0, b.abs().max().item())
 
 
 def test_a_perfect_indexer_has_no_loss() -> None:

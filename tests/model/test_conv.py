@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model.mixers.conv import ConvConfig
+from tests.closeness import in_float64
 from tests.layers import assert_same_layer, without_fla
 
 WIDTH = 32
@@ -18,7 +19,8 @@ def test_lfm2(taps: int) -> None:
     config = Lfm2Config(
         hidden_size=WIDTH, conv_L_cache=taps, conv_bias=False, layer_types=["conv"], num_hidden_layers=1
     )
-    theirs = Lfm2ShortConv(config, 0).float()
+    with in_float64():
+        theirs = Lfm2ShortConv(config, 0).double()
     ours = ConvConfig(num_channels=WIDTH, conv_width=taps).build(WIDTH, 0, 4, 0.02)
     names = {"in_proj.weight": "in_proj.weight", "out_proj.weight": "out_proj.weight"}
 

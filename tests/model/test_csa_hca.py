@@ -1,15 +1,18 @@
 """The three attention forms of DeepSeek-V4 equal transformers' eager attention, with random weights."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from kernels.indexer import index_select
-from model.mixer import Mixed, Sequence
+from model.mixer import Mixer, Sequence
 from model.mixers.csa import Csa, CsaConfig
 from model.mixers.hca import HcaConfig
 from tests.architectures import randomise
-from tests.closeness import assert_close, relative
+from tests.closeness import assert_close, in_float64
+from tests.layers import assert_same_layer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 WIDTH = 24
@@ -47,7 +50,7 @@ FORMS = {
 }
 
 
-def build(form: str) -> tuple[HcaConfig | CsaConfig, nn.Module]:
+def build(form: str) -> tuple[HcaConfig | CsaConfig, Mixer]:
     fields = {**FIELDS, **FORMS[form][1]}
     if form == "window":
         fields |= {"rotary_theta": 100.0, "rotary_scaling": {**SCALING, "kind": "none"}}
@@ -129,38 +132,34 @@ def in_our_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("tokens", [1, 3, 50])
 def test_equals_theirs(form: str, tokens: int) -> None:
     _, mixer = build(form)
-    layer, rotary = their_layer(form)
-    randomise(layer, with_buffers=False)
-    mixer.load_state_dict(in_our_names(layer.state_dict()))
+    with in_float64():
+        layer, rotary = their_layer(form)
     for module in layer.modules():  # theirs keep the rotary frequencies of their own copies
         assert not any(
             name.endswith("inv_freq") and buffer.isnan().any() for name, buffer in module.named_buffers()
         )
-    x = torch.randn(2, tokens, WIDTH)
-    ours_x, theirs_x = x.clone().requires_grad_(), x.clone().requires_grad_()
-    position = torch.arange(tokens)[None].expand(2, -1)
-    tables = {kind: rotary(x, position, layer_type=kind) for kind in ("main", "compress")}
-    back = torch.arange(tokens)[:, None] - torch.arange(tokens)
-    mask = torch.zeros(tokens, tokens).masked_fill((back < 0) | (back >= FIELDS["window"]), float("-inf"))
-    # With one token theirs leaves the mask of the entries out, and there are none.
-    expected, _ = layer(theirs_x, tables, position, mask.expand(2, 1, -1, -1))
-    mixed = mixer(ours_x, Sequence.whole(x[..., 0].long()))
-    out = mixed.out if isinstance(mixed, Mixed) else mixed
-    assert (out - expected).abs().max() <= 2e-5 * expected.std()
-    weight = torch.randn_like(out)
-    (out * weight).sum().backward()
-    (expected * weight).sum().backward()
-    assert relative(ours_x.grad, theirs_x.grad) < 1e-4
-    zero = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in layer.named_parameters()}
-    grads = in_our_names(zero)
-    for name, parameter in mixer.named_parameters():
-        if parameter.grad is None:
-            assert not grads[name].any(), name
-        else:
-            assert relative(parameter.grad, grads[name]) < 1e-4, name
+
+    def run(x: Tensor) -> Tensor:
+        position = torch.arange(tokens)[None].expand(2, -1)
+        tables = {kind: rotary(x, position, layer_type=kind) for kind in ("main", "compress")}
+        back = torch.arange(tokens)[:, None] - torch.arange(tokens)
+        mask = torch.zeros(tokens, tokens).masked_fill((back < 0) | (back >= FIELDS["window"]), float("-inf"))
+        # With one token theirs leaves the mask of the entries out, and there are none.
+        return layer(x, tables, position, mask.expand(2, 1, -1, -1))[0]
+
+    def weights(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # What gets no gradient of theirs gets none of ours.
+        return in_our_names({name: x.nan_to_num() for name, x in theirs.items()})
+
+    assert_same_layer(mixer, layer, run, weights, width=WIDTH, tokens=tokens)
 
 
 def test_the_same_entries_are_chosen() -> None:
+    with in_float64():
+        check_entries()
+
+
+def check_entries() -> None:
     config, mixer = build("csa")
     assert isinstance(mixer, Csa)
     layer, _ = their_layer("csa")

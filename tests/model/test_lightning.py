@@ -1,6 +1,7 @@
 """Equal to transformers' MiniMax lightning layer, and to the other forms' sums over pairs written out."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ from torch.nn.functional import logsigmoid, silu
 from model.mixer import Sequence
 from model.mixers.lightning import Lightning, LightningConfig
 from tests.architectures import randomise, small_architecture
-from tests.closeness import assert_close, relative
+from tests.closeness import SAME, assert_close, in_float64
+from tests.layers import assert_same_layer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-LIMIT = 2e-5
 
 
 def config_of(**fields: object) -> LightningConfig:
@@ -58,20 +59,16 @@ def test_layer_equals_theirs(tokens: int, heads: int, layer_of_depth: tuple[int,
         layer_types=["linear_attention"] * depth,
         block_size=16,
     )
-    theirs, ours = MiniMaxLightningAttention(theirs_config, layer), config.build(32, layer, depth, 0.02)
-    randomise(theirs, with_buffers=False)
-    ours.load_state_dict(import_lightning(theirs.state_dict(), heads))
-    x = torch.randn(2, tokens, 32)
-    ours_x, theirs_x = x.clone().requires_grad_(), x.clone().requires_grad_()
-    out = ours(ours_x, Sequence.whole(torch.zeros(2, tokens, dtype=torch.long)))
-    reference = theirs(theirs_x, None, None)[0]
-    weight = torch.randn_like(reference)
-    (out * weight).sum().backward()
-    (reference * weight).sum().backward()
-    assert_close([out, ours_x.grad], [reference, theirs_x.grad], LIMIT)
-    expected = import_lightning({name: p.grad for name, p in theirs.named_parameters()}, heads)
-    for name, parameter in ours.named_parameters():
-        assert relative(parameter.grad, expected[name]) < 1e-4, name
+    with in_float64():
+        theirs = MiniMaxLightningAttention(theirs_config, layer)
+    assert_same_layer(
+        config.build(32, layer, depth, 0.02),
+        theirs,
+        lambda x: theirs(x, None, None)[0],
+        partial(import_lightning, heads=heads),
+        width=32,
+        tokens=tokens,
+    )
 
 
 def sum_over_pairs(
@@ -143,14 +140,14 @@ def test_other_forms_equal_the_sum_over_pairs(form: str, starts: float) -> None:
     position = index - torch.where(is_start, index, 0).cummax(1).values
     x = torch.randn(2, tokens, 32, dtype=torch.float64, requires_grad=True)
     weights = dict(mixer.named_parameters())
-    out = mixer(x, Sequence(position, document, index))
+    with in_float64():
+        out = mixer(x, Sequence(position, document, index))
     reference = sum_over_pairs(mixer, weights, x, document, position)
     weight = torch.randn_like(out)
     leaves = [x, *weights.values()]
     grads = torch.autograd.grad((out * weight).sum(), leaves)
     expected = torch.autograd.grad((reference * weight).sum(), leaves)
-    # The rotary table is float32.
-    assert_close([out, *grads], [reference, *expected], 1e-6 if config.rotary_dim else 1e-10)
+    assert_close([out, *grads], [reference, *expected], SAME)
 
 
 def test_prediction_modules_decay_like_the_last_layer() -> None:

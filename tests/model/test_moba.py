@@ -7,7 +7,7 @@ from torch import Tensor
 from model.mixer import Sequence
 from model.mixers.moba import MobaConfig
 from tests.architectures import randomise
-from tests.closeness import assert_close
+from tests.closeness import SAME, assert_close
 
 FIELDS = {"num_heads": 4, "num_key_heads": 2, "head_dim": 8, "rotary_dim": 4, "rotary_theta": 100.0}
 
@@ -71,13 +71,13 @@ def test_equals_the_equations(block: int, num_blocks: int) -> None:
 def test_all_blocks_are_full_attention() -> None:
     fields = {**FIELDS, "rotary_dim": 0, "block": 4}
     mixers = [
-        MobaConfig.model_validate({"kind": "moba", **fields, "block": block, "num_blocks": 20}).build(
-            24, 0, 2, 0.02
-        )
+        MobaConfig.model_validate({"kind": "moba", **fields, "block": block, "num_blocks": 20})
+        .build(24, 0, 2, 0.02)
+        .double()
         for block in (4, 64)
     ]
     randomise(mixers[0])
     mixers[1].load_state_dict(mixers[0].state_dict())
-    x = torch.randn(1, 50, 24)
+    x = torch.randn(1, 50, 24, dtype=torch.float64)
     first, second = (mixer(x, Sequence.whole(x[..., 0].long())) for mixer in mixers)
-    assert_close([first], [second], 1e-5)
+    assert_close([first], [second], SAME)

@@ -1,5 +1,7 @@
 """Equal to transformers' MiniMax-M3 text attention, and its indexer learns from what attention looked at."""
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -8,7 +10,8 @@ from kernels.block_selection import select_by_max
 from model.mixer import Mixed, Sequence
 from model.mixers.msa import Msa, MsaConfig
 from tests.architectures import randomise
-from tests.closeness import assert_close, relative
+from tests.closeness import assert_close, in_float64
+from tests.layers import assert_same_layer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 WIDTH = 24
@@ -55,7 +58,7 @@ def their_layer(config: MsaConfig) -> tuple[nn.Module, nn.Module]:
     return layer, modeling_minimax_m3_vl.MiniMaxM3VLRotaryEmbedding(theirs)
 
 
-def in_our_names(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+def in_our_names(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ours = {
         "in_proj.weight": torch.cat([theirs[f"{part}_proj.weight"] for part in "qkv"]),
         "out_proj.weight": theirs["o_proj.weight"],
@@ -76,28 +79,19 @@ def build(block: int, num_blocks: int, local: int) -> tuple[MsaConfig, Msa]:
 @pytest.mark.parametrize(("block", "num_blocks", "local"), SHAPES)
 def test_equals_theirs(block: int, num_blocks: int, local: int) -> None:
     config, mixer = build(block, num_blocks, local)
-    layer, rotary = their_layer(config)
-    randomise(layer)
-    mixer.load_state_dict(in_our_names(layer.state_dict()))
-    x = torch.randn(2, 50, WIDTH)
-    ours_x, theirs_x = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with in_float64():
+        layer, rotary = their_layer(config)
     position = torch.arange(50)[None].expand(2, -1)
-    table = rotary(x, position)
-    expected, _ = layer(theirs_x, table, None, position_ids=position)
-    out = mixer(ours_x, Sequence.whole(x[..., 0].long())).out
-    assert (out - expected).abs().max() <= 2e-5 * expected.std()
-    weight = torch.randn_like(out)
-    (out * weight).sum().backward()
-    (expected * weight).sum().backward()
-    assert relative(ours_x.grad, theirs_x.grad) < 1e-4
-    named = {name: p.grad for name, p in layer.named_parameters() if "indexer" not in name}
-    grads = in_our_names(named)
-    for name, parameter in mixer.named_parameters():
-        if name in grads:
-            assert relative(parameter.grad, grads[name]) < 1e-4, name
+
+    def run(x: Tensor) -> Tensor:
+        return layer(x, rotary(x, position), None, position_ids=position)[0]
+
+    assert_same_layer(mixer, layer, run, in_our_names, width=WIDTH, tokens=50)
     # The same blocks are chosen, by every query and key head.
-    theirs = layer.indexer(x, table, None, position).transpose(1, 2)
-    q, k = mixer.indexer(x, Sequence.whole(x[..., 0].long()))
+    x = torch.randn(2, 50, WIDTH, dtype=torch.float64)
+    with in_float64():
+        theirs = layer.indexer(x, rotary(x, position), None, position).transpose(1, 2)
+        q, k = mixer.double().indexer(x, Sequence.whole(x[..., 0].long()))
     options = {"block": block, "count": num_blocks - 1, "local": local - 1, "position": position}
     ours, _ = select_by_max(q, k, **options)
     own = (position // block)[..., None, None].expand(*ours.shape[:3], 1)

@@ -1,31 +1,37 @@
 """Equal to transformers' Qwen3-Next where a whole model would hide it: one layer, and the loss."""
 
+from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from bench.peers import as_transformers
 from model.hf.families.qwen3_next import gdn_pieces
 from model.hf.pieces import Mapped
 from model.language_model import LanguageModel
-from model.mixer import Sequence
 from model.mixers.gdn import GdnConfig
 from tests.architectures import random_model, small_architecture
-from tests.closeness import assert_close, relative
+from tests.closeness import SAME, in_float64, relative
+from tests.layers import assert_same_layer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-LIMIT = 2e-5
 
 
 def pair(overrides: list[str]) -> tuple[LanguageModel, Any]:
+    """Our model, float32, and theirs, float64."""
     config = small_architecture(["residual.norm_eps=1e-6", *overrides])
     ours = random_model(config, torch.float32)
     for router in ours.routers():
         router.bias.zero_()
-    return ours, as_transformers(ours, "qwen3_next")
+    with in_float64():
+        theirs = as_transformers(ours, "qwen3_next").double()
+    theirs.set_experts_implementation("eager")  # the others take no float64
+    return ours, theirs
 
 
 @settings(max_examples=5, phases=[Phase.explicit, Phase.generate])
@@ -48,28 +54,25 @@ def test_gdn_layer_equals_theirs(tokens: int, key_heads: int, repeat: int, dims,
     ours, theirs = pair([*overrides, "model.depth=1", "layout=gdn"])
     layer, mixer, gdn = theirs.model.layers[0].linear_attn, ours.blocks[0].mixer, ours.config.mixer["gdn"]
     assert isinstance(gdn, GdnConfig)
-    width = ours.config.model.width
-    x = torch.randn(2, tokens, width)
-    ours_x, theirs_x = x.clone().requires_grad_(), x.clone().requires_grad_()
-    ids = torch.zeros(2, tokens, dtype=torch.long)
-    out, reference = mixer(ours_x, Sequence.whole(ids)), layer(theirs_x)
-    weight = torch.randn_like(out)
-    (out * weight).sum().backward()
-    (reference * weight).sum().backward()
-    assert_close([out, ours_x.grad], [reference, theirs_x.grad], LIMIT)
-    parameters = dict(mixer.named_parameters())
-    expected = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    width, parameters = ours.config.model.width, dict(mixer.named_parameters())
     mapped = Mapped(gdn_pieces("", "", gdn, width), parameters)
-    for name, parameter in layer.named_parameters():
-        mapped.read(name, parameter.grad, expected)
-    for name, parameter in parameters.items():
-        assert relative(parameter.grad, expected[name]) < LIMIT, name
+
+    def weights(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
+        for name, x in theirs.items():
+            mapped.read(name, x, found)
+        return found
+
+    assert_same_layer(mixer, layer, layer, weights, width=width, tokens=tokens)
 
 
 def test_loss_equals_theirs() -> None:
     ours, theirs = pair([])
     ids = torch.randint(ours.config.model.vocab_size, (2, 50))
     targets = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], dim=1)
-    reference = theirs(ids, labels=ids).loss
-    loss = ours.loss(ids, targets).cross_entropy / 98
-    assert relative(loss.detach(), reference.detach()) < LIMIT
+    exact = deepcopy(ours).double()
+    exact.dtype = torch.float64
+    with in_float64():
+        reference = theirs(ids, labels=ids).loss
+        loss = exact.loss(ids, targets).cross_entropy / 98
+    assert relative(loss.detach(), reference.detach()) < SAME

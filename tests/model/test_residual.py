@@ -1,5 +1,6 @@
 """Residual forms: equal to their definitions and to transformers' DeepSeek-V4 connections."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from model.residual import Collapse, Hyper, build_collapse, build_residual, open_streams
 from model.shape import ResidualConfig
 from tests.architectures import random_model, randomise, small_architecture
-from tests.closeness import assert_close, relative
+from tests.closeness import SAME, assert_close, in_float64, relative
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 WIDTH = 24
@@ -31,6 +32,13 @@ def theirs(name: str) -> Any:
     return module
 
 
+@pytest.fixture
+def exact() -> Iterator[None]:
+    with in_float64():
+        yield
+
+
+@pytest.mark.usefixtures("exact")
 def test_hyper_connections_equal_theirs() -> None:
     reference = theirs("DeepseekV4HyperConnection")
     ours = build_residual(WIDTH, residual_config("residual=hyper"))
@@ -48,16 +56,17 @@ def test_hyper_connections_equal_theirs() -> None:
     out = ours.write(kept, y)
     post, comb, collapsed = reference(other)
     expected = post[..., None] * y[..., None, :] + comb.mT @ other
-    assert_close([x], [collapsed * (collapsed.square().mean(-1, keepdim=True) + 1e-6).rsqrt()], 2e-5)
-    assert_close([out], [expected], 2e-5)
+    assert_close([x], [collapsed * (collapsed.square().mean(-1, keepdim=True) + 1e-6).rsqrt()], SAME)
+    assert_close([out], [expected], SAME)
     weight = torch.randn_like(out)
     ((out * weight).sum() + (kept[1] * 0).sum()).backward()
     (expected * weight).sum().backward()
-    assert_close([stream.grad], [other.grad], 2e-5)
+    assert_close([stream.grad], [other.grad], SAME)
     for mine, name in names.items():
-        assert relative(getattr(ours, mine).grad, parameters[name].grad) < 1e-4, name
+        assert relative(getattr(ours, mine).grad, parameters[name].grad) < SAME, name
 
 
+@pytest.mark.usefixtures("exact")
 def test_the_learned_collapse_equals_theirs() -> None:
     reference = theirs("DeepseekV4HyperHead")
     ours = build_collapse(WIDTH, residual_config("residual=hyper"))
@@ -72,7 +81,7 @@ def test_the_learned_collapse_equals_theirs() -> None:
     weight = torch.randn_like(out)
     (out * weight).sum().backward()
     (expected * weight).sum().backward()
-    assert_close([out, stream.grad], [expected, other.grad], 2e-5)
+    assert_close([out, stream.grad], [expected, other.grad], SAME)
 
 
 def test_forms_equal_their_definitions() -> None:

@@ -4,6 +4,7 @@ import json
 import sys
 import warnings
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,19 @@ from model.language_model import LanguageModel
 from model.linear import RMSNorm
 from model.moe.router import Router
 from tests.architectures import random_model, small_architecture
-from tests.closeness import relative
+from tests.closeness import (
+    CANCELS,
+    SAME,
+    assert_close,
+    assert_rounded,
+    function_of,
+    in_float64,
+    outputs_and_grads,
+    weighed,
+)
 from tests.model.hf.draws import drawn_families
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-LOGITS, GRADIENTS = 2e-5, 1e-4
 FAMILIES = drawn_families()
 
 
@@ -35,7 +44,10 @@ def test_every_family_is_tested() -> None:
 
 
 def open_theirs(directory: Path) -> tuple[Any, dict[str, set[str]]]:
-    """transformers' model of a directory, and the tensors that it missed or did not expect."""
+    """transformers' model of a directory, and the tensors that it missed or did not expect.
+
+    Of the default dtype.
+    """
     # With fla installed and no GPU transformers would pick kernels that cannot run here.
     sys.modules.setdefault("fla", None)  # pyright: ignore[reportArgumentType]
     from transformers import AutoModelForCausalLM
@@ -44,7 +56,11 @@ def open_theirs(directory: Path) -> tuple[Any, dict[str, set[str]]]:
         # Fields that transformers would rather see under another name.
         warnings.simplefilter("error", FutureWarning)
         model, info = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+            directory,
+            dtype=torch.get_default_dtype(),
+            attn_implementation="eager",
+            experts_implementation="eager",  # the others take no float64
+            output_loading_info=True,
         )
     return model.eval(), {
         key: set(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -55,16 +71,14 @@ def logits_of(theirs: Any, tokens: Tensor) -> Tensor:
     return theirs(tokens, use_cache=False).logits
 
 
-def our_gradients(model: LanguageModel, tokens: Tensor, weight: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    (model(tokens) * weight).sum().backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+def results_of(model: LanguageModel, tokens: Tensor, *weights: Tensor) -> list[Tensor]:
+    """The logits, then the gradient of each parameter."""
+    return outputs_and_grads(function_of(model), [tokens, *weights])
 
 
-def their_gradients(theirs: Any, tokens: Tensor, weight: Tensor, directory: Path) -> dict[str, Tensor]:
+def their_gradients(theirs: Any, logits: Tensor, directory: Path) -> dict[str, Tensor]:
     """Their gradients under the names of the hub: saved as if they were weights."""
-    theirs.zero_grad()
-    (logits_of(theirs, tokens) * weight).sum().backward()
+    weighed(logits).backward()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
@@ -99,13 +113,9 @@ def check_once(name: str, overrides: list[str], length: int, directory: Path) ->
         for key in Mapped(families()[name].pieces(config), state_of(ours)).uncovered:
             ours.get_buffer(key).zero_()
     save_pretrained(ours, directory / "ours", model_type=name)
-    theirs, problems = (FAMILIES[name].open or open_theirs)(directory / "ours")
+    with in_float64():
+        theirs, problems = (FAMILIES[name].open or open_theirs)(directory / "ours")
     assert problems == {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}
-    tokens = torch.randint(config.model.vocab_size, (2, length))
-    logits, expected = ours(tokens), logits_of(theirs, tokens)
-    if length > 1:
-        assert (logits - expected).square().mean().sqrt() < LOGITS * expected.std(), "logits"
-    assert (logits - expected).abs().max() < 5 * LOGITS * expected.std(), "logits"
 
     theirs.save_pretrained(directory / "theirs")
     again = load_pretrained(directory / "theirs")
@@ -114,27 +124,25 @@ def check_once(name: str, overrides: list[str], length: int, directory: Path) ->
     save_pretrained(again, directory / "again", model_type=name)
     assert same_files(directory / "ours", directory / "again")
 
-    weight = torch.randn_like(expected)
-    found = our_gradients(ours, tokens, weight)
-    gradients = their_gradients(theirs, tokens, weight, directory / "gradients")
+    tokens = torch.randint(config.model.vocab_size, (2, length))
+    exact = deepcopy(ours).double()
+    exact.dtype = torch.float64
+    names, weights = zip(*ours.named_parameters(), strict=True)
+    found = results_of(ours, tokens, *weights)
+    assert_rounded(found, partial(results_of, exact), [tokens, *weights], names=["logits", *names])
+    with in_float64():
+        logits, *gradients = results_of(exact, tokens, *exact.parameters())
+        expected = logits_of(theirs, tokens)
+        grads = their_gradients(theirs, expected, directory / "gradients")
+    assert_close([logits], [expected.detach()], SAME, names=["logits"])
     # A text model that was opened out of a larger one is saved as what it is.
     saved_as = HubDirectory(directory / "gradients").config["model_type"]
-    mapped = Mapped(families()[saved_as].pieces_found(config, gradients), state_of(ours))
-    into = {key: torch.zeros_like(value) for key, value in state_of(ours).items()}
-    for key, gradient in gradients.items():
+    mapped = Mapped(families()[saved_as].pieces_found(config, grads), state_of(exact))
+    into = {key: torch.zeros_like(value) for key, value in state_of(exact).items()}
+    for key, gradient in grads.items():
         if key in mapped.by_theirs:
             mapped.read(key, gradient, into)
-    # A gradient that is zero by algebra, such as a key bias, is noise on both sides.
-    noise = 1e-6 * max(gradient.abs().max().item() for gradient in found.values())
-    for key, gradient in found.items():
-        if max(into[key].abs().max(), gradient.abs().max()) > noise:
-            error = relative(gradient, into[key])
-            if error > GRADIENTS:
-                # Some draws are so ill-conditioned that float32 itself is further than this from the truth.
-                exact = deepcopy(ours).double()
-                exact.dtype = torch.float64
-                truth = our_gradients(exact, tokens, weight.double())[key]
-                assert error < 4 * relative(gradient, truth), key
+    assert_close(gradients, [into[key] for key in names], SAME, names=names, cancels=CANCELS)
 
 
 def same_files(first: Path, second: Path) -> bool:

@@ -26,7 +26,11 @@ def open_beside_vision(
     (whole / "config.json").write_text(json.dumps(tree))
     (whole / "model.safetensors").hardlink_to(directory / "model.safetensors")
     theirs, info = getattr(transformers, class_name).from_pretrained(
-        whole, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        whole,
+        dtype=torch.get_default_dtype(),
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
     )
     # Its row of the embedding would have no gradient.
     theirs.get_input_embeddings().padding_idx = None

@@ -27,6 +27,12 @@ def open_partly_rotated(directory: Path) -> tuple[Any, dict[str, set[str]]]:
     narrow = copy(theirs.config)
     narrow.head_dim = json.loads((directory / "config.json").read_text())["rotary_dim"]
     theirs.model.rotary_emb = modeling_minimax.MiniMaxRotaryEmbedding(narrow)
+    for module in theirs.modules():
+        if isinstance(module, modeling_minimax.MiniMaxLightningAttention):
+            # The file holds them in float32.
+            module.slope_rate = module.get_slope_rate()
+            decays = module.decay_factors(module.slope_rate)
+            module.query_decay, module.key_decay, module.diagonal_decay = decays
     return theirs, problems
 
 

@@ -50,7 +50,11 @@ def open_kimi_k25(directory: Path) -> tuple[Any, dict[str, set[str]]]:
     config |= {"vision_config": VISION, "projection_hidden_size": 16}
     (whole / "config.json").write_text(json.dumps(config))
     opened: Any = Kimi_K25ForConditionalGeneration.from_pretrained(
-        whole, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+        whole,
+        dtype=torch.get_default_dtype(),
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
     )
     model, info = opened
     problems = {key: set(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
