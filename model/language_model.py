@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from kernels.cross_entropy import Form as LossForm
+from kernels.cross_entropy import LossOptions
 from model.block import AuxOutputs, Block, Carry
 from model.config import Architecture
 from model.layout import DENSE, NONE, Layer
@@ -123,7 +123,7 @@ class ModelPart(nn.Module):
         return None, Losses(cross_entropy, mtp, logit_z, *_collected(outputs, cross_entropy))
 
     def _cross_entropy(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        form = LossForm(self.config.model.logit_cap, self.config.model.z_loss)
+        form = LossOptions(self.config.model.logit_cap, self.config.model.z_loss)
         loss, z = self.vocabulary.cross_entropy(x, self._head_weight(), targets, form)
         return loss - z, z
 

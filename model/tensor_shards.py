@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from kernels.cross_entropy import Form, linear_cross_entropy
+from kernels.cross_entropy import LossOptions, linear_cross_entropy
 
 
 @runtime_checkable
@@ -71,7 +71,11 @@ class VocabShards(Protocol):
         ...
 
     def cross_entropy(
-        self, x: Float[Tensor, "B P D"], weight: Float[Tensor, "M D"], targets: Int[Tensor, "B T"], form: Form
+        self,
+        x: Float[Tensor, "B P D"],
+        weight: Float[Tensor, "M D"],
+        targets: Int[Tensor, "B T"],
+        form: LossOptions,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """`linear_cross_entropy` of the tokens that are here."""
         ...
@@ -84,6 +88,8 @@ class UnshardedVocab:
         """One row for each token."""
         return embedding(tokens, weight)
 
-    def cross_entropy(self, x: Tensor, weight: Tensor, targets: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    def cross_entropy(
+        self, x: Tensor, weight: Tensor, targets: Tensor, form: LossOptions
+    ) -> tuple[Tensor, Tensor]:
         """Over all tokens."""
         return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), form)

@@ -110,9 +110,9 @@ def activation_backward(
     else:
         up = tl.load(hidden + row * row_stride + columns + column, mask=is_in, other=0.0).to(tl.float32)
         active, other, slope, is_open = activation_factors(gate, up, limit, KIND, CLAMP)
-        place = grad_hidden + row * 2 * columns + column
-        tl.store(place, (g * other * slope).to(kind), mask=is_in)
-        tl.store(place + columns, (g * active * is_open).to(kind), mask=is_in)
+        row_ptrs = grad_hidden + row * 2 * columns + column
+        tl.store(row_ptrs, (g * other * slope).to(kind), mask=is_in)
+        tl.store(row_ptrs + columns, (g * active * is_open).to(kind), mask=is_in)
 
 
 class ActivateTriton(torch.autograd.Function):

@@ -7,14 +7,17 @@ from torch import Tensor
 
 from kernels.arguments import checked, require, require_within
 from kernels.choose import takes_triton
-from kernels.cross_entropy.reference import IGNORED, PLAIN, Form, LinearCrossEntropy
+from kernels.cross_entropy.reference import IGNORED, PLAIN, LinearCrossEntropy, LossOptions
 
-__all__ = ["IGNORED", "PLAIN", "Form", "linear_cross_entropy"]
+__all__ = ["IGNORED", "PLAIN", "LossOptions", "linear_cross_entropy"]
 
 
 @checked
 def linear_cross_entropy(
-    x: Float[Tensor, "N D"], weight: Float[Tensor, "M D"], targets: Int[Tensor, "N"], form: Form = PLAIN
+    x: Float[Tensor, "N D"],
+    weight: Float[Tensor, "M D"],
+    targets: Int[Tensor, "N"],
+    form: LossOptions = PLAIN,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Sum over tokens of -log softmax(x weight^T)[target] + z lse^2, and the squares in it; at least float32.
 

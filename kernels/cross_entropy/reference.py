@@ -14,18 +14,21 @@ IGNORED = -100
 CHUNK = 256
 
 
-class Form(NamedTuple):
+class LossOptions(NamedTuple):
     """Cap of the logits, and the factor on the square of their log-sum-exp."""
 
     cap: float | None = None
     z: float = 0.0
 
 
-PLAIN = Form()
+PLAIN = LossOptions()
 
 
 def linear_cross_entropy_direct(
-    x: Float[Tensor, "N D"], weight: Float[Tensor, "M D"], targets: Int[Tensor, "N"], form: Form = PLAIN
+    x: Float[Tensor, "N D"],
+    weight: Float[Tensor, "M D"],
+    targets: Int[Tensor, "N"],
+    form: LossOptions = PLAIN,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Sum of the losses and, without a gradient, the squares in it; with all logits in memory."""
     logits = x @ weight.T
@@ -39,7 +42,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """`linear_cross_entropy_direct`; gradients are made in forward: only CHUNK rows of logits ever exist."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, form: LossOptions) -> tuple[Tensor, Tensor]:
         """Shapes as `linear_cross_entropy_direct`."""
         accumulate = torch.promote_types(x.dtype, torch.float32)
         cap = form.cap

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from kernels.cross_entropy.reference import PLAIN, Form
+from kernels.cross_entropy.reference import PLAIN, LossOptions
 
 
 class Shape(NamedTuple):
@@ -11,15 +11,15 @@ class Shape(NamedTuple):
     tokens: int
     width: int
     vocabulary: int
-    form: Form = PLAIN
+    form: LossOptions = PLAIN
 
 
 SHAPES = (
     Shape(1, 4, 2),
     Shape(17, 8, 33),
     Shape(513, 8, 40),
-    Shape(9, 8, 65, Form(cap=3.0)),
-    Shape(12, 16, 50, Form(z=0.1)),
-    Shape(7, 8, 20, Form(cap=5.0, z=0.02)),
+    Shape(9, 8, 65, LossOptions(cap=3.0)),
+    Shape(12, 16, 50, LossOptions(z=0.1)),
+    Shape(7, 8, 20, LossOptions(cap=5.0, z=0.02)),
     Shape(3, 4, 1),
 )

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kernels.arguments import require
-from kernels.cross_entropy.reference import IGNORED, Form
+from kernels.cross_entropy.reference import IGNORED, LossOptions
 
 # Logits that are in memory at once: enough rows for fast products.
 LOGITS = 2**28
@@ -80,7 +80,7 @@ class LinearCrossEntropyTriton(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, form: Form, tiles: Tiles
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, form: LossOptions, tiles: Tiles
     ) -> tuple[Tensor, Tensor]:
         """x [N D], weight [M D], targets [N]."""
         tokens, width = x.shape[0], weight.shape[0]
@@ -135,7 +135,7 @@ def linear_cross_entropy_triton(
     x: Float[Tensor, "N D"],
     weight: Float[Tensor, "M D"],
     targets: Int[Tensor, "N"],
-    form: Form,
+    form: LossOptions,
     *,
     tiles: Tiles | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:

@@ -282,7 +282,7 @@ def _collect(rows: Tensor, order: Sorted, sizes: Sizes) -> Tensor:
     block = min(2048, triton.next_power_of_2(sizes.width))
     if sizes.tokens:
         experts_collect[(sizes.tokens, triton.cdiv(sizes.width, block))](
-            rows, order.place, order.ends, out, sizes.experts, sizes.width, TOP_K=sizes.top_k, COLUMNS=block
+            rows, order.row_of, order.ends, out, sizes.experts, sizes.width, TOP_K=sizes.top_k, COLUMNS=block
         )
     return out
 
@@ -300,7 +300,7 @@ def _weight_grad(
     block = 128 if bias is None else 16
     if sizes.choices:
         experts_weight_grad[(triton.cdiv(sizes.choices, block),)](
-            share, grad, bias, chosen, order.place, order.ends, out,
+            share, grad, bias, chosen, order.row_of, order.ends, out,
             sizes.choices, sizes.experts, sizes.width, share.shape[0],
             TOP_K=sizes.top_k, HAS_BIAS=bias is not None, CHOICES=block, COLUMNS=256,
         )  # fmt: skip

@@ -82,9 +82,9 @@ def experts_activate(
                 gate = round_on_side(gate, gate_limit, gate_below, gate_above)
                 size = round_on_side(tl.abs(up), up_limit, up_below, up_above)
                 up = tl.where(up < 0.0, -size, size)
-            place = pre + at * (2 * hidden) + column[None, :]
-            tl.store(place, gate.to(pre.dtype.element_ty), mask=is_in)
-            tl.store(place + hidden, up.to(pre.dtype.element_ty), mask=is_in)
+            pre_ptrs = pre + at * (2 * hidden) + column[None, :]
+            tl.store(pre_ptrs, gate.to(pre.dtype.element_ty), mask=is_in)
+            tl.store(pre_ptrs + hidden, up.to(pre.dtype.element_ty), mask=is_in)
         else:
             out, _ = activate_plain(total)
             tl.store(pre + at * hidden + column[None, :], total.to(pre.dtype.element_ty), mask=is_in)
@@ -115,24 +115,24 @@ def experts_activate_grad(
         column = start + tl.arange(0, COLUMNS)
         is_in = (row < end)[:, None] & (column < hidden)[None, :]
         at = row.to(tl.int64)[:, None]
-        place = at * hidden + column[None, :]
+        offs = at * hidden + column[None, :]
         both = at * (2 * hidden) + column[None, :]
         if KIND != "relu2":
             gate = tl.load(pre + both, mask=is_in, other=0.0).to(tl.float32)
             up = tl.load(pre + both + hidden, mask=is_in, other=0.0).to(tl.float32)
             out, by_gate, by_up = activate_gated(gate, up, gate_limit, up_limit, KIND, HAS_LIMIT)
         else:
-            out, by_gate = activate_plain(tl.load(pre + place, mask=is_in, other=0.0).to(tl.float32))
+            out, by_gate = activate_plain(tl.load(pre + offs, mask=is_in, other=0.0).to(tl.float32))
         share = tl.sum(total * out, axis=1)
         if not SCALES_INPUT:
             total *= weight
             out *= weight
-        tl.store(active + place, out.to(active.dtype.element_ty), mask=is_in)
+        tl.store(active + offs, out.to(active.dtype.element_ty), mask=is_in)
         if KIND != "relu2":
             tl.store(grad_pre + both, (total * by_gate).to(grad_pre.dtype.element_ty), mask=is_in)
             tl.store(grad_pre + both + hidden, (total * by_up).to(grad_pre.dtype.element_ty), mask=is_in)
         else:
-            tl.store(grad_pre + place, (total * by_gate).to(grad_pre.dtype.element_ty), mask=is_in)
+            tl.store(grad_pre + offs, (total * by_gate).to(grad_pre.dtype.element_ty), mask=is_in)
         return share
 
 
@@ -218,8 +218,8 @@ def experts_down(
             weight = tl.load(weights + tl.load(order + inside)).to(tl.float32)
             total += weight[:, None] * shift[None, :]
     is_in = (row < end)[:, None] & (column < width)[None, :]
-    place = row.to(tl.int64)[:, None] * width + column[None, :]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=is_in)
+    offs = row.to(tl.int64)[:, None] * width + column[None, :]
+    tl.store(out + offs, total.to(out.dtype.element_ty), mask=is_in)
 
 
 @triton.jit
@@ -312,8 +312,8 @@ def experts_up_grad(
         share = tl.sum(total * entered, axis=1)
         tl.store(by_weight + column_tile * choices + row, share, mask=row < end)
         total *= tl.load(weights + choice).to(tl.float32)[:, None]
-    place = row.to(tl.int64)[:, None] * width + column[None, :]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=is_in)
+    offs = row.to(tl.int64)[:, None] * width + column[None, :]
+    tl.store(out + offs, total.to(out.dtype.element_ty), mask=is_in)
 
 
 @triton.jit
@@ -354,6 +354,6 @@ def experts_outer(
             weight = tl.load(weights + choice).to(tl.float32)
             b = (b.to(tl.float32) * weight[:, None]).to(b.dtype)
         total = tl.dot(tl.trans(a), b, total, input_precision="tf32x3")
-    place = expert * left_width * right_width + row.to(tl.int64)[:, None] * right_width + column[None, :]
+    offs = expert * left_width * right_width + row.to(tl.int64)[:, None] * right_width + column[None, :]
     is_in = (row < left_width)[:, None] & (column < right_width)[None, :]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=is_in)
+    tl.store(out + offs, total.to(out.dtype.element_ty), mask=is_in)

@@ -22,14 +22,14 @@ TILES = 16
 class Sorted(NamedTuple):
     """Rows sorted by expert, in the order of the choices within each.
 
-    order: the choice of each row; behind the last expert's it means nothing. place: the row of each choice,
+    order: the choice of each row; behind the last expert's it means nothing. row_of: the row of each choice,
     R for an id that is no expert. ends: the last row of each expert plus one.
     tile_expert, tile_first: expert and first row of each tile; no tile has rows of two experts. tiles: how
     many there are, at most the length of the lists.
     """
 
     order: Int[Tensor, "R"]
-    place: Int[Tensor, "R"]
+    row_of: Int[Tensor, "R"]
     ends: Int[Tensor, "E"]
     tile_expert: Int[Tensor, "M"]
     tile_first: Int[Tensor, "M"]
@@ -39,8 +39,8 @@ class Sorted(NamedTuple):
 @triton.jit
 def experts_count(chosen, counts, choices, experts, blocks, BLOCK: tl.constexpr, BINS: tl.constexpr):
     """How often each expert occurs in BLOCK choices."""
-    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(chosen + place, mask=place < choices, other=experts)
+    choice_offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(chosen + choice_offs, mask=choice_offs < choices, other=experts)
     is_real = expert < experts
     found = tl.histogram(tl.where(is_real, expert, 0).to(tl.int32), BINS, mask=is_real)
     bins = tl.arange(0, BINS)
@@ -49,16 +49,16 @@ def experts_count(chosen, counts, choices, experts, blocks, BLOCK: tl.constexpr,
 
 @triton.jit
 def experts_sort(
-    chosen, counts, running, order, place_of, ends, tile_expert, tile_first, tiles,
+    chosen, counts, running, order, row_of, ends, tile_expert, tile_first, tiles,
     choices, experts, blocks, tile_bound,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """The rows of BLOCK choices, and the experts of TILES row tiles."""
     block = tl.program_id(0)
     own = tl.arange(0, BLOCK)
-    place = block * BLOCK + own
-    is_in = place < choices
-    expert = tl.load(chosen + place, mask=is_in, other=experts).to(tl.int64)
+    choice_offs = block * BLOCK + own
+    is_in = choice_offs < choices
+    expert = tl.load(chosen + choice_offs, mask=is_in, other=experts).to(tl.int64)
     is_real = expert < experts
     # Rows of this expert from earlier choices: of other blocks, then of this one.
     cell = expert * blocks + block
@@ -69,8 +69,8 @@ def experts_sort(
         rival = tl.load(chosen + at, mask=at < choices, other=experts).to(tl.int64)
         is_before = (rival[None, :] == expert[:, None]) & (other[None, :] < own[:, None])
         row += tl.sum(is_before.to(tl.int32), axis=1)
-    tl.store(place_of + place, tl.where(is_real, row, choices), mask=is_in)
-    tl.store(order + row, place, mask=is_real)
+    tl.store(row_of + choice_offs, tl.where(is_real, row, choices), mask=is_in)
+    tl.store(order + row, choice_offs, mask=is_real)
 
     bins = tl.arange(0, BINS)
     last = bins.to(tl.int64) * blocks + blocks - 1
@@ -100,14 +100,14 @@ def sort_by_expert(chosen: Int[Tensor, "R"], experts: int, rows: int, *, block: 
     bins = max(32, triton.next_power_of_2(experts))
     experts_count[(blocks,)](chosen, counts, choices, experts, blocks, BLOCK=block, BINS=bins)
     running = counts.flatten().cumsum(0, dtype=torch.int32)
-    order, place, ends, tile_expert, tile_first, tiles = (
+    order, row_of, ends, tile_expert, tile_first, tiles = (
         torch.empty(size, dtype=torch.int32, device=device)
         for size in (choices, choices, experts, bound, bound, 1)
     )
     grid = (max(blocks, triton.cdiv(bound, TILES)),)
     experts_sort[grid](
-        chosen, counts, running, order, place, ends, tile_expert, tile_first, tiles,
+        chosen, counts, running, order, row_of, ends, tile_expert, tile_first, tiles,
         choices, experts, blocks, bound,
         BLOCK=block, CHUNK=min(16, block), BINS=bins, ROWS=rows, TILES=TILES, num_warps=8,
     )  # fmt: skip
-    return Sorted(order, place, ends, tile_expert, tile_first, tiles)
+    return Sorted(order, row_of, ends, tile_expert, tile_first, tiles)

@@ -8,14 +8,14 @@ import triton.language as tl
 
 
 @triton.jit
-def experts_collect(rows, place, ends, out, experts, width, TOP_K: tl.constexpr, COLUMNS: tl.constexpr):
+def experts_collect(rows, row_of, ends, out, experts, width, TOP_K: tl.constexpr, COLUMNS: tl.constexpr):
     """The sum of a token's rows, in the order of its choices."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     end = tl.load(ends + experts - 1)
     total = tl.zeros([COLUMNS], tl.float32)
     for turn in tl.static_range(TOP_K):
-        row = tl.load(place + token * TOP_K + turn)
+        row = tl.load(row_of + token * TOP_K + turn)
         source = rows + row.to(tl.int64) * width + column
         total += tl.load(source, mask=(column < width) & (row < end), other=0.0).to(tl.float32)
     tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=column < width)
@@ -23,13 +23,13 @@ def experts_collect(rows, place, ends, out, experts, width, TOP_K: tl.constexpr,
 
 @triton.jit
 def experts_weight_grad(
-    by_weight, grad, bias, chosen, place, ends, out, choices, experts, width, parts,
+    by_weight, grad, bias, chosen, row_of, ends, out, choices, experts, width, parts,
     TOP_K: tl.constexpr, HAS_BIAS: tl.constexpr, CHOICES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of weights: the parts of column tiles, and that of the bias of the second projection."""
     choice = tl.program_id(0) * CHOICES + tl.arange(0, CHOICES)
     is_in = choice < choices
-    row = tl.load(place + choice, mask=is_in, other=choices)
+    row = tl.load(row_of + choice, mask=is_in, other=choices)
     is_real = row < tl.load(ends + experts - 1)
     total = tl.zeros([CHOICES], tl.float32)
     for part in range(parts):
@@ -71,5 +71,5 @@ def experts_bias_grad(
             x *= tl.load(weights + choice).to(tl.float32)[:, None]
         total += x
     total = tl.sum(total, axis=0)
-    place = expert.to(tl.int64) * width + column
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=column < width)
+    row_of = expert.to(tl.int64) * width + column
+    tl.store(out + row_of, total.to(out.dtype.element_ty), mask=column < width)

@@ -179,9 +179,9 @@ def prepare(scan: Scan, inputs: Inputs, solved: Prepared | None, *, is_kept: boo
         k_decayed = torch.empty_like(keys) if scan.kind.is_delta else keys
         kept = q.new_empty(rows, scan.chunks, heads, scan.key_dim, dtype=torch.float32)
         found = Prepared(q_decayed, k_decayed, keys, scores, inverse, kept, kept, kept)
-        places = (scores, inverse, q_decayed, k_decayed, keys, kept)
+        buffers = (scores, inverse, q_decayed, k_decayed, keys, kept)
         linear_attention_prepare_channel[grid](
-            q, k, log_decay, beta, document, *places, *sizes, *steps, **flags
+            q, k, log_decay, beta, document, *buffers, *sizes, *steps, **flags
         )
         return found
     keys = new(rows, tokens, heads, scan.key_dim) if scan.kind.is_delta else k
@@ -190,9 +190,9 @@ def prepare(scan: Scan, inputs: Inputs, solved: Prepared | None, *, is_kept: boo
         if solved
         else q.new_empty(2, rows, tokens, heads, dtype=torch.float32).unbind()
     )
-    places = (scores, inverse, keys, from_start, to_end)
+    buffers = (scores, inverse, keys, from_start, to_end)
     flags["HAS_DECAY"] = scan.kind.has_decay
-    linear_attention_prepare_head[grid](q, k, log_decay, beta, document, *places, *sizes, *steps, **flags)
+    linear_attention_prepare_head[grid](q, k, log_decay, beta, document, *buffers, *sizes, *steps, **flags)
     return Prepared(q, k, keys, scores, inverse, from_start, to_end, from_start)
 
 

@@ -67,7 +67,7 @@ def linear_attention_prepare_channel(
     q_base = q + start * q_token + (head // repeat) * q_head
     k_base = k + start * k_token + (head // repeat) * k_head
     g_base = log_decay + start * decay_token + head * decay_head
-    out_base, out_place = own * K, t[:, None] * (heads * K) + i[None, :]
+    out_base, out_row_offs = own * K, t[:, None] * (heads * K) + i[None, :]
     q_place, k_place = t[:, None] * q_token + i[None, :], t[:, None] * k_token + i[None, :]
     g_place = t[:, None] * decay_token + i[None, :]
     number, is_carried, is_lasting = chunk_documents(document, start, count, n == 0, CHUNK, HAS_DOCUMENT)
@@ -114,17 +114,17 @@ def linear_attention_prepare_channel(
         query = tl.load(q_base + at + q_place, mask=is_key, other=0.0).to(tl.float32)
         gate = tl.maximum(tl.load(g_base + at + g_place, mask=is_key, other=0.0).to(tl.float32), -1000.0)
         first, second, third = three_parts(gate)
-        place = out_base + at + out_place
+        out_offs = out_base + at + out_row_offs
         into = tl.exp(sums_of(j[None, :] <= t[:, None], first, second, third))
         into = tl.where(is_carried[:, None], into, 0.0)
-        tl.store(q_decayed + place, (query * into).to(q_decayed.dtype.element_ty), mask=is_key)
+        tl.store(q_decayed + out_offs, (query * into).to(q_decayed.dtype.element_ty), mask=is_key)
         until = tl.exp(sums_of(j[None, :] > t[:, None], first, second, third))
         until = tl.where(is_lasting[:, None], until, 0.0)
         written = key * until
         if IS_DELTA:
-            tl.store(k_decayed + place, (key * into).to(k_decayed.dtype.element_ty), mask=is_key)
+            tl.store(k_decayed + out_offs, (key * into).to(k_decayed.dtype.element_ty), mask=is_key)
             written = tl.dot(tl.trans(solved), written, input_precision="tf32x3")
-        tl.store(keys + place, written.to(keys.dtype.element_ty), mask=is_key)
+        tl.store(keys + out_offs, written.to(keys.dtype.element_ty), mask=is_key)
         whole = tl.sum(tl.where(t[:, None] == CHUNK - 1, into, 0.0), axis=0)
         chunk = (row * chunks + n) * heads + head
         tl.store(kept + chunk * K + at + i, whole, mask=at + i < K)
@@ -334,11 +334,11 @@ def linear_attention_backward_channel(
             moved += back * key.to(tl.float32)
             d_gate = add_sums_of(is_between(j[None, :], t[:, None], half), moved, d_gate, q.dtype.element_ty)
         half *= 2
-    place = own * K + at + t[:, None] * (heads * K) + i[None, :]
-    tl.store(grad_q + place, dq.to(grad_q.dtype.element_ty), mask=is_keys)
-    tl.store(grad_k + place, dk.to(grad_k.dtype.element_ty), mask=is_keys)
+    out_offs = own * K + at + t[:, None] * (heads * K) + i[None, :]
+    tl.store(grad_q + out_offs, dq.to(grad_q.dtype.element_ty), mask=is_keys)
+    tl.store(grad_k + out_offs, dk.to(grad_k.dtype.element_ty), mask=is_keys)
     if IS_LEARNED:
-        tl.store(grad_decay + place, d_gate.to(grad_decay.dtype.element_ty), mask=is_keys)
+        tl.store(grad_decay + out_offs, d_gate.to(grad_decay.dtype.element_ty), mask=is_keys)
     if IS_DELTA:
         part = (block + 1).to(tl.int64) * (tl.num_programs(0) // (BLOCKS * heads * chunks)) * tokens * heads
         tl.store(grad_beta + part + own + t * heads, d_rate, mask=is_in)

@@ -22,13 +22,13 @@ def chunk_documents(document, start, count, is_first, CHUNK: tl.constexpr, HAS_D
 
 
 @triton.jit
-def running_decay(log_decay, place, count, CHUNK: tl.constexpr, HAS_DECAY: tl.constexpr) -> tl.tensor:
+def running_decay(log_decay, gate_offs, count, CHUNK: tl.constexpr, HAS_DECAY: tl.constexpr) -> tl.tensor:
     """Sums of log decays from the chunk's start up to and with each token [C], exact in float64."""
     # Gates become multiples of 2^-36 (adding and taking away 1.5 * 2^16 rounds them), of which float64 holds
     # every sum of a chunk: differences are exact too, after a strong decay and after another document.
     t = tl.arange(0, CHUNK)
     if HAS_DECAY:
-        gate = tl.load(log_decay + place, mask=t < count, other=0.0).to(tl.float64)
+        gate = tl.load(log_decay + gate_offs, mask=t < count, other=0.0).to(tl.float64)
         gate = (tl.maximum(gate, -1000.0) + 98304.0) - 98304.0
         return tl.cumsum(gate, axis=0)
     else:
@@ -56,13 +56,13 @@ def unit_lower_inverse(below, CHUNK: tl.constexpr):
     block = tl.arange(0, BLOCKS)
     is_diagonal = block[:, None, None, None] == block[None, None, :, None]
     system = tl.sum(tl.where(is_diagonal, tl.reshape(below, [BLOCKS, 16, BLOCKS, 16]), 0.0), axis=2)
-    place = tl.arange(0, 16)
-    is_unit = (place[None, :, None] == place[None, None, :]) & (block[:, None, None] >= 0)
+    index = tl.arange(0, 16)
+    is_unit = (index[None, :, None] == index[None, None, :]) & (block[:, None, None] >= 0)
     solved = tl.where(is_unit, 1.0, 0.0)
     for step in range(15):
         # Rows up to `step` are final; the column takes their share out of all rows below.
-        column = tl.sum(tl.where(place[None, None, :] == step, system, 0.0), axis=2)
-        row = tl.sum(tl.where(place[None, :, None] == step, solved, 0.0), axis=1)
+        column = tl.sum(tl.where(index[None, None, :] == step, system, 0.0), axis=2)
+        row = tl.sum(tl.where(index[None, :, None] == step, solved, 0.0), axis=1)
         solved -= column[:, :, None] * row[:, None, :]
     inverse = tl.reshape(tl.where(is_diagonal, solved[:, :, None, :], 0.0), [CHUNK, CHUNK])
     for pair in tl.static_range(BLOCKS // 2):

@@ -68,8 +68,8 @@ def linear_attention_prepare_head(
     k_place = t[:, None] * k_token + i[None, :]
     if not IS_SOLVED:
         number, is_carried, is_lasting = chunk_documents(document, start, count, n == 0, CHUNK, HAS_DOCUMENT)
-        place = start * decay_token + head * decay_head + t * decay_token
-        running = running_decay(log_decay, place, count, CHUNK, HAS_DECAY)
+        gate_offs = start * decay_token + head * decay_head + t * decay_token
+        running = running_decay(log_decay, gate_offs, count, CHUNK, HAS_DECAY)
         q_base = q + start * q_token + (head // repeat) * q_head
         q_place = t[:, None] * q_token + i[None, :]
         if IS_DELTA:
@@ -198,8 +198,8 @@ def linear_attention_backward_head(
             left = tl.dot(solved, left, input_precision="tf32x3").to(left.dtype)
             d_system = tl.dot(dx, tl.trans(left), d_system, input_precision="tf32x3")
         d_scores = tl.dot(g, tl.trans(left), d_scores, input_precision="tf32x3")
-    gate_place = start * decay_token + head * decay_head + t * decay_token
-    decay = decay_between(running_decay(log_decay, gate_place, count, CHUNK, HAS_DECAY), number, CHUNK)
+    gate_offs = start * decay_token + head * decay_head + t * decay_token
+    decay = decay_between(running_decay(log_decay, gate_offs, count, CHUNK, HAS_DECAY), number, CHUNK)
     d_scores *= decay
     grad = tl.zeros([CHUNK], tl.float32)
     if IS_LEARNED or IS_DELTA:
@@ -271,9 +271,9 @@ def linear_attention_backward_head(
             dk = tl.dot(both, key, dk, input_precision="tf32x3")
         dq = tl.dot(narrow, key, dq, input_precision="tf32x3")
         dk = tl.dot(tl.trans(narrow), query, dk, input_precision="tf32x3")
-        place = own * K + at + t[:, None] * (heads * K) + i[None, :]
-        tl.store(grad_q + place, dq.to(grad_q.dtype.element_ty), mask=is_keys)
-        tl.store(grad_k + place, dk.to(grad_k.dtype.element_ty), mask=is_keys)
+        out_offs = own * K + at + t[:, None] * (heads * K) + i[None, :]
+        tl.store(grad_q + out_offs, dq.to(grad_q.dtype.element_ty), mask=is_keys)
+        tl.store(grad_k + out_offs, dk.to(grad_k.dtype.element_ty), mask=is_keys)
     if IS_LEARNED:
         grad += tl.sum(tl.where(is_before, to_there[None, :], from_there[None, :]), axis=1)
         grad += ends * tl.sum(tl.where(t == count - 1, into, 0.0), axis=0)

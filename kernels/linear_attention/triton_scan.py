@@ -60,12 +60,12 @@ def walk_forwards(
     t, i = tl.arange(0, CHUNK), tl.arange(0, KEYS)
     c = block * VALUES + tl.arange(0, VALUES)
     is_key, is_value = i < K, c < V
-    place = i[:, None] * V + c[None, :]
+    state_offs = i[:, None] * V + c[None, :]
     is_state = is_key[:, None] & is_value[None, :]
     first, chunks = row * tokens, tl.cdiv(tokens, CHUNK)
     wide = row_head.to(tl.int64) * (K * V)
     if HAS_STATE:
-        s = tl.load(state + wide + place, mask=is_state, other=0.0)
+        s = tl.load(state + wide + state_offs, mask=is_state, other=0.0)
     else:
         s = tl.zeros([KEYS, VALUES], tl.float32)
     for n in tl.range(0, chunks, num_stages=STAGES):
@@ -80,7 +80,7 @@ def walk_forwards(
         if not IS_CHANNEL:
             into = tl.load(from_start + own + t * heads, mask=is_in, other=0.0)
         if not IS_OUTPUT:
-            tl.store(states + chunk * (K * V) + place, s.to(states.dtype.element_ty), mask=is_state)
+            tl.store(states + chunk * (K * V) + state_offs, s.to(states.dtype.element_ty), mask=is_state)
         if IS_DELTA:
             if IS_CHANNEL:
                 k_place = key
@@ -125,7 +125,7 @@ def walk_forwards(
             s *= tl.load(from_start + own + (tl.minimum(count, CHUNK) - 1) * heads)
         s = tl.dot(tl.trans(written), x, s, input_precision="tf32x3")
     if IS_OUTPUT:
-        tl.store(end + wide + place, s, mask=is_state)
+        tl.store(end + wide + state_offs, s, mask=is_state)
 
 
 @triton.jit
@@ -170,12 +170,12 @@ def walk_backwards(
     t, i = tl.arange(0, CHUNK), tl.arange(0, KEYS)
     c = block * VALUES + tl.arange(0, VALUES)
     is_key, is_value = i < K, c < V
-    place = i[:, None] * V + c[None, :]
+    state_offs = i[:, None] * V + c[None, :]
     is_state = is_key[:, None] & is_value[None, :]
     first, chunks = row * tokens, tl.cdiv(tokens, CHUNK)
     wide = row_head.to(tl.int64) * (K * V)
     if HAS_END:
-        d = tl.load(grad_end + wide + place, mask=is_state, other=0.0)
+        d = tl.load(grad_end + wide + state_offs, mask=is_state, other=0.0)
     else:
         d = tl.zeros([KEYS, VALUES], tl.float32)
     for step in tl.range(0, chunks, num_stages=STAGES):
@@ -186,7 +186,9 @@ def walk_backwards(
         own, chunk = start * heads + head, (row * chunks + n) * heads + head
         key = own * K + t[:, None] * (heads * K) + i[None, :]
         value = own * V + t[:, None] * (heads * V) + c[None, :]
-        tl.store(grad_states + chunk * (K * V) + place, d.to(grad_states.dtype.element_ty), mask=is_state)
+        tl.store(
+            grad_states + chunk * (K * V) + state_offs, d.to(grad_states.dtype.element_ty), mask=is_state
+        )
         narrow = d.to(grad_out.dtype.element_ty)
         g = tl.load(grad_out + value, mask=is_values, other=0.0)
         if IS_CHANNEL:
@@ -223,7 +225,7 @@ def walk_backwards(
             erased = tl.load(k + k_place, mask=is_keys, other=0.0)
             d = tl.dot(tl.trans(erased), (dx * -rate[:, None]).to(g.dtype), d, input_precision="tf32x3")
     if HAS_STATE:
-        tl.store(grad_state + wide + place, d, mask=is_state)
+        tl.store(grad_state + wide + state_offs, d, mask=is_state)
 
 
 @triton.jit

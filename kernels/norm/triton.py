@@ -27,7 +27,7 @@ class Tiles(NamedTuple):
     warps: int
 
 
-class Form(NamedTuple):
+class NormOptions(NamedTuple):
     """What the norm multiplies with; gate is 0 for none, 1 for SiLU, 2 for sigmoid."""
 
     eps: float
@@ -80,18 +80,18 @@ def norm_forward(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     is_in = (row < rows)[:, None] & (column < width)[None, :]
-    place = (row // inner * x_outer + row % inner * x_inner)[:, None] + column[None, :]
-    wide = tl.load(x + place, mask=is_in, other=0.0).to(tl.float32)
+    offs = (row // inner * x_outer + row % inner * x_inner)[:, None] + column[None, :]
+    wide = tl.load(x + offs, mask=is_in, other=0.0).to(tl.float32)
     if GATE:
-        place = (row // inner * gate_outer + row % inner * gate_inner)[:, None] + column[None, :]
-        active, _ = norm_gate(tl.load(gate + place, mask=is_in, other=0.0).to(tl.float32), GATE)
+        offs = (row // inner * gate_outer + row % inner * gate_inner)[:, None] + column[None, :]
+        active, _ = norm_gate(tl.load(gate + offs, mask=is_in, other=0.0).to(tl.float32), GATE)
         if GATES_FIRST:
             wide = wide * active
     size = tl.rsqrt(tl.sum(wide * wide, axis=1) / width + eps)
     normed = wide * (size * factor)[:, None]
     if HAS_WEIGHT:
-        place = (row % inner * weight_inner)[:, None] + column[None, :]
-        normed = normed * (tl.load(weight + place, mask=is_in, other=0.0).to(tl.float32) + offset)
+        offs = (row % inner * weight_inner)[:, None] + column[None, :]
+        normed = normed * (tl.load(weight + offs, mask=is_in, other=0.0).to(tl.float32) + offset)
     if GATE and not GATES_FIRST:
         normed = normed * active
     tl.store(out + row[:, None] * width + column[None, :], normed.to(out.dtype.element_ty), mask=is_in)
@@ -142,15 +142,15 @@ def norm_backward(
         else:
             row = (program * steps + step) * ROWS + tl.arange(0, ROWS)
         is_in = (row < rows)[:, None] & is_column[None, :]
-        place = (row // inner * x_outer + row % inner * x_inner)[:, None] + column[None, :]
-        raw = tl.load(x + place, mask=is_in, other=0.0).to(tl.float32)
+        offs = (row // inner * x_outer + row % inner * x_inner)[:, None] + column[None, :]
+        raw = tl.load(x + offs, mask=is_in, other=0.0).to(tl.float32)
         flat = row[:, None] * width + column[None, :]
         g = tl.load(grad + flat, mask=is_in, other=0.0).to(tl.float32)
         size = tl.load(scale + row, mask=row < rows, other=0.0)[:, None]
         wide = raw
         if GATE:
-            place = (row // inner * gate_outer + row % inner * gate_inner)[:, None] + column[None, :]
-            active, slope = norm_gate(tl.load(gate + place, mask=is_in, other=0.0).to(tl.float32), GATE)
+            offs = (row // inner * gate_outer + row % inner * gate_inner)[:, None] + column[None, :]
+            active, slope = norm_gate(tl.load(gate + offs, mask=is_in, other=0.0).to(tl.float32), GATE)
             if GATES_FIRST:
                 wide = raw * active
         normed = wide * size
@@ -179,7 +179,7 @@ class RmsNormTriton(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gate: Tensor | None, weight: Tensor | None, form: Form, tiles: Tiles
+        ctx: Any, x: Tensor, gate: Tensor | None, weight: Tensor | None, form: NormOptions, tiles: Tiles
     ) -> Tensor:
         """One launch."""
         blocks, inner, width = x.shape
@@ -267,7 +267,9 @@ def _blocks(x: Float[Tensor, "*N D"]) -> Float[Tensor, "M I D"]:
     return (x if all(far == size * near for size, far, near in steps) else x.contiguous()).flatten(0, -3)
 
 
-def _apply(x: Tensor, gate: Tensor | None, weight: Tensor | None, form: Form, tiles: Tiles | None) -> Tensor:
+def _apply(
+    x: Tensor, gate: Tensor | None, weight: Tensor | None, form: NormOptions, tiles: Tiles | None
+) -> Tensor:
     width = x.shape[-1]
     require(0 < width <= MAX_WIDTH, "x", f"1 to {MAX_WIDTH} columns", width)
     require(x.numel() > 0, "x", "at least one row", tuple(x.shape))
@@ -288,7 +290,7 @@ def rms_norm_triton(
     tiles: Tiles | None = None,
 ) -> Float[Tensor, "*N D"]:
     """`kernels.norm.rms_norm`. Raises ValueError for no rows or a width above MAX_WIDTH."""
-    return _apply(x, None, weight, Form(eps, offset=float(is_zero_centered)), tiles)
+    return _apply(x, None, weight, NormOptions(eps, offset=float(is_zero_centered)), tiles)
 
 
 def gated_rms_norm_triton(
@@ -302,7 +304,7 @@ def gated_rms_norm_triton(
     tiles: Tiles | None = None,
 ) -> Float[Tensor, "*N D"]:
     """`kernels.norm.gated_rms_norm`. Raises ValueError as `rms_norm_triton`."""
-    form = Form(eps, gate=1 if kind == "silu" else 2, gates_first=gates_first)
+    form = NormOptions(eps, gate=1 if kind == "silu" else 2, gates_first=gates_first)
     return _apply(x, gate, weight, form, tiles)
 
 
@@ -312,4 +314,6 @@ def unit_norm_triton(
     """`kernels.norm.unit_norm`. Raises ValueError as `rms_norm_triton`."""
     width = x.shape[-1]
     # The length is the root of the mean square times the root of the width.
-    return _apply(x, None, None, Form(eps / max(1, width), factor=factor * max(1, width) ** -0.5), tiles)
+    return _apply(
+        x, None, None, NormOptions(eps / max(1, width), factor=factor * max(1, width) ** -0.5), tiles
+    )

@@ -52,9 +52,9 @@ def rotary_turn(
     target = line * dim
     angle = tl.arange(0, ANGLES)
     is_in = is_line[:, None] & (angle < angles)[None, :]
-    place = (token // tokens * table_row + token % tokens * angles)[:, None] + angle[None, :]
-    c = tl.load(cos + place, mask=is_in, other=0.0).to(tl.float32)
-    s = tl.load(sin + place, mask=is_in, other=0.0).to(tl.float32) * sign
+    table_offs = (token // tokens * table_row + token % tokens * angles)[:, None] + angle[None, :]
+    c = tl.load(cos + table_offs, mask=is_in, other=0.0).to(tl.float32)
+    s = tl.load(sin + table_offs, mask=is_in, other=0.0).to(tl.float32) * sign
     if IS_SPLIT:
         near, far = first + angle, first + angles + angle
     else:

@@ -347,7 +347,7 @@ def selected_sum(kept, order, ends, grad, keys, groups, chosen, dim, row, DIM: t
     tl.store(ptrs, acc, mask=column < dim)
 
 
-class Form(NamedTuple):
+class SelectionOptions(NamedTuple):
     """What does not need a gradient; value_dim is set where values are the first part of the keys."""
 
     scale: float
@@ -367,7 +367,7 @@ class SelectedAttentionTriton(torch.autograd.Function):
         v: Tensor | None,
         sinks: Tensor | None,
         selection: Tensor,
-        form: Form,
+        form: SelectionOptions,
     ) -> tuple[Tensor, Tensor]:
         """One launch."""
         rows, tokens, heads, _ = q.shape
@@ -415,7 +415,7 @@ class SelectedAttentionTriton(torch.autograd.Function):
 
 
 def _plan(
-    q: Tensor, k: Tensor, v: Tensor | None, selection: Tensor, form: Form
+    q: Tensor, k: Tensor, v: Tensor | None, selection: Tensor, form: SelectionOptions
 ) -> tuple[tuple[int, ...], tuple[int, ...], dict[str, Any], tuple[int, int]]:
     rows, tokens, heads, key_dim = q.shape
     groups, value_dim = k.shape[2], form.value_dim or cast(Tensor, v).shape[3]
@@ -439,7 +439,7 @@ def _backward_keys(
     inputs: tuple[Tensor, ...],
     dk: Tensor,
     dv: Tensor | None,
-    form: Form,
+    form: SelectionOptions,
     begin: int,
     count: int,
     *,
@@ -460,7 +460,9 @@ def _backward_keys(
     )  # fmt: skip
 
 
-def _backward_in_order(inputs: tuple[Tensor, ...], dk: Tensor, dv: Tensor | None, form: Form) -> None:
+def _backward_in_order(
+    inputs: tuple[Tensor, ...], dk: Tensor, dv: Tensor | None, form: SelectionOptions
+) -> None:
     """dk and dv kept by query and slot for a chunk of queries, then summed key by key in a fixed order."""
     selection = inputs[3]
     rows, tokens, chosen = selection.shape
@@ -539,7 +541,7 @@ def selected_attention_triton(
     q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k))
     values = values if values is None or values.stride(3) == 1 else values.contiguous()
     tiles = tiles or tiles_for(q.shape[2] // k.shape[2])
-    form = Form(scale, value_dim if shared else None, is_deterministic, tiles)
+    form = SelectionOptions(scale, value_dim if shared else None, is_deterministic, tiles)
     sinks = None if sinks is None else sinks.contiguous()
     out = SelectedAttentionTriton.apply(q, k, values, sinks, selection.contiguous(), form)
     return cast(tuple[Tensor, Tensor], out)

@@ -30,8 +30,8 @@ def sinkhorn_load(x, first, matrices, n, other, MATRICES: tl.constexpr, SIZE: tl
     column = tl.arange(0, SIZE)[None, :, None]
     matrix = first + tl.arange(0, MATRICES)[None, None, :].to(tl.int64)
     is_in = (row < n) & (column < n) & (matrix < matrices)
-    place = (matrix * n + row) * n + column
-    return tl.load(x + place, mask=is_in, other=other).to(tl.float32), place, is_in
+    offs = (matrix * n + row) * n + column
+    return tl.load(x + offs, mask=is_in, other=other).to(tl.float32), offs, is_in
 
 
 @triton.jit
@@ -56,14 +56,14 @@ def sinkhorn_total(matrix, eps, IS_ROW: tl.constexpr):
 def sinkhorn_forward(logits, out, matrices, n, iterations, eps, MATRICES: tl.constexpr, SIZE: tl.constexpr):
     """Softmax over rows, then columns and rows in turn."""
     first = tl.program_id(0).to(tl.int64) * MATRICES
-    x, place, is_in = sinkhorn_load(logits, first, matrices, n, float("-inf"), MATRICES, SIZE)
+    x, offs, is_in = sinkhorn_load(logits, first, matrices, n, float("-inf"), MATRICES, SIZE)
     x = tl.where(is_in, x, -1e30)
     matrix = tl.where(is_in, sinkhorn_softmax(x, is_in) + eps, 0.0)
     matrix = matrix / sinkhorn_total(matrix, eps, False)
     for _ in range(iterations - 1):
         matrix = matrix / sinkhorn_total(matrix, eps, True)
         matrix = matrix / sinkhorn_total(matrix, eps, False)
-    tl.store(out + place, matrix.to(out.dtype.element_ty), mask=is_in)
+    tl.store(out + offs, matrix.to(out.dtype.element_ty), mask=is_in)
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def sinkhorn_backward(
 ):
     """The divisions made again, their totals kept in memory, and undone one by one."""
     first = tl.program_id(0).to(tl.int64) * MATRICES
-    x, place, is_in = sinkhorn_load(logits, first, matrices, n, float("-inf"), MATRICES, SIZE)
+    x, offs, is_in = sinkhorn_load(logits, first, matrices, n, float("-inf"), MATRICES, SIZE)
     x = tl.where(is_in, x, -1e30)
     shares = sinkhorn_softmax(x, is_in)
     g, _, _ = sinkhorn_load(grad, first, matrices, n, 0.0, MATRICES, SIZE)
@@ -117,7 +117,7 @@ def sinkhorn_backward(
     matrix, g = sinkhorn_undo(matrix, g, tl.load(by_column), False)
     g = tl.where(is_in, g, 0.0)
     g = (g - tl.sum(g * shares, axis=1)[:, None, :]) * shares
-    tl.store(grad_logits + place, g.to(grad_logits.dtype.element_ty), mask=is_in)
+    tl.store(grad_logits + offs, g.to(grad_logits.dtype.element_ty), mask=is_in)
 
 
 class SinkhornTriton(torch.autograd.Function):

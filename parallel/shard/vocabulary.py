@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from kernels.cross_entropy import IGNORED, Form
+from kernels.cross_entropy import IGNORED, LossOptions
 from parallel.mesh.axes import Axis
 from parallel.mesh.collectives import gather, reduce_scatter
 
@@ -31,7 +31,11 @@ class ShardedVocab:
         return reduce_scatter(rows.masked_fill(~is_here[..., None], 0.0), self.axis, 1)
 
     def cross_entropy(
-        self, x: Float[Tensor, "B P D"], weight: Float[Tensor, "M D"], targets: Int[Tensor, "B T"], form: Form
+        self,
+        x: Float[Tensor, "B P D"],
+        weight: Float[Tensor, "M D"],
+        targets: Int[Tensor, "B T"],
+        form: LossOptions,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """`linear_cross_entropy` of this rank's tokens over the whole vocabulary.
 
@@ -54,7 +58,7 @@ class CutCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, own: Tensor, form: Form, axis: Axis
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, own: Tensor, form: LossOptions, axis: Axis
     ) -> tuple[Tensor, Tensor]:
         """Sums in float32 at least."""
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -86,7 +90,11 @@ class CutCrossEntropy(torch.autograd.Function):
 
 
 def _of_chunk(
-    x: Float[Tensor, "C D"], weight: Float[Tensor, "M D"], targets: Int[Tensor, "C"], form: Form, axis: Axis
+    x: Float[Tensor, "C D"],
+    weight: Float[Tensor, "M D"],
+    targets: Int[Tensor, "C"],
+    form: LossOptions,
+    axis: Axis,
 ) -> tuple[Float[Tensor, "C"], Float[Tensor, "C"], Float[Tensor, "C M"]]:
     """Loss without z and z part of each token, and the gradient of both by this rank's logits."""
     dtype = torch.promote_types(x.dtype, torch.float32)

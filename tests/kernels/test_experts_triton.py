@@ -186,8 +186,8 @@ def test_rows_are_sorted_as_a_stable_sort_does(choices: int, experts: int) -> No
     real = int(counts.sum())
     assert torch.equal(found.ends, counts.cumsum(0).int())
     assert torch.equal(found.order[:real], order[:real].int())
-    assert torch.equal(found.place[order[:real]], torch.arange(real).int())
-    assert (found.place[order[real:]] == choices).all()
+    assert torch.equal(found.row_of[order[:real]], torch.arange(real).int())
+    assert (found.row_of[order[real:]] == choices).all()
     tiles = [(e, int(end - n) + t) for e, (n, end) in enumerate(zip(counts, counts.cumsum(0), strict=True))
              for t in range(0, int(n), 16)]  # fmt: skip
     assert int(found.tiles) == len(tiles) <= found.tile_expert.shape[0]

@@ -11,7 +11,7 @@ from kernels.activation import triton as activations
 from kernels.compress import triton as compressors
 from kernels.convolution import triton as convolutions
 from kernels.convolution.spec import draw as draw_convolution
-from kernels.cross_entropy import IGNORED, Form
+from kernels.cross_entropy import IGNORED, LossOptions
 from kernels.cross_entropy import triton as losses
 from kernels.cross_entropy.reference import linear_cross_entropy_direct
 from kernels.cross_entropy.triton import linear_cross_entropy_triton
@@ -29,9 +29,9 @@ pytestmark = pytest.mark.interpreted
 LIMIT = 1e-5
 
 
-def case_of(name: str, place: int) -> KernelCase:
+def case_of(name: str, index: int) -> KernelCase:
     spec = next(s for s in kernel_specs(name.split(".")[0]) if s.name == name)
-    return spec.draw(spec.shapes[place], input_factory(torch.float32, uses_small_tiles=True))
+    return spec.draw(spec.shapes[index], input_factory(torch.float32, uses_small_tiles=True))
 
 
 def as_kernel(function):
@@ -52,9 +52,9 @@ def read_from_any_document(
     x, initial_state, document, first, shifts, channel, row, tokens, channels, row_stride, token_stride, own,
     TAPS: tl.constexpr, HAS_INITIAL_STATE: tl.constexpr, HAS_DOCUMENT: tl.constexpr,
 ):  # fmt: skip
-    place = first + shifts
-    is_in = ((place >= 0) & (place < tokens))[:, None] & (channel < channels)[None, :]
-    source = x + row * row_stride + place[:, None] * token_stride + channel[None, :]
+    index = first + shifts
+    is_in = ((index >= 0) & (index < tokens))[:, None] & (channel < channels)[None, :]
+    source = x + row * row_stride + index[:, None] * token_stride + channel[None, :]
     return tl.load(source, mask=is_in, other=0.0).to(tl.float32)
 
 
@@ -96,9 +96,9 @@ DEFECTS = [
 ]
 
 
-@pytest.mark.parametrize(("module", "name", "defect", "spec", "place"), DEFECTS)
-def test_a_defect_in_a_kernel_is_seen(module, name, defect, spec, place, monkeypatch) -> None:
-    case = case_of(spec, place)
+@pytest.mark.parametrize(("module", "name", "defect", "spec", "index"), DEFECTS)
+def test_a_defect_in_a_kernel_is_seen(module, name, defect, spec, index, monkeypatch) -> None:
+    case = case_of(spec, index)
     assert max(relative_errors(case).values()) <= LIMIT
     monkeypatch.setattr(module, name, as_kernel(defect))
     assert not max(relative_errors(case).values()) <= 1e-3
@@ -134,7 +134,7 @@ def test_a_norm_of_any_scale_and_of_zeros(scale: float) -> None:
 def test_large_logits_and_nothing_but_ignored_targets(ignored: bool) -> None:
     x, weight = torch.randn(6, 8) * 30.0, torch.randn(19, 8) * 3.0
     targets = torch.full((6,), IGNORED) if ignored else torch.randint(19, (6,))
-    form = Form(z=1e-4)
+    form = LossOptions(z=1e-4)
     case = KernelCase(
         {"x": x, "weight": weight},
         lambda x, weight: linear_cross_entropy_triton(x, weight, targets, form),

@@ -156,7 +156,7 @@ def test_strided_inputs_and_bitwise_repeats(span: str) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def running_without_decay(log_decay, place, count, CHUNK: tl.constexpr, HAS_DECAY: tl.constexpr):
+def running_without_decay(log_decay, gate_offs, count, CHUNK: tl.constexpr, HAS_DECAY: tl.constexpr):
     return (tl.arange(0, CHUNK) * 0).to(tl.float64)
 
 
