@@ -75,14 +75,13 @@ class Sequence:
 
 
 class TPShard(NamedTuple):
-    """How a parameter may be sharded over tensor-parallel ranks: along `dim`, between whole units of `unit`.
+    """How a parameter may be sharded over tensor-parallel ranks: along `dim`, between whole units.
 
     `rows` are the lengths of the parts along `dim`, each cut by its own units; None is the whole dim.
     A dim of None keeps a copy on every rank.
     """
 
     dim: int | None
-    unit: str = ""
     rows: tuple[int, ...] | None = None
 
 
@@ -204,8 +203,11 @@ class MixerConfig(Config, ABC):
 
     @property
     @abstractmethod
-    def context(self) -> Context:
-        """How the mixer works on a sequence sharded over ranks."""
+    def context_exchange(self) -> Literal["gather", "state"]:
+        """What the mixer does on a sequence sharded over ranks.
+
+        gather: keys and values of all ranks are brought together. state: each chunk's summary is passed on.
+        """
 
     @property
     def selection(self) -> Literal["makes", "reads"] | None:

@@ -12,7 +12,7 @@ from kernels.attention import attention
 from kernels.norm import rms_norm
 from kernels.rotary import RotaryLayout, rotate
 from model.linear import Initial, Linear, RMSNorm
-from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, TPShard
+from model.mixer import Flops, Mixer, MixerConfig, Sequence, TPShard
 from model.rotary import RotaryScaling
 
 
@@ -112,25 +112,24 @@ class AttnConfig(MixerConfig):
     def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Heads are the unit; a key head is shared by its group of query heads."""
         tp_plan = {
-            "in_proj.weight": TPShard(0, "heads", self._parts()),
-            "out_proj.weight": TPShard(1, "heads"),
+            "in_proj.weight": TPShard(0, self._parts()),
+            "out_proj.weight": TPShard(1),
         }
         if self.has_bias:
-            tp_plan["in_proj.bias"] = TPShard(0, "heads", self._parts())
+            tp_plan["in_proj.bias"] = TPShard(0, self._parts())
         if self.has_output_bias:
             tp_plan["out_proj.bias"] = TPShard(None)
         if self.has_sinks:
-            tp_plan["sinks"] = TPShard(0, "heads")
+            tp_plan["sinks"] = TPShard(0)
         if any(self._normed()):
-            split = TPShard(0, "heads") if self.qk_norm == "all_heads" else TPShard(None)
+            split = TPShard(0) if self.qk_norm == "all_heads" else TPShard(None)
             tp_plan |= {"q_norm.weight": split, "k_norm.weight": split}
         return tp_plan
 
     @property
-    def context(self) -> Context:
+    def context_exchange(self) -> Literal["gather", "state"]:
         """Keys and values are gathered; with a window or chunks the left neighbour's tail is enough."""
-        local = self.window or self.chunk
-        return Context("gather", 0 if local is None else local - 1)
+        return "gather"
 
 
 class Attn(Mixer):

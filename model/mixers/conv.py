@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from model.linear import Linear
-from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, TPShard
+from model.mixer import Flops, Mixer, MixerConfig, Sequence, TPShard
 from model.short_convolution import ShortConvolution
 
 
@@ -43,15 +43,15 @@ class ConvConfig(MixerConfig):
     def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Channels are the unit: none meets another between the projections."""
         return {
-            "in_proj.weight": TPShard(0, "channels", (self.num_channels,) * 3),
-            "conv.weight": TPShard(0, "channels"),
-            "out_proj.weight": TPShard(1, "channels"),
+            "in_proj.weight": TPShard(0, (self.num_channels,) * 3),
+            "conv.weight": TPShard(0),
+            "out_proj.weight": TPShard(1),
         }
 
     @property
-    def context(self) -> Context:
+    def context_exchange(self) -> Literal["gather", "state"]:
         """No state but the tokens that the taps read to the left."""
-        return Context("state", self.conv_width - 1)
+        return "state"
 
 
 class Conv(Mixer):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kernels.indexer import index_loss_of_chosen, index_select
 from kernels.rotary import rotate
 from model.linear import Linear
-from model.mixer import Context, Mixed, Sequence, TPShard
+from model.mixer import Mixed, Sequence, TPShard
 from model.mixers.hca import Compressor, SharedKeyConfig, SharedKeyMixer, compressor_tp_plan
 from model.sequence_sharding import Compression
 
@@ -62,11 +62,6 @@ class CsaConfig(SharedKeyConfig):
     def losses(self) -> tuple[str, ...]:
         """What the indexer learns from, if it does."""
         return ("index",) if self.index_loss else ()
-
-    @property
-    def context(self) -> Context:
-        """Entries and index keys are gathered; a compressor reads its window and the one before."""
-        return Context("gather", max(self.window, 2 * self.compression) - 1)
 
 
 class Indexer(nn.Module):

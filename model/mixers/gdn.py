@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.gated_delta import Decay, delta_rule_inputs
 from model.linear import GatedRMSNorm, Linear, RMSNorm
-from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, TPShard
+from model.mixer import Flops, Mixer, MixerConfig, Sequence, TPShard
 from model.recurrence import DeltaRule
 from model.short_convolution import ShortConvolution
 
@@ -85,18 +85,18 @@ class GdnConfig(MixerConfig):
     def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Key heads are the unit; the value heads of a group go with their key head."""
         tp_plan = {
-            "in_proj.weight": TPShard(0, "key_heads", self._parts()),
-            "conv.weight": TPShard(0, "key_heads", self._parts()[:3]),
+            "in_proj.weight": TPShard(0, self._parts()),
+            "conv.weight": TPShard(0, self._parts()[:3]),
             "out_norm.weight": TPShard(None),
-            "out_proj.weight": TPShard(1, "key_heads"),
+            "out_proj.weight": TPShard(1),
         }
-        decay = {"decay.A_log": TPShard(0, "key_heads"), "decay.dt_bias": TPShard(0, "key_heads")}
+        decay = {"decay.A_log": TPShard(0), "decay.dt_bias": TPShard(0)}
         return tp_plan | decay if self.has_decay else tp_plan
 
     @property
-    def context(self) -> Context:
+    def context_exchange(self) -> Literal["gather", "state"]:
         """Chunk summaries of the state are passed on; the convolution reads a few tokens to the left."""
-        return Context("state", self.conv_width - 1)
+        return "state"
 
 
 class Gdn(Mixer):

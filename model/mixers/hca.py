@@ -19,7 +19,7 @@ from kernels.document_windows import Windows
 from kernels.norm import rms_norm
 from kernels.rotary import rotate
 from model.linear import Initial, Linear, RMSNorm
-from model.mixer import Context, Flops, Mixed, Mixer, MixerConfig, Sequence, TPShard
+from model.mixer import Flops, Mixed, Mixer, MixerConfig, Sequence, TPShard
 from model.rotary import RotaryScaling, rotary_table
 from model.sequence_sharding import Compression
 
@@ -86,12 +86,17 @@ class SharedKeyConfig(MixerConfig):
         return {
             "in_proj.weight": TPShard(None),
             "q_norm.weight": TPShard(None),
-            "q_proj.weight": TPShard(0, "output_groups"),
+            "q_proj.weight": TPShard(0),
             "kv_norm.weight": TPShard(None),
-            "sinks": TPShard(0, "output_groups"),
-            "group_proj.weight": TPShard(0, "output_groups"),
-            "out_proj.weight": TPShard(1, "output_groups"),
+            "sinks": TPShard(0),
+            "group_proj.weight": TPShard(0),
+            "out_proj.weight": TPShard(1),
         }
+
+    @property
+    def context_exchange(self) -> Literal["gather", "state"]:
+        """Entries of all ranks are gathered, and index keys where there are some."""
+        return "gather"
 
 
 class HcaConfig(SharedKeyConfig):
@@ -127,11 +132,6 @@ class HcaConfig(SharedKeyConfig):
         """As without compression; the compressor is every rank's."""
         tp_plan = dict(super().tp_plan(width))
         return tp_plan if self.compression is None else tp_plan | compressor_tp_plan("compressor")
-
-    @property
-    def context(self) -> Context:
-        """Entries are gathered; the window and the compressor read the left neighbour's tail."""
-        return Context("gather", max(self.window, self.compression or 1) - 1)
 
 
 def compressor_tp_plan(name: str) -> dict[str, TPShard]:

@@ -11,7 +11,7 @@ from torch.nn.functional import softplus
 
 from model.gated_delta import delta_rule_inputs
 from model.linear import GatedRMSNorm, Initial, Linear
-from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, TPShard
+from model.mixer import Flops, Mixer, MixerConfig, Sequence, TPShard
 from model.recurrence import DeltaRule
 from model.short_convolution import ShortConvolution
 
@@ -81,22 +81,22 @@ class KdaConfig(MixerConfig):
     def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Heads are the unit; the narrow halves of the low-rank projections are copied."""
         return {
-            "in_proj.weight": TPShard(0, "heads", self._parts()),
+            "in_proj.weight": TPShard(0, self._parts()),
             "decay_down_proj.weight": TPShard(None),
-            "decay_up_proj.weight": TPShard(0, "heads"),
+            "decay_up_proj.weight": TPShard(0),
             "gate_down_proj.weight": TPShard(None),
-            "gate_up_proj.weight": TPShard(0, "heads"),
-            "conv.weight": TPShard(0, "heads", self._parts()[:3]),
-            "decay.A_log": TPShard(0, "heads"),
-            "decay.dt_bias": TPShard(0, "heads"),
+            "gate_up_proj.weight": TPShard(0),
+            "conv.weight": TPShard(0, self._parts()[:3]),
+            "decay.A_log": TPShard(0),
+            "decay.dt_bias": TPShard(0),
             "out_norm.weight": TPShard(None),
-            "out_proj.weight": TPShard(1, "heads"),
+            "out_proj.weight": TPShard(1),
         }
 
     @property
-    def context(self) -> Context:
+    def context_exchange(self) -> Literal["gather", "state"]:
         """Chunk summaries of the state are passed on; the convolutions read a few tokens to the left."""
-        return Context("state", self.conv_width - 1)
+        return "state"
 
 
 class ChannelDecay(nn.Module):

@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid, silu
 
 from kernels.rotary import rotate
 from model.linear import GatedRMSNorm, Initial, Linear, RMSNorm
-from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, TPShard
+from model.mixer import Flops, Mixer, MixerConfig, Sequence, TPShard
 from model.recurrence import LinearAttention
 from model.tensor_shards import ALL_HEADS
 
@@ -84,18 +84,18 @@ class LightningConfig(MixerConfig):
     def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Heads are the unit; the narrow half of a low-rank decay is copied."""
         tp_plan = {
-            "in_proj.weight": TPShard(0, "heads", self._parts()),
-            "out_norm.weight": TPShard(0, "heads") if self.norm == "all_heads" else TPShard(None),
-            "out_proj.weight": TPShard(1, "heads"),
+            "in_proj.weight": TPShard(0, self._parts()),
+            "out_norm.weight": TPShard(0) if self.norm == "all_heads" else TPShard(None),
+            "out_proj.weight": TPShard(1),
         }
         if self.decay == "channel":
-            tp_plan |= {"decay_down_proj.weight": TPShard(None), "decay_up_proj.weight": TPShard(0, "heads")}
-        return tp_plan | ({"decay.bias": TPShard(0, "heads")} if self._decay_biases() else {})
+            tp_plan |= {"decay_down_proj.weight": TPShard(None), "decay_up_proj.weight": TPShard(0)}
+        return tp_plan | ({"decay.bias": TPShard(0)} if self._decay_biases() else {})
 
     @property
-    def context(self) -> Context:
+    def context_exchange(self) -> Literal["gather", "state"]:
         """Chunk summaries of the state are passed on."""
-        return Context("state", 0)
+        return "state"
 
 
 def fixed_log_decay(

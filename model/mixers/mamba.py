@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu, softplus
 
 from model.linear import Initial, Linear, RMSNorm
-from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, TPShard
+from model.mixer import Flops, Mixer, MixerConfig, Sequence, TPShard
 from model.recurrence import SelectiveScan
 from model.short_convolution import ShortConvolution
 
@@ -67,25 +67,25 @@ class MambaConfig(MixerConfig):
 
     def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Channels are the unit; what all channels share, between them, is summed and copied."""
-        split = TPShard(0, "channels")
+        split = TPShard(0)
         tp_plan = {
-            "in_proj.weight": TPShard(0, "channels", (self.num_channels, self.num_channels)),
+            "in_proj.weight": TPShard(0, (self.num_channels, self.num_channels)),
             "conv.weight": split,
-            "x_proj.weight": TPShard(1, "channels"),
+            "x_proj.weight": TPShard(1),
             "dt_proj.weight": split,
             "step.A_log": split,
             "step.dt_bias": split,
             "skip": split,
-            "out_proj.weight": TPShard(1, "channels"),
+            "out_proj.weight": TPShard(1),
         }
         if self.has_inner_norm:
             tp_plan |= {f"{name}_norm.weight": TPShard(None) for name in ("dt", "k", "q")}
         return tp_plan | ({"conv.bias": split} if self.has_conv_bias else {})
 
     @property
-    def context(self) -> Context:
+    def context_exchange(self) -> Literal["gather", "state"]:
         """Chunk summaries of the state are passed on; the convolution reads a few tokens to the left."""
-        return Context("state", self.conv_width - 1)
+        return "state"
 
 
 class LogOfIndex(Initial):

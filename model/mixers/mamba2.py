@@ -14,7 +14,7 @@ from torch.nn.functional import silu, softplus
 
 from kernels.norm import gated_rms_norm
 from model.linear import Initial, Linear
-from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, TPShard
+from model.mixer import Flops, Mixer, MixerConfig, Sequence, TPShard
 from model.recurrence import LinearAttention
 from model.short_convolution import ShortConvolution
 from model.tensor_shards import ALL_HEADS, HeadShards
@@ -82,23 +82,23 @@ class Mamba2Config(MixerConfig):
 
     def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Heads are the unit; a key head is shared by its group of heads, whose norm is one."""
-        split = TPShard(0, "heads")
-        mixed = TPShard(0, "heads", self._parts()[1:4])
+        split = TPShard(0)
+        mixed = TPShard(0, self._parts()[1:4])
         tp_plan = {
-            "in_proj.weight": TPShard(0, "heads", self._parts()),
+            "in_proj.weight": TPShard(0, self._parts()),
             "conv.weight": mixed,
             "step.A_log": split,
             "step.dt_bias": split,
             "skip": split,
             "out_norm.weight": split,
-            "out_proj.weight": TPShard(1, "heads"),
+            "out_proj.weight": TPShard(1),
         }
         return tp_plan | ({"conv.bias": mixed} if self.has_conv_bias else {})
 
     @property
-    def context(self) -> Context:
+    def context_exchange(self) -> Literal["gather", "state"]:
         """Chunk summaries of the state are passed on; the convolution reads a few tokens to the left."""
-        return Context("state", self.conv_width - 1)
+        return "state"
 
 
 class Step(nn.Module):

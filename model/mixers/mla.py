@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.attention import attention
 from kernels.rotary import RotaryLayout, rotate
 from model.linear import Linear, RMSNorm
-from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, TPShard
+from model.mixer import Flops, Mixer, MixerConfig, Sequence, TPShard
 from model.rotary import RotaryScaling
 from model.sequence_sharding import AttentionView
 
@@ -91,17 +91,17 @@ class LatentConfig(MixerConfig):
         """Heads are the unit; every rank keeps the latents whole."""
         tp_plan = {
             "down_proj.weight": TPShard(None),
-            "q_proj.weight": TPShard(0, "heads"),
+            "q_proj.weight": TPShard(0),
             "kv_norm.weight": TPShard(None),
-            "kv_proj.weight": TPShard(0, "heads", self._up()),
-            "out_proj.weight": TPShard(1, "heads"),
+            "kv_proj.weight": TPShard(0, self._up()),
+            "out_proj.weight": TPShard(1),
         }
         return tp_plan if self.query_latent_dim is None else tp_plan | {"q_norm.weight": TPShard(None)}
 
     @property
-    def context(self) -> Context:
+    def context_exchange(self) -> Literal["gather", "state"]:
         """Latents and shared keys are gathered."""
-        return Context("gather", 0)
+        return "gather"
 
 
 class Latents(NamedTuple):

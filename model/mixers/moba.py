@@ -11,7 +11,7 @@ from kernels.block_attention import block_attention
 from kernels.block_selection import select_by_mean
 from kernels.rotary import rotate
 from model.linear import Linear
-from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, TPShard
+from model.mixer import Flops, Mixer, MixerConfig, Sequence, TPShard
 
 
 class MobaConfig(MixerConfig):
@@ -70,12 +70,12 @@ class MobaConfig(MixerConfig):
 
     def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Heads are the unit; a key head is shared by its group of query heads."""
-        return {"in_proj.weight": TPShard(0, "heads", self._parts()), "out_proj.weight": TPShard(1, "heads")}
+        return {"in_proj.weight": TPShard(0, self._parts()), "out_proj.weight": TPShard(1)}
 
     @property
-    def context(self) -> Context:
+    def context_exchange(self) -> Literal["gather", "state"]:
         """Keys and values are gathered; block means follow from them."""
-        return Context("gather", 0)
+        return "gather"
 
 
 class Moba(Mixer):

@@ -13,7 +13,7 @@ from kernels.block_selection import select_by_max
 from kernels.rotary import rotate
 from kernels.selection_loss import selection_loss
 from model.linear import Linear, RMSNorm
-from model.mixer import Context, Flops, Mixed, Mixer, MixerConfig, Sequence, TPShard
+from model.mixer import Flops, Mixed, Mixer, MixerConfig, Sequence, TPShard
 from model.mixers.moba import keys_seen
 
 
@@ -84,10 +84,10 @@ class MsaConfig(MixerConfig):
         """Heads are the unit; a key head and its index head are shared by a group of query heads."""
         norms = ("q_norm", "k_norm", "indexer.q_norm", "indexer.k_norm")
         return {
-            "in_proj.weight": TPShard(0, "heads", self._parts()),
-            "indexer.q_proj.weight": TPShard(0, "heads"),
+            "in_proj.weight": TPShard(0, self._parts()),
+            "indexer.q_proj.weight": TPShard(0),
             "indexer.k_proj.weight": TPShard(None),
-            "out_proj.weight": TPShard(1, "heads"),
+            "out_proj.weight": TPShard(1),
         } | {f"{name}.weight": TPShard(None) for name in norms}
 
     @property
@@ -96,9 +96,9 @@ class MsaConfig(MixerConfig):
         return ("index",) if self.index_loss else ()
 
     @property
-    def context(self) -> Context:
+    def context_exchange(self) -> Literal["gather", "state"]:
         """Keys, values and index keys are gathered; block scores follow from them."""
-        return Context("gather", 0)
+        return "gather"
 
 
 class Indexer(nn.Module):

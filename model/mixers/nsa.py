@@ -16,7 +16,7 @@ from kernels.document_windows import Windows, document_windows
 from kernels.rotary import rotate
 from model.block_choice import select_across_shards
 from model.linear import Initial, Linear
-from model.mixer import Context, Flops, Mixer, MixerConfig, Sequence, TPShard
+from model.mixer import Flops, Mixer, MixerConfig, Sequence, TPShard
 from model.mixers.moba import keys_seen
 from model.sequence_sharding import Compression
 
@@ -117,20 +117,18 @@ class NsaConfig(MixerConfig):
     def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Heads are the unit; a key head and its compressor are shared by a group of query heads."""
         tp_plan = {
-            "in_proj.weight": TPShard(0, "heads", self._parts()),
-            "out_proj.weight": TPShard(1, "heads"),
+            "in_proj.weight": TPShard(0, self._parts()),
+            "out_proj.weight": TPShard(1),
         }
         if self.compressor == "mean":
             return tp_plan
         names = ("position_encoding", "first", "second")
-        return tp_plan | {
-            f"{part}.{name}": TPShard(0, "heads") for part in ("phi_k", "phi_v") for name in names
-        }
+        return tp_plan | {f"{part}.{name}": TPShard(0) for part in ("phi_k", "phi_v") for name in names}
 
     @property
-    def context(self) -> Context:
+    def context_exchange(self) -> Literal["gather", "state"]:
         """Keys, values and entries are gathered; entries and the window read the left neighbour's tail."""
-        return Context("gather", max(self.window, self.entry_length) - 1)
+        return "gather"
 
 
 class Perceptron(nn.Module):

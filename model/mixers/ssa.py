@@ -16,7 +16,7 @@ from kernels.document_windows import document_windows
 from kernels.rotary import rotate
 from model.block_choice import select_across_shards
 from model.linear import Linear
-from model.mixer import Context, Flops, Mixed, Mixer, MixerConfig, Sequence, TPShard
+from model.mixer import Flops, Mixed, Mixer, MixerConfig, Sequence, TPShard
 from model.mixers.moba import keys_seen
 from model.sequence_sharding import AttentionView
 
@@ -85,7 +85,7 @@ class SsaConfig(MixerConfig):
 
     def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Heads are the unit; a key head is shared by its group of query heads."""
-        return {"in_proj.weight": TPShard(0, "heads", self._parts()), "out_proj.weight": TPShard(1, "heads")}
+        return {"in_proj.weight": TPShard(0, self._parts()), "out_proj.weight": TPShard(1)}
 
     @property
     def losses(self) -> tuple[str, ...]:
@@ -93,9 +93,9 @@ class SsaConfig(MixerConfig):
         return ("alignment",)
 
     @property
-    def context(self) -> Context:
+    def context_exchange(self) -> Literal["gather", "state"]:
         """Keys and values are gathered; both streams share them."""
-        return Context("gather", 0)
+        return "gather"
 
 
 class Ssa(Mixer):

@@ -54,7 +54,7 @@ def _layer_cost(config: Architecture, layer: LayerCount, context: int) -> Cost:
     mixer = config.mixer[layer.mixer]
     flops = mixer.flops(config.model.width, context)
     linear += flops.projections
-    again = 2.5 if mixer.context.exchange == "gather" else 2.0
+    again = 2.5 if mixer.context_exchange == "gather" else 2.0
     return Cost(linear + flops.core, linear + again * flops.core, linear)
 
 

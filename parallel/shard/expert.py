@@ -103,6 +103,6 @@ def apply_ep(model: ModelPart, axes: Axes, dispatcher: Dispatcher = AllToAll) ->
 def expert_shard_map(shape: torch.Size, rank: int, degree: int) -> ShardMap:
     """Where the experts of one of `degree` ranks lie in a parameter of all experts."""
     part = torch.Size((shape[0] // degree, *shape[1:]))
-    split = TPShard(0, "experts")
+    split = TPShard(0)
     found = tp_shard_map(shape, split, split, part, rank, degree) if degree > 1 else replicated(shape)
     return replace(found, is_expert=True)

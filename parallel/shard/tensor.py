@@ -124,8 +124,8 @@ def _apply_tp_to_ffn(prefix: str, ffn: FeedForward, axis: Axis) -> dict[str, Sha
     part = hidden // axis.size
     shard_maps = {}
     for name, split, own in (
-        ("gate_up", TPShard(0, "units", (hidden,) * halves), TPShard(0, "units", (part,) * halves)),
-        ("down", TPShard(1, "units"), TPShard(1, "units")),
+        ("gate_up", TPShard(0, (hidden,) * halves), TPShard(0, (part,) * halves)),
+        ("down", TPShard(1), TPShard(1)),
     ):
         linear = getattr(ffn, name)
         shape, sizes = linear.weight.shape, list(linear.weight.shape)
