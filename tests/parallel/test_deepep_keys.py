@@ -145,8 +145,8 @@ def modules(rank: int, size: int) -> list[str]:
     import parallel.shard.deepep
     import train.loop.run
 
-    assert parallel.deepep is not None
-    assert train.run is not None
+    assert parallel.shard.deepep is not None
+    assert train.loop.run is not None
     return [name for name in sys.modules if name.startswith(("megatron.", "deep_ep"))]
 
 

@@ -99,7 +99,7 @@ def test_another_release_or_none_is_named_with_what_to_install(
 def modules(rank: int, size: int) -> bool:
     import train.loop.zero
 
-    return "deepspeed" in sys.modules and train.zero is not None
+    return "deepspeed" in sys.modules and train.loop.zero is not None
 
 
 def test_only_runs_that_ask_for_it_import_it() -> None:
