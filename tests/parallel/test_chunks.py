@@ -91,7 +91,19 @@ def test_every_rank_is_once_on_every_axis() -> None:
         assert sorted(rank for line in lines for rank in line) == list(range(32))
     opened = [open_axes(degrees, rank, lambda _: None) for rank in range(32)]
     for rank, axes in enumerate(opened):
-        for name in ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "edp", "rows", "shard", "tokens"):
+        for name in (
+            "pp",
+            "dp_replicate",
+            "dp_shard",
+            "cp",
+            "tp",
+            "ep",
+            "edp",
+            "batch",
+            "sequence",
+            "shard",
+            "tokens",
+        ):
             axis = getattr(axes, name)
             assert axis.ranks[axis.rank] == rank
             assert all(getattr(opened[peer], name).ranks == axis.ranks for peer in axis.ranks)

@@ -120,7 +120,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(corpus: Corpus, tmp_path: Pa
 def train_with_a_poisoned_weight(overrides: list[str]) -> None:
     import torch
 
-    from train import run
+    from train.loop import run
 
     build = run.build_state
 
