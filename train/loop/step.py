@@ -39,8 +39,8 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World)
     """Runs the step on this rank's rows of the global batch. Mutates the state."""
     # Denominators are global and known before backward, so that gradients are plain sums over ranks.
     axes = world.axes
-    sharers = axes.pp.size * axes.sequence.size
-    targets = world.sum((batch.targets != IGNORED).sum().to(world.device)) // sharers
+    copies = axes.pp.size * axes.sequence.size
+    targets = world.sum((batch.targets != IGNORED).sum().to(world.device)) // copies
     batch = to_device(batch, world.device)
     tokens = config.train.global_batch * batch.tokens.shape[1]
     _, micro = config.rank_rows(axes.batch.size)

@@ -66,8 +66,8 @@ def gradient_norm(built: Parallel, world: World) -> Tensor:
             for block, piece in local_slices(parameter.grad, built.shard_maps[name]):
                 blocks.setdefault(piece.replicas, []).append(block)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
-    for sharers, parts in blocks.items():
-        total += torch.nn.utils.get_total_norm(parts).double().square() / sharers
+    for replicas, parts in blocks.items():
+        total += torch.nn.utils.get_total_norm(parts).double().square() / replicas
     return (world.sum(total) / world.axes.dp_replicate.size).sqrt()
 
 
