@@ -171,7 +171,7 @@ def test_few_layers_and_micro_batches_stand_for_all(layout: str) -> None:
 
 
 # Four pipeline ranks of two ranks each; stages are alike but for the ends.
-PIPELINES = {
+STAGES = {
     schedule: (
         *("layout.pattern=gdn", f"model.depth={depth}", "parallel.pp=4", f"parallel.pp_schedule={schedule}"),
         *("parallel.ep=2", "train.micro_batch=1", "train.global_batch=24"),
@@ -193,9 +193,9 @@ def entries(step: dict[str, Any], config: RunConfig, rank: int) -> str:
 
 
 # No rank of DualPipe-V represents another: each splits another number of backwards.
-@pytest.mark.parametrize("schedule", mostly_long([*PIPELINES][:-1], quick=("1f1b",)))
+@pytest.mark.parametrize("schedule", mostly_long([*STAGES][:-1], quick=("1f1b",)))
 def test_a_stage_stands_for_those_like_it(schedule: str) -> None:
-    config = config_of(*PIPELINES[schedule], size=8)
+    config = config_of(*STAGES[schedule], size=8)
     assert stepping_ranks(config, 8) == {0: 0, 2: 2, 4: 2, 6: 6}
     steps = {rank: step_of(config, rank, 8) for rank in (0, 2, 4, 6)}
     assert entries(steps[2], config, 4) == entries(steps[4], config, 4)
@@ -208,13 +208,13 @@ def test_a_stage_that_differs_stands_for_itself() -> None:
         return list(stepping_ranks(config_of(*keys, size=8), 8).values())
 
     each = [0, 2, 4, 6]
-    assert found(*PIPELINES["dualpipe_v"]) == each
+    assert found(*STAGES["dualpipe_v"]) == each
     # Gathered again after forward, other layers, a layer that is frozen.
-    assert found(*PIPELINES["1f1b"], "parallel.reshard_after_forward=true") == each
-    assert found(*PIPELINES["1f1b"], "layout.pattern=gdn gdn mla") == each
-    assert found(*PIPELINES["1f1b"], "optim.lr_scales={layers.2.*: 0.0}") == each
+    assert found(*STAGES["1f1b"], "parallel.reshard_after_forward=true") == each
+    assert found(*STAGES["1f1b"], "layout.pattern=gdn gdn mla") == each
+    assert found(*STAGES["1f1b"], "optim.lr_scales={layers.2.*: 0.0}") == each
     # In a V the last rank holds both sides of its fold.
-    assert found(*PIPELINES["zero_bubble_v"]) == [0, 2, 2, 6]
+    assert found(*STAGES["zero_bubble_v"]) == [0, 2, 2, 6]
 
 
 def test_an_error_of_another_process_keeps_its_keys() -> None:
