@@ -60,9 +60,9 @@ def side_by_side(
     config: RunConfig, size: int, stepping: Collection[int], holding: Collection[int]
 ) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
     """The steps of some ranks, and what others hold, played by as many processes as there are cores."""
-    from train.estimate.rehearsal import joined_step, play, settled, step_parts, step_some
+    from train.estimate.rehearsal import joined_step, play, step_parts, step_some, with_pp_layout
 
-    config = settled(config, size)
+    config = with_pp_layout(config, size)
     # To import torch takes as long as to play one: it is done once, in a process of its own, since a process
     # whose torch has started threads cannot be forked.
     context = get_context("forkserver")

@@ -31,7 +31,8 @@ class CollectiveTrace(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[Collective] = []
+        # With each whether the autograd engine called it: in backward, or what backward computes again.
+        self.found: list[tuple[Collective, bool]] = []
         self._ranks: dict[dist.ProcessGroup, tuple[int, ...]] = {}
 
     @classmethod
@@ -42,7 +43,15 @@ class CollectiveTrace(TorchDispatchMode):
     def taken(self) -> list[Collective]:
         """What was found since this was asked last."""
         found, self.found = self.found, []
-        return found
+        return [call for call, _ in found]
+
+    def taken_by_phase(self) -> dict[str, list[Collective]]:
+        """The same, apart what ran in forward and in backward; recomputation is part of backward."""
+        found, self.found = self.found, []
+        return {
+            phase: [call for call, in_backward in found if in_backward == (phase == "backward")]
+            for phase in ("forward", "backward")
+        }
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
@@ -55,7 +64,8 @@ class CollectiveTrace(TorchDispatchMode):
         if func.namespace in ("c10d", "_c10d_functional", "_dtensor") and func not in sync_ops:
             if func not in collective_ops:
                 raise TypeError(f"a collective that is not known: {func}")
-            self.found.append(self._described(func, args, out))
+            in_backward = torch._C._current_graph_task_id() != -1
+            self.found.append((self._described(func, args, out), in_backward))
         return out
 
     def _described(self, func: Any, args: tuple[Any, ...], out: Any) -> Collective:

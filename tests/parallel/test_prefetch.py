@@ -56,7 +56,7 @@ def gathers(
     with CollectiveTrace() as trace:
 
         def begun(into: list[int]) -> None:
-            into.append(sum(call.kind == "all_gather" for call in trace.found))
+            into.append(sum(call.kind == "all_gather" for call, _ in trace.found))
 
         for block in model.blocks:
             mixer = block.get_submodule("mixer")

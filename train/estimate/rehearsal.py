@@ -11,14 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
 
 from data.loader import Batch
-from model.language_model import Losses
 from model.moe.layer import Experts
 from parallel.apply import Parallel, StepShape, build_on_meta
 from parallel.config.degrees import ORDER, Degrees, coordinates
-from parallel.context.sharding import cut_rows
 from parallel.mesh.axes import Axes
 from parallel.mesh.world import World
-from parallel.micro_batches import Denominators, MicroBatch, objective_of
+from parallel.micro_batches import MicroBatch
 from parallel.pipeline.partition import stage_layers, write_layout
 from parallel.rehearsal.collective_trace import Collective, CollectiveTrace
 from parallel.rehearsal.coverage import Block, CoverageCheck
@@ -33,13 +31,12 @@ from parallel.rehearsal.representatives import (
     summed_calls,
 )
 from parallel.shard.expert import AllToAll
-from parallel.shard.fsdp import reduce_over_copies
 from train.checkpoint.storage import flatten
 from train.config.run_config import RunConfig
 from train.estimate.local_state import local_bytes
 from train.loop.state import TrainState
-from train.loop.step import summed_over_ranks
-from train.optim.param_groups import build_optimizer, clip_gradients, gradient_norm
+from train.loop.step import split_batch, summed_over_ranks
+from train.optim.param_groups import build_optimizer
 
 
 def sampled_ranks(degrees: Degrees) -> list[int]:
@@ -70,7 +67,7 @@ def stepping_ranks(config: RunConfig, size: int) -> dict[int, int]:
     return {pp_rank * stride: other * stride for pp_rank, other in enumerate(like)}
 
 
-def settled(config: RunConfig, size: int) -> RunConfig:
+def with_pp_layout(config: RunConfig, size: int) -> RunConfig:
     """The config with the cut of its pipeline written down: to find it takes as long as to build a rank."""
     plan = config.parallel.plan(step_shape_of(config, size).micro_batches)
     if plan is None:
@@ -280,8 +277,7 @@ def step_some(
     with built_so as (built, world), FakeTensorMode():
         materialise_shapes(built)
         state = TrainState(built, build_optimizer(built, config.optim), config.optim)
-        run = run_step if built.whole is not None else run_pipeline
-        calls = run(state, config, world, micro_batches)
+        calls = run_step(state, config, world, micro_batches)
         is_routed_evenly = any(
             isinstance(module, Experts) and isinstance(module.dispatch, AllToAll)
             for module in built.modules()
@@ -293,67 +289,59 @@ def step_some(
 def run_step(
     state: TrainState, config: RunConfig, world: World, micro_batches: int
 ) -> dict[str, list[Collective]]:
-    """What `train_step` does, with what it would read of the device left out. Mutates the state.
+    """The collectives of a step by phase: those of the parts of `train_step`, which run here.
 
-    Micro-batches but the last are alike, and where weights have no copies so is the last: one of them is run
-    and counted as often.
+    Mutates the state. Without a pipeline micro-batches but the last are alike, and where weights have no
+    copies so is the last: one of them is run and counted as often.
     """
-    whole = state.built.whole
-    found: dict[str, list[Collective]] = {"forward": [], "backward": [], "update": []}
-    assert whole is not None, f"{world.axes.pp=}"
+    is_pipeline = state.built.whole is None
+    has_last = micro_batches > 1 and world.axes.dp_replicate.size > 1
+    played = micro_batches if is_pipeline else 1 + has_last
     with CollectiveTrace() as trace:
-        world.sum(torch.zeros((), dtype=torch.long))
-        found["update"] += trace.taken()
-
-        def run(times: int, *, is_last: bool) -> Losses:
-            reduce_over_copies(whole, is_last=is_last)
-            targets, sequence = micro_batch(config, world)
-            losses = whole.loss(sequence.tokens, targets, sequence)
-            found["forward"] += trace.taken() * times
-            objective_of(losses, Denominators(torch.ones((), dtype=torch.long), 1)).backward()
-            found["backward"] += trace.taken() * times
-            return losses
-
-        has_copies = world.axes.dp_replicate.size > 1
-        if has_copies and micro_batches > 1:
-            run(micro_batches - 1, is_last=False)
-        update(state, config, world, run(1 if has_copies else micro_batches, is_last=True))
-        found["update"] += trace.taken()
-    return found
+        batches, denominators = split_batch(zeros(config, world, played), config, world, state.step)
+        before = trace.taken()
+        if is_pipeline:
+            losses = state.built.runner.step(batches, denominators)
+            found = {"pipeline": trace.taken()}
+        else:
+            each = Observed(batches, trace)
+            losses = state.built.runner.step(each, denominators)
+            found = each.phases([micro_batches - has_last, 1][:played])
+        total = summed_over_ranks(losses, world)
+        state.apply(state.reduce_gradients(world), config.optim.lr, config.optim.clip_norm)
+        state.built.update_expert_biases(total.load)
+        return found | {"update": before + trace.taken()}
 
 
-def run_pipeline(
-    state: TrainState, config: RunConfig, world: World, micro_batches: int
-) -> dict[str, list[Collective]]:
-    """The same of a stage, or several, whose schedule runs forward and backward in turns."""
-    found: dict[str, list[Collective]] = {}
-    with CollectiveTrace() as trace:
-        world.sum(torch.zeros((), dtype=torch.long))
-        first = trace.taken()
-        batches = [micro_batch(config, world)] * micro_batches
-        losses = state.built.runner.step(batches, Denominators(torch.ones((), dtype=torch.long), 1))
-        found["pipeline"] = trace.taken()
-        update(state, config, world, losses)
-        found["update"] = first + trace.taken()
-    return found
+class Observed(list[MicroBatch]):
+    """Micro-batches that tell what is called while each runs."""
+
+    def __init__(self, batches: Iterable[MicroBatch], trace: CollectiveTrace) -> None:
+        super().__init__(batches)
+        self._trace = trace
+        self._calls: list[dict[str, list[Collective]]] = []
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """Each in turn."""
+        for batch in super().__iter__():
+            yield batch
+            self._calls.append(self._trace.taken_by_phase())
+
+    def phases(self, times: Sequence[int]) -> dict[str, list[Collective]]:
+        """All calls by phase, where each micro-batch counts so many times."""
+        return {
+            phase: [
+                call for calls, count in zip(self._calls, times, strict=True) for call in calls[phase] * count
+            ]
+            for phase in ("forward", "backward")
+        }
 
 
-def micro_batch(config: RunConfig, world: World) -> MicroBatch:
-    """This rank's tokens of some rows."""
+def zeros(config: RunConfig, world: World, micro_batches: int) -> Batch:
+    """Rows of this rank for so many micro-batches."""
     _, micro = config.rank_rows(world.axes.batch.size)
-    numbers = torch.zeros(micro, config.data.sequence_length, dtype=torch.long)
-    batch = Batch(*[numbers] * len(Batch._fields))
-    return cut_rows(batch, world.axes.cp, uniform=0.5, mtp_depth=config.model.mtp.depth)
-
-
-def update(state: TrainState, config: RunConfig, world: World, losses: Losses) -> None:
-    """The end of a step. Mutates the state."""
-    total = summed_over_ranks(losses, world)
-    state.built.sum_shared_gradients(world.axes)
-    norm = gradient_norm(state.built, world)
-    clip_gradients(state.built, norm, config.optim.clip_norm)
-    state.optimizer.step()
-    state.built.update_expert_biases(total.load)
+    numbers = torch.zeros(micro_batches * micro, config.data.sequence_length, dtype=torch.long)
+    return Batch(*[numbers] * len(Batch._fields))
 
 
 def summary(

@@ -69,17 +69,25 @@ class TrainState:
 
         Gives the norm before, and whether the step was taken. Gradients are gone. Mutates the weights.
         """
-        self.built.sum_shared_gradients(world.axes)
-        norm = gradient_norm(self.built, world)
+        norm = self.reduce_gradients(world)
         # The step waits for the device here: whether to update must be known.
         norm_value = float(norm)
         is_taken = math.isfinite(loss) and math.isfinite(norm_value)
         if is_taken:
-            self.set_lr(lr)
-            clip_gradients(self.built, norm, limit)
-            self.optimizer.step()
+            self.apply(norm, lr, limit)
         self.optimizer.zero_grad()
         return norm_value, is_taken
+
+    def reduce_gradients(self, world: World) -> torch.Tensor:
+        """The global norm of the gradients, in float64, once ranks that share parameters have their sum."""
+        self.built.sum_shared_gradients(world.axes)
+        return gradient_norm(self.built, world)
+
+    def apply(self, norm: torch.Tensor, lr: float, limit: float) -> None:
+        """Clips gradients of norm `norm` at `limit` and steps. Mutates gradients and weights."""
+        self.set_lr(lr)
+        clip_gradients(self.built, norm, limit)
+        self.optimizer.step()
 
     def set_lr(self, lr: float) -> None:
         """Gives every group of the optimizer its learning rate. Mutates the groups."""

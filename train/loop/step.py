@@ -11,7 +11,7 @@ from kernels.cross_entropy import IGNORED
 from model.language_model import Losses
 from parallel.context.sharding import cut_rows
 from parallel.mesh.world import World
-from parallel.micro_batches import Denominators
+from parallel.micro_batches import Denominators, MicroBatch
 from train.config.run_config import RunConfig
 from train.loop.state import TrainState
 
@@ -37,24 +37,13 @@ class StepResult(NamedTuple):
 
 def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World) -> StepResult:
     """Runs the step on this rank's rows of the global batch. Mutates the state."""
-    # Denominators are global and known before backward, so that gradients are plain sums over ranks.
-    axes = world.axes
-    copies = axes.pp.size * axes.sequence.size
-    targets = world.sum((batch.targets != IGNORED).sum().to(world.device)) // copies
-    batch = to_device(batch, world.device)
-    tokens = config.train.global_batch * batch.tokens.shape[1]
-    _, micro = config.rank_rows(axes.batch.size)
-    options = {"uniform": step_uniform(config.train.seed, state.step), "mtp_depth": config.model.mtp.depth}
-    batches = [
-        cut_rows(Batch(*(part[start : start + micro] for part in batch)), axes.cp, **options)
-        for start in range(0, batch.tokens.shape[0], micro)
-    ]
-    total = state.built.runner.step(batches, Denominators(targets, tokens))
-    total = summed_over_ranks(total, world)
-    cross_entropy = total.cross_entropy / targets.clamp(min=1)
+    batches, denominators = split_batch(batch, config, world, state.step)
+    losses = state.built.runner.step(batches, denominators)
+    total = summed_over_ranks(losses, world)
+    targets, tokens = denominators
+    loss, count = float(total.cross_entropy / targets.clamp(min=1)), int(targets)
 
     lr = config.optim.lr * config.schedule.factor(state.step, config.train.steps)
-    loss, count = float(cross_entropy), int(targets)
     norm, is_taken = state.update(loss, lr, config.optim.clip_norm, world)
     if is_taken:
         state.built.update_expert_biases(total.load)
@@ -76,6 +65,24 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World)
         entropy=(total.entropy / tokens).cpu(),
         is_skipped=not is_taken,
     )
+
+
+def split_batch(
+    batch: Batch, config: RunConfig, world: World, step: int
+) -> tuple[list[MicroBatch], Denominators]:
+    """This rank's micro-batches of its rows, and what the losses of the global batch are divided by."""
+    # Denominators are global and known before backward, so that gradients are plain sums over ranks.
+    axes = world.axes
+    copies = axes.pp.size * axes.sequence.size
+    targets = world.sum((batch.targets != IGNORED).sum().to(world.device)) // copies
+    batch = to_device(batch, world.device)
+    _, micro = config.rank_rows(axes.batch.size)
+    options = {"uniform": step_uniform(config.train.seed, step), "mtp_depth": config.model.mtp.depth}
+    batches = [
+        cut_rows(Batch(*(part[start : start + micro] for part in batch)), axes.cp, **options)
+        for start in range(0, batch.tokens.shape[0], micro)
+    ]
+    return batches, Denominators(targets, config.train.global_batch * batch.tokens.shape[1])
 
 
 def summed_over_ranks(losses: Losses, world: World) -> Losses:
