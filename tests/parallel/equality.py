@@ -22,7 +22,8 @@ from tests.parallel.layouts import EVEN, value_of
 from tests.train.runs import overrides_of
 from train.config.load import load_config
 from train.config.run_config import RunConfig
-from train.loop.run import build_state, digest_samples, open_data
+from train.loop.metrics import digest_samples
+from train.loop.run import build_state, open_data
 from train.loop.state import TrainState
 from train.loop.step import train_step
 from train.loop.zero import ZeroState

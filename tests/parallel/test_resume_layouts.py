@@ -15,7 +15,8 @@ from tests.train.runs import forget
 from tests.worlds import run_world
 from train.checkpoint.store import CheckpointStore
 from train.config.run_config import RunConfig
-from train.loop.run import build_state, digest_samples, open_data, resume, save
+from train.loop.metrics import digest_samples
+from train.loop.run import build_state, open_data, resume, save
 from train.loop.step import train_step
 
 # Each takes the run on from the one before: every axis comes and goes.

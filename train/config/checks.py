@@ -69,6 +69,11 @@ def draft_violations(config: "RunDraft | RunConfig", world_size: int) -> list[Vi
     ranks, left = divmod(world_size, others)
     if ranks and not left:
         found += _batch_violations(config, ranks)
+    absent = [rank for rank in config.train.profile.ranks if rank >= world_size]
+    if absent:
+        found.append(
+            Violation("train.profile.ranks", f"found {absent[0]} of {world_size} ranks; leave it out")
+        )
     if config.data.tokenizer.vocab_size > config.model.vocab_size:
         message = (
             f"{config.model.vocab_size} rows cannot hold the {config.data.tokenizer.vocab_size} pieces of "

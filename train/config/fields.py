@@ -1,6 +1,6 @@
 """The fields of a run that need no torch to be checked, so that a mistyped key comes back at once."""
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -26,10 +26,18 @@ Dtype = Literal["float64", "float32", "bfloat16"]
 KernelBackend = Literal["auto", "triton", "reference"]
 
 
-class PlaceConfig(Config):
+class RunDirConfig(Config):
     """Where a run writes."""
 
     dir: str = Field(min_length=1)
+
+
+class ProfileConfig(Config):
+    """Which steps the profiler records."""
+
+    first_step: int | None = Field(ge=1)
+    steps: int = Field(ge=1)
+    ranks: list[Annotated[int, Field(ge=0)]]
 
 
 class TrainConfig(Config):
@@ -45,6 +53,8 @@ class TrainConfig(Config):
     max_skipped: int = Field(ge=0)
     start: str | None = Field(min_length=1)
     fresh: list[str]
+    gc_every: int | None = Field(ge=1)
+    profile: ProfileConfig
 
 
 class SampleConfig(Config):
@@ -123,7 +133,7 @@ class RehearseConfig(Config):
 class RunFields(Config):
     """All of a run but its model."""
 
-    run: PlaceConfig
+    run: RunDirConfig
     train: TrainConfig
     sample: SampleConfig
     data: DataConfig

@@ -28,6 +28,8 @@ CHANGEABLE_KEYS = (
         "train.evaluate_rows",
         "train.final_rows",
         "train.max_skipped",
+        "train.gc_every",
+        "train.profile",
     ),
     "data.verify",
 )

@@ -2,15 +2,14 @@
 
 import json
 import uuid
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
-import xxhash
 
 from conf.errors import ConfigError, NumericsError, Violation, as_storage_error
-from data.loader import Batch, Loader
+from data.loader import Loader
 from parallel.apply import StepShape, build_parallel
 from parallel.block.compile import describe as describe_compiled
 from parallel.mesh.world import World, open_world
@@ -21,10 +20,11 @@ from train.config.environment import Environment, prepare_deepspeed
 from train.config.run_config import RunConfig, differences
 from train.config.show import show_config
 from train.eval.heldout import evaluate
+from train.loop.hooks import GarbageCollection, Profiler, StepHook
 from train.loop.initial_weights import start_from
 from train.loop.interrupt import PREEMPT, REQUEUE, Interrupt
 from train.loop.kernel_check import prepare_kernels
-from train.loop.measure import Meter
+from train.loop.metrics import Metrics
 from train.loop.report import finish
 from train.loop.state import TrainState
 from train.loop.step import StepResult, train_step
@@ -84,52 +84,72 @@ def run_in_world(config: RunConfig, world: World, interrupt: Interrupt) -> None:
     run_id = read_run_id(directory) if world.rank == 0 else ""
     tracker = Tracker(config.track, directory, run_id, config.model_dump(), world.rank, config.train.steps)
     is_well = False
+    hooks: list[StepHook] = []
     try:
         tracker.resume(state.step)
-        is_done = train(state, loader, store, tracker, interrupt, config, world)
+        hooks += hooks_of(config, tracker, world)
+        is_done = train(state, loader, store, hooks, interrupt, config, world)
         if is_done:
             finish(state, loader, tracker, config, world)
         is_well = True
     finally:
+        for hook in hooks:
+            hook.close()
         tracker.close(is_failed=not is_well)
+
+
+def hooks_of(config: RunConfig, tracker: Tracker, world: World) -> list[StepHook]:
+    """What runs beside the steps, in the order in which it is called."""
+    options, hooks = config.train, list[StepHook]()
+    if options.gc_every is not None:
+        hooks.append(GarbageCollection(options.gc_every))
+    if options.profile.first_step is not None and world.rank in options.profile.ranks:
+        hooks.append(Profiler(options.profile, Path(config.run.dir), world.rank))
+    # Last, so that what the others take after a step is in its time.
+    return [*hooks, Metrics(config, tracker, world)]
 
 
 def train(
     state: TrainState,
     loader: Loader,
     store: CheckpointStore,
-    tracker: Tracker,
+    hooks: Sequence[StepHook],
     interrupt: Interrupt,
     config: RunConfig,
     world: World,
 ) -> bool:
     """The loop. True when the last step is done, False when a request to stop came first."""
     directory = Path(config.run.dir)
-    meter = Meter(config, world.device, world.size)
     rows, micro = config.rank_rows(world.axes.batch.size)
     first = world.axes.batch.rank * rows
-    mtp_depth = config.model.mtp.depth
     upcoming = loader.prefetch(state.cursor + first, rows)
     while state.step < config.train.steps:
-        meter.start_step()
+        for hook in hooks:
+            hook.before_data(state)
         batch = upcoming.result()
         # Read while this step computes.
         upcoming = loader.prefetch(state.cursor + config.train.global_batch + first, rows)
-        meter.end_data()
-        samples = digest_samples(batch, world)
+        for hook in hooks:
+            hook.before_step(state, batch)
         result = train_step(state, batch, config, world)
-        tracker.log(state.step, step_metrics(state, result, meter, samples, has_mtp=mtp_depth > 0))
+        for hook in hooks:
+            hook.after_step(state, result)
         check_numerics(state, result, config)
 
         is_last = state.step == config.train.steps
         has_held_out = loader.held_out_rows > 0
         if has_held_out and state.step % config.train.evaluate_every == 0 and not is_last:
-            windows, runner = config.train.evaluate_rows, state.built.runner
-            held_out = evaluate(runner, loader, world, rows=windows, micro_batch=micro, mtp_depth=mtp_depth)
-            tracker.log_evaluation(state.step, held_out._asdict())
+            options = {"rows": config.train.evaluate_rows, "micro_batch": micro}
+            held_out = evaluate(
+                state.built.runner, loader, world, **options, mtp_depth=config.model.mtp.depth
+            )
+            for hook in hooks:
+                hook.after_evaluation(state, held_out)
         must_stop = is_requested(interrupt, world) and not is_last
         if is_last or must_stop or state.step % config.checkpoint.every == 0:
             save(state, store, loader, world)
+            for hook in hooks:
+                hook.after_save(state)
         if must_stop:
             if world.rank == 0:
                 write_atomically(directory / REQUEUE, f"stopped at step {state.step}\n".encode())
@@ -229,14 +249,6 @@ def resume(state: TrainState, store: CheckpointStore, loader: Loader, world: Wor
     return True
 
 
-def digest_samples(batch: Batch, world: World) -> str:
-    """A digest of the sample ids of the global batch, as every rank really drew them."""
-    # Ranks of one row, and stages of one pipeline, have the same rows.
-    ids = world.gather(batch.sample_ids.to(world.device))
-    ids = ids[: world.size // world.axes.pp.size : world.axes.sequence.size].cpu()
-    return xxhash.xxh3_64_hexdigest(ids.numpy().tobytes())
-
-
 def is_requested(interrupt: Interrupt, world: World) -> bool:
     """Whether any rank was asked to stop; all ranks agree."""
     flag = torch.tensor(float(interrupt.is_requested), device=world.device)
@@ -252,33 +264,3 @@ def check_numerics(state: TrainState, result: StepResult, config: RunConfig) -> 
             f"steps in a row (sequences {first} to {state.cursor - 1}); weights are those before; lower "
             f"optim.lr, or raise train.max_skipped above {config.train.max_skipped}"
         )
-
-
-def step_metrics(
-    state: TrainState, result: StepResult, meter: Meter, samples: str, *, has_mtp: bool
-) -> dict[str, Any]:
-    """One line of metrics.jsonl, and the panels made from it."""
-    seconds = meter.end_step()
-    metrics: dict[str, Any] = {
-        "step": state.step,
-        "loss": result.loss,
-        "grad_norm": result.grad_norm,
-        "lr": result.lr,
-        "tokens": state.tokens,
-        "seconds": seconds,
-        "samples": samples,
-        "loss/cross_entropy": result.loss,
-        **{f"loss/{name}": value for name, value in result.auxiliary.items()},
-        "optimizer/grad_norm": result.grad_norm,
-        "optimizer/lr": result.lr,
-        "optimizer/skipped": int(result.is_skipped),
-        "data/tokens": state.tokens,
-        "data/sequences": state.cursor,
-    }
-    if has_mtp:
-        metrics["loss/mtp"] = result.mtp
-    for layer, (load, entropy) in enumerate(zip(result.load, result.entropy, strict=True)):
-        metrics[f"router/max_violation_{layer}"] = float(load.max() / load.mean() - 1)
-        metrics[f"router/idle_experts_{layer}"] = int((load == 0).sum())
-        metrics[f"router/entropy_{layer}"] = float(entropy)
-    return metrics | meter.readings(result.targets, seconds)
