@@ -23,7 +23,7 @@ from kernels.linear_attention.triton_chunks import (
 
 
 @triton.jit
-def linear_attention_prepare_channel(
+def linear_attention_intra_chunk_channel(
     q,
     k,
     log_decay,
@@ -33,7 +33,7 @@ def linear_attention_prepare_channel(
     inverse,
     q_decayed,
     k_decayed,
-    keys,
+    k_ut,
     kept,
     tokens,
     chunks,
@@ -56,7 +56,7 @@ def linear_attention_prepare_channel(
     IS_SOLVED: tl.constexpr,
     IS_KEPT: tl.constexpr,
 ):
-    """All that `linear_attention_prepare_head` finds, and queries and keys decayed from the chunk's start."""
+    """All that `linear_attention_intra_chunk_head` finds, and q and k decayed from the chunk's start."""
     head, n = tl.program_id(0) % heads, (tl.program_id(0) // heads) % chunks
     row = (tl.program_id(0) // heads // chunks).to(tl.int64)
     start, count = row * tokens + n * CHUNK, tl.minimum(tokens - n * CHUNK, CHUNK)
@@ -124,7 +124,7 @@ def linear_attention_prepare_channel(
         if IS_DELTA:
             tl.store(k_decayed + out_offs, (key * into).to(k_decayed.dtype.element_ty), mask=is_key)
             written = tl.dot(tl.trans(solved), written, input_precision="tf32x3")
-        tl.store(keys + out_offs, written.to(keys.dtype.element_ty), mask=is_key)
+        tl.store(k_ut + out_offs, written.to(k_ut.dtype.element_ty), mask=is_key)
         whole = tl.sum(tl.where(t[:, None] == CHUNK - 1, into, 0.0), axis=0)
         chunk = (row * chunks + n) * heads + head
         tl.store(kept + chunk * K + at + i, whole, mask=at + i < K)

@@ -1,11 +1,12 @@
-"""What is local to a chunk when a head decays by one factor, in Triton: before the walk and after it.
+"""What is local to a chunk when a head decays by one factor, in Triton.
 
 Letters: B rows, T tokens, N chunks, C chunk, G key heads, H value heads, K key dim, V value dim.
-D is the decay between tokens of a chunk, f that of the entering state until a token, e that of a write until
-the chunk's end. With A = beta D k k^T below the diagonal, the delta rule solves (I + A) u = x for what is
-written, so with L = (I + A)^-1
+D is the decay between tokens of a chunk, f that of the entering state until a token (decay_from_start), e
+that of a write until the chunk's end (decay_to_end). With A = beta D k k^T below the diagonal, the delta rule
+solves (I + A) u = x for what is written: the UT transform of DeltaNet, arXiv 2406.06484, with the decays of
+arXiv 2412.06464. With L = (I + A)^-1 moved to the other side of each product
 
-    scores = (D q k^T) L      keys = L^T (e k)
+    scores = (D q k^T) L      k_ut = L^T (e k)
 
 and without the delta rule L is I.
 """
@@ -22,7 +23,7 @@ from kernels.linear_attention.triton_chunks import (
 
 
 @triton.jit
-def linear_attention_prepare_head(
+def linear_attention_intra_chunk_head(
     q,
     k,
     log_decay,
@@ -30,9 +31,9 @@ def linear_attention_prepare_head(
     document,
     scores,
     inverse,
-    keys,
-    from_start,
-    to_end,
+    k_ut,
+    decay_from_start,
+    decay_to_end,
     tokens,
     chunks,
     heads,
@@ -55,7 +56,7 @@ def linear_attention_prepare_head(
     IS_SOLVED: tl.constexpr,
     IS_KEPT: tl.constexpr,
 ):
-    """Scores, decays to the chunk's ends, inverse (if IS_KEPT) and keys; with IS_SOLVED only the keys."""
+    """Scores, decays to the chunk's ends, inverse (if IS_KEPT) and k_ut; with IS_SOLVED only k_ut."""
     head, n = tl.program_id(0) % heads, (tl.program_id(0) // heads) % chunks
     row = (tl.program_id(0) // heads // chunks).to(tl.int64)
     start, count = row * tokens + n * CHUNK, tokens - n * CHUNK
@@ -96,13 +97,13 @@ def linear_attention_prepare_head(
         if IS_DELTA:
             score = tl.dot(score, solved, input_precision="tf32x3")
         whole = tl.where(is_carried, tl.exp(running.to(tl.float32)), 0.0)
-        tl.store(from_start + own + t * heads, whole, mask=is_in)
+        tl.store(decay_from_start + own + t * heads, whole, mask=is_in)
         total = tl.sum(tl.where(t == CHUNK - 1, running, 0.0), axis=0)
         until = tl.where(is_lasting, tl.exp((total - running).to(tl.float32)), 0.0)
-        tl.store(to_end + own + t * heads, until, mask=is_in)
+        tl.store(decay_to_end + own + t * heads, until, mask=is_in)
         tl.store(scores + square, score.to(scores.dtype.element_ty), mask=is_in[:, None])
     else:
-        until = tl.load(to_end + own + t * heads, mask=is_in, other=0.0)
+        until = tl.load(decay_to_end + own + t * heads, mask=is_in, other=0.0)
         solved = tl.load(inverse + square, mask=is_in[:, None], other=0.0).to(tl.float32)
     if IS_DELTA:
         turned = tl.trans(solved)
@@ -111,7 +112,7 @@ def linear_attention_prepare_head(
             key = tl.load(k_base + at + k_place, mask=is_key, other=0.0).to(tl.float32) * until[:, None]
             found = tl.dot(turned, key, input_precision="tf32x3")
             key_at = own * K + at + t[:, None] * (heads * K) + i[None, :]
-            tl.store(keys + key_at, found.to(keys.dtype.element_ty), mask=is_key)
+            tl.store(k_ut + key_at, found.to(k_ut.dtype.element_ty), mask=is_key)
 
 
 @triton.jit
@@ -123,8 +124,8 @@ def linear_attention_backward_head(
     beta,
     document,
     inverse,
-    from_start,
-    to_end,
+    decay_from_start,
+    decay_to_end,
     states,
     grad_out,
     grad_x,
@@ -224,8 +225,8 @@ def linear_attention_backward_head(
             # one over all j would leave the rounding of pairs that the gate is not between.
             found = tl.where(is_before, tl.cumsum(pairs, axis=0, reverse=True), 0.0)
             grad += tl.sum(found, axis=1)
-    into = tl.load(from_start + own + t * heads, mask=is_in, other=0.0)
-    until = tl.load(to_end + own + t * heads, mask=is_in, other=0.0)
+    into = tl.load(decay_from_start + own + t * heads, mask=is_in, other=0.0)
+    until = tl.load(decay_to_end + own + t * heads, mask=is_in, other=0.0)
     from_there, to_there = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32)
     ends = tl.zeros([1], tl.float32)
     narrow = d_scores.to(q.dtype.element_ty)

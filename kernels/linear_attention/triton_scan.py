@@ -1,14 +1,15 @@
-"""The walk through the chunks in Triton, forwards and backwards, with the state in registers.
+"""Inter-chunk: the recurrence over chunks in Triton, forwards and backwards, with the state in registers.
 
 Letters: B rows, T tokens, N chunks, C chunk, G key heads, H value heads, K key dim, V value dim.
-With q' and k' decayed from the chunk's start, x the values or, with the delta rule, beta (v - k' S):
+With q' and k' decayed from the chunk's start, x the values or, with the delta rule, beta v_error, where
+v_error is v - k' S; h0 and ht are the initial and the final state:
 
-    o = q' S + scores x      S <- kept S + keys^T x
+    o = q' S + scores x      S <- kept S + k_ut^T x
 
 One program takes one head of one row and a block of values; chunks follow each other in it. Backwards, with
 g the gradient of the outputs and D that of the state:
 
-    d x = scores^T g + keys D      D <- kept D + q'^T g - k'^T beta d x
+    d x = scores^T g + k_ut D      D <- kept D + q'^T g - k'^T beta d x
 """
 
 import triton
@@ -16,21 +17,21 @@ import triton.language as tl
 
 
 @triton.jit
-def walk_forwards(
+def inter_chunk_forward(
     q,
     k,
     v,
-    keys,
+    k_ut,
     scores,
-    from_start,
-    to_end,
+    decay_from_start,
+    decay_to_end,
     kept,
     beta,
-    state,
+    h0,
     out,
-    end,
+    ht,
     states,
-    rest,
+    v_error,
     tokens,
     heads,
     repeat,
@@ -65,7 +66,7 @@ def walk_forwards(
     first, chunks = row * tokens, tl.cdiv(tokens, CHUNK)
     wide = row_head.to(tl.int64) * (K * V)
     if HAS_STATE:
-        s = tl.load(state + wide + state_offs, mask=is_state, other=0.0)
+        s = tl.load(h0 + wide + state_offs, mask=is_state, other=0.0)
     else:
         s = tl.zeros([KEYS, VALUES], tl.float32)
     for n in tl.range(0, chunks, num_stages=STAGES):
@@ -78,7 +79,7 @@ def walk_forwards(
         v_place = start * v_token + head * v_head + t[:, None] * v_token + c[None, :]
         values = tl.load(v + v_place, mask=is_values, other=0.0)
         if not IS_CHANNEL:
-            into = tl.load(from_start + own + t * heads, mask=is_in, other=0.0)
+            into = tl.load(decay_from_start + own + t * heads, mask=is_in, other=0.0)
         if not IS_OUTPUT:
             tl.store(states + chunk * (K * V) + state_offs, s.to(states.dtype.element_ty), mask=is_state)
         if IS_DELTA:
@@ -92,7 +93,7 @@ def walk_forwards(
             left = values.to(tl.float32) - recalled
             if not IS_OUTPUT:
                 r_place = own * V + t[:, None] * (heads * V) + c[None, :]
-                tl.store(rest + r_place, left.to(rest.dtype.element_ty), mask=is_values)
+                tl.store(v_error + r_place, left.to(v_error.dtype.element_ty), mask=is_values)
             rate = tl.load(
                 beta + start * beta_token + head * beta_head + t * beta_token, mask=is_in, other=0.0
             )
@@ -113,36 +114,36 @@ def walk_forwards(
             o_place = own * V + t[:, None] * (heads * V) + c[None, :]
             tl.store(out + o_place, o.to(out.dtype.element_ty), mask=is_values)
         if IS_CHANNEL or IS_DELTA:
-            written = tl.load(keys + key, mask=is_keys, other=0.0)
+            written = tl.load(k_ut + key, mask=is_keys, other=0.0)
         else:
             k_place = start * k_token + (head // repeat) * k_head + t[:, None] * k_token + i[None, :]
             written = tl.load(k + k_place, mask=is_keys, other=0.0)
-            left = tl.load(to_end + own + t * heads, mask=is_in, other=0.0)
+            left = tl.load(decay_to_end + own + t * heads, mask=is_in, other=0.0)
             x = (x.to(tl.float32) * left[:, None]).to(values.dtype)
         if IS_CHANNEL:
             s *= tl.load(kept + chunk * K + i, mask=is_key, other=0.0)[:, None]
         else:
-            s *= tl.load(from_start + own + (tl.minimum(count, CHUNK) - 1) * heads)
+            s *= tl.load(decay_from_start + own + (tl.minimum(count, CHUNK) - 1) * heads)
         s = tl.dot(tl.trans(written), x, s, input_precision="tf32x3")
     if IS_OUTPUT:
-        tl.store(end + wide + state_offs, s, mask=is_state)
+        tl.store(ht + wide + state_offs, s, mask=is_state)
 
 
 @triton.jit
-def walk_backwards(
+def inter_chunk_backward(
     q,
     k,
-    keys,
+    k_ut,
     scores,
-    from_start,
-    to_end,
+    decay_from_start,
+    decay_to_end,
     kept,
     beta,
     grad_out,
-    grad_end,
+    dht,
     grad_x,
     grad_states,
-    grad_state,
+    dh0,
     tokens,
     heads,
     repeat,
@@ -175,7 +176,7 @@ def walk_backwards(
     first, chunks = row * tokens, tl.cdiv(tokens, CHUNK)
     wide = row_head.to(tl.int64) * (K * V)
     if HAS_END:
-        d = tl.load(grad_end + wide + state_offs, mask=is_state, other=0.0)
+        d = tl.load(dht + wide + state_offs, mask=is_state, other=0.0)
     else:
         d = tl.zeros([KEYS, VALUES], tl.float32)
     for step in tl.range(0, chunks, num_stages=STAGES):
@@ -196,14 +197,14 @@ def walk_backwards(
         else:
             k_place = start * k_token + (head // repeat) * k_head + t[:, None] * k_token + i[None, :]
             q_place = start * q_token + (head // repeat) * q_head + t[:, None] * q_token + i[None, :]
-            into = tl.load(from_start + own + t * heads, mask=is_in, other=0.0)
+            into = tl.load(decay_from_start + own + t * heads, mask=is_in, other=0.0)
         if IS_CHANNEL or IS_DELTA:
-            written = tl.load(keys + key, mask=is_keys, other=0.0)
+            written = tl.load(k_ut + key, mask=is_keys, other=0.0)
         else:
             written = tl.load(k + k_place, mask=is_keys, other=0.0)
         dx = tl.dot(written, narrow, input_precision="tf32x3")
         if not (IS_CHANNEL or IS_DELTA):
-            dx *= tl.load(to_end + own + t * heads, mask=is_in, other=0.0)[:, None]
+            dx *= tl.load(decay_to_end + own + t * heads, mask=is_in, other=0.0)[:, None]
         s_place = own * CHUNK + t[:, None] * (heads * CHUNK) + tl.arange(0, CHUNK)[None, :]
         score = tl.load(scores + s_place, mask=is_in[:, None], other=0.0)
         dx = tl.dot(tl.trans(score), g, dx, input_precision="tf32x3")
@@ -211,7 +212,7 @@ def walk_backwards(
         if IS_CHANNEL:
             d *= tl.load(kept + chunk * K + i, mask=is_key, other=0.0)[:, None]
         else:
-            d *= tl.load(from_start + own + (tl.minimum(count, CHUNK) - 1) * heads)
+            d *= tl.load(decay_from_start + own + (tl.minimum(count, CHUNK) - 1) * heads)
             g = (g.to(tl.float32) * into[:, None]).to(g.dtype)
         read = tl.load(q + q_place, mask=is_keys, other=0.0)
         d = tl.dot(tl.trans(read), g, d, input_precision="tf32x3")
@@ -225,7 +226,7 @@ def walk_backwards(
             erased = tl.load(k + k_place, mask=is_keys, other=0.0)
             d = tl.dot(tl.trans(erased), (dx * -rate[:, None]).to(g.dtype), d, input_precision="tf32x3")
     if HAS_STATE:
-        tl.store(grad_state + wide + state_offs, d, mask=is_state)
+        tl.store(dh0 + wide + state_offs, d, mask=is_state)
 
 
 @triton.jit
@@ -233,15 +234,15 @@ def linear_attention_forward(
     q,
     k,
     v,
-    keys,
+    k_ut,
     scores,
-    from_start,
-    to_end,
+    decay_from_start,
+    decay_to_end,
     kept,
     beta,
-    state,
+    h0,
     out,
-    end,
+    ht,
     tokens,
     heads,
     repeat,
@@ -264,19 +265,19 @@ def linear_attention_forward(
     STAGES: tl.constexpr,
 ):
     """Outputs and the final state of a block of values of one head."""
-    walk_forwards(
+    inter_chunk_forward(
         q,
         k,
         v,
-        keys,
+        k_ut,
         scores,
-        from_start,
-        to_end,
+        decay_from_start,
+        decay_to_end,
         kept,
         beta,
-        state,
+        h0,
         out,
-        end,
+        ht,
         out,
         out,
         tokens,
@@ -310,20 +311,20 @@ def linear_attention_backward_scan(
     q,
     k,
     v,
-    keys,
+    k_ut,
     scores,
-    from_start,
-    to_end,
+    decay_from_start,
+    decay_to_end,
     kept,
     beta,
-    state,
+    h0,
     states,
-    rest,
+    v_error,
     grad_out,
-    grad_end,
+    dht,
     grad_x,
     grad_states,
-    grad_state,
+    dh0,
     tokens,
     heads,
     repeat,
@@ -349,20 +350,20 @@ def linear_attention_backward_scan(
 ):
     """Half of the programs find the states anew, the other half their gradients; neither needs the other."""
     if tl.program_id(0) % 2 == 0:
-        walk_backwards(
+        inter_chunk_backward(
             q,
             k,
-            keys,
+            k_ut,
             scores,
-            from_start,
-            to_end,
+            decay_from_start,
+            decay_to_end,
             kept,
             beta,
             grad_out,
-            grad_end,
+            dht,
             grad_x,
             grad_states,
-            grad_state,
+            dh0,
             tokens,
             heads,
             repeat,
@@ -386,21 +387,21 @@ def linear_attention_backward_scan(
             STAGES,
         )
     else:
-        walk_forwards(
+        inter_chunk_forward(
             q,
             k,
             v,
-            keys,
+            k_ut,
             scores,
-            from_start,
-            to_end,
+            decay_from_start,
+            decay_to_end,
             kept,
             beta,
-            state,
+            h0,
             v,
             v,
             states,
-            rest,
+            v_error,
             tokens,
             heads,
             repeat,
