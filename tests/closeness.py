@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from kernels.spec import KernelCase, exact_results
+from kernels.spec import KernelCase, exact_results, relative_errors
 from kernels.spec import outputs_and_grads as case_outputs
 
 # What float64 leaves of the same equations in another order; rounding alone is some 1e-15.
@@ -149,6 +149,19 @@ def assert_case(case: KernelCase, found: Mapping[str, Tensor] | None = None) -> 
         return [true[name] for name in names]
 
     assert_rounded([found[name] for name in names], truth, list(case.inputs.values()), names=names)
+
+
+def assert_kernel(case: KernelCase, limit: float = 1e-5) -> None:
+    """The kernel is within `limit` of its reference in float64, each result relative to its length.
+
+    In float32 a result may be farther off where rounding takes it there, as `rounding` says.
+    """
+    found = relative_errors(case)
+    assert len(found) > 0
+    if not all(error <= limit for error in found.values()):
+        is_float32 = all(x.dtype == torch.float32 for x in case.inputs.values() if x.is_floating_point())
+        assert is_float32, found
+        assert_case(case)
 
 
 def rounding(

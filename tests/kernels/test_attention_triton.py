@@ -23,7 +23,7 @@ from kernels.attention.spec import SMALL, SMALL_SPLIT
 from kernels.attention.triton import Interval, Spec, attention_triton, interval_attention
 from kernels.choose import use_backends
 from kernels.spec import KernelCase, input_factory, relative_errors
-from tests.closeness import assert_case, relative
+from tests.closeness import assert_case, assert_kernel, relative
 
 pytestmark = pytest.mark.interpreted
 
@@ -68,7 +68,7 @@ def assert_true(found: dict[str, float], limit: float = 1e-5) -> None:
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 31, 32, 33])
 @pytest.mark.parametrize("pattern", [FULL, Pattern(16), Pattern(17)], ids=str)
 def test_around_the_edges_of_tiles(tokens: int, pattern: Pattern) -> None:
-    assert_true(relative_errors(case_of(drawn(tokens, 1, 1), scale=0.25, pattern=pattern)))
+    assert_kernel(case_of(drawn(tokens, 1, 1), scale=0.25, pattern=pattern))
 
 
 @settings(max_examples=12)
@@ -93,7 +93,7 @@ def test_any_mask_shape_and_option(
     document, position = draw.documents(2, tokens, mean) if mean else (None, None)
     tiles = SMALL_SPLIT if seed % 2 else SMALL
     options = {"pattern": pattern, "logit_cap": logit_cap, "document": document, "position": position}
-    assert_true(relative_errors(case_of(inputs, tiles, scale=dims[0] ** -0.5, **options)), LIMITS[dtype])
+    assert_kernel(case_of(inputs, tiles, scale=dims[0] ** -0.5, **options), LIMITS[dtype])
 
 
 def test_parts_of_one_projection_and_any_other_strides() -> None:
@@ -172,7 +172,7 @@ def test_packed_documents_equal_separate_ones(pattern: Pattern) -> None:
 def test_documents_of_any_lengths(lengths: tuple[int, ...], pattern: Pattern) -> None:
     document, position = documents_of(lengths)
     options = {"pattern": pattern, "document": document * 7 - 3, "position": position.int()}
-    assert_true(relative_errors(case_of(drawn(sum(lengths), 4, 2), scale=0.3, **options)))
+    assert_kernel(case_of(drawn(sum(lengths), 4, 2), scale=0.3, **options))
 
 
 def test_far_sinks_take_all_or_nothing() -> None:
@@ -213,7 +213,7 @@ def test_each_output_alone_gives_gradients(index: int) -> None:
     def only(form: Callable[..., Any]) -> Callable[..., Any]:
         return lambda **inputs: (form(**inputs)[index] + 0 * sum(x.sum() for x in inputs.values()),)
 
-    assert_true(relative_errors(both._replace(triton=only(both.triton), reference=only(both.reference))))
+    assert_kernel(both._replace(triton=only(both.triton), reference=only(both.reference)))
 
 
 def test_rows_that_see_no_key() -> None:
@@ -310,6 +310,6 @@ DEFECTS = [
 @pytest.mark.parametrize(("module", "name", "defect", "options", "where"), DEFECTS)
 def test_a_defect_in_a_kernel_is_seen(module, name, defect, options, where, monkeypatch) -> None:
     case = case_of(drawn(40, 2, 1), scale=0.3, **options)
-    assert_true(relative_errors(case))
+    assert_kernel(case)
     monkeypatch.setattr(module, name, defect)
     assert relative_errors(case)[where] > 1e-3

@@ -21,7 +21,7 @@ from kernels.block_attention.triton_lists import lists_of, plan_of
 from kernels.choose import use_backends
 from kernels.document_windows import document_windows
 from kernels.spec import KernelCase, outputs_and_grads, relative_errors
-from tests.closeness import assert_case, relative
+from tests.closeness import assert_case, assert_kernel, relative
 
 pytestmark = pytest.mark.interpreted
 
@@ -67,8 +67,7 @@ def drawn(shape: Shape, dtype: torch.dtype = torch.float32, starts: tuple[int, .
 @pytest.mark.parametrize("dtype", LIMITS)
 @pytest.mark.parametrize("starts", [(), (1,), (3, 17), (4, 8, 12), (5, 6, 7, 8, 21)], ids=str)
 def test_documents_start_anywhere(starts: tuple[int, ...], dtype: torch.dtype) -> None:
-    found = relative_errors(drawn(SHAPE, dtype, starts))
-    assert max(found.values()) <= LIMITS[dtype], found
+    assert_kernel(drawn(SHAPE, dtype, starts), LIMITS[dtype])
 
 
 @settings(max_examples=10)
@@ -93,8 +92,7 @@ def test_every_shape_and_packing(
         tokens, key_dim, value_dim = max(tokens, 8), max(key_dim, 16), max(value_dim, 16)
     heads = 2 * group
     shape = Shape(1, tokens, heads, 2, heads if per_head else 2, key_dim, value_dim, block, count)
-    found = relative_errors(drawn(shape, dtype, tuple(starts)))
-    assert max(found.values()) <= LIMITS[dtype], found
+    assert_kernel(drawn(shape, dtype, tuple(starts)), LIMITS[dtype])
 
 
 @pytest.mark.parametrize("routing", ["nothing", "the first", "the last", "one token"])
@@ -112,8 +110,7 @@ def test_any_selection_is_exact(routing: str) -> None:
         selected = torch.cat([torch.full_like(selected[..., :2], -1), selected[..., :1]], dim=-1)
     else:
         selected[:, torch.arange(SHAPE.tokens) != 20] = -1
-    found = relative_errors(case_of(SHAPE, inputs_of(SHAPE, torch.float32), position, selected))
-    assert max(found.values()) <= 1e-5, found
+    assert_kernel(case_of(SHAPE, inputs_of(SHAPE, torch.float32), position, selected))
 
 
 def test_large_scores_stay_finite() -> None:
@@ -210,8 +207,7 @@ def test_chunks_change_nothing() -> None:
     for size in (1, 1 << 12, 1 << 30):
         tiles = SMALL._replace(chunk_bytes=size)
         form = lambda q, k, v, tiles=tiles: block_attention_triton(q, k, v, **options, tiles=tiles)  # noqa: E731
-        found = relative_errors(case._replace(triton=form))
-        assert max(found.values()) <= LIMITS[torch.float32], found
+        assert_kernel(case._replace(triton=form), LIMITS[torch.float32])
 
 
 def test_lists_hold_each_choice_once_and_plans_cover_them() -> None:

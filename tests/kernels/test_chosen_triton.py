@@ -20,7 +20,7 @@ from kernels.selected_attention.shapes import Shape
 from kernels.selected_attention.spec import draw
 from kernels.selected_attention.triton import Tiles, selected_attention_triton
 from kernels.spec import KernelCase, input_factory, kernel_specs, outputs_and_grads, relative_errors
-from tests.closeness import assert_case
+from tests.closeness import assert_case, assert_kernel
 
 pytestmark = pytest.mark.interpreted
 LIMIT = 1e-5
@@ -41,7 +41,7 @@ def test_attention_to_any_selection(tokens, groups, repeat, chosen, flags, seed)
     is_shared, has_sinks = flags
     shape = Shape(1, tokens, groups * repeat, groups, 24, 16, chosen, None, is_shared, has_sinks)
     case = draw(shape, input_factory(torch.float32, seed=seed, uses_small_tiles=True))
-    assert max(relative_errors(case).values()) <= LIMIT
+    assert_kernel(case, LIMIT)
 
 
 def case_of(selection: torch.Tensor, scale: float = 0.3, sinks: torch.Tensor | None = None) -> KernelCase:
@@ -65,7 +65,7 @@ def test_nothing_chosen_is_zero_and_unseen_keys_get_no_gradient() -> None:
         unseen = [key for key in range(12) if key != 5]
         assert torch.equal(found[name][:, unseen], torch.zeros_like(found[name][:, unseen]))
         assert found[name][:, 5].abs().sum() > 0
-    assert max(relative_errors(case_of(selection)).values()) <= LIMIT
+    assert_kernel(case_of(selection), LIMIT)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 3.0])
@@ -132,7 +132,7 @@ DEFECTS = [
 def test_a_defect_in_a_kernel_is_seen(module, name, defect, spec, shape_index, monkeypatch) -> None:
     found = next(s for s in kernel_specs(spec.split(".")[0]) if s.name == spec)
     case = found.draw(found.shapes[shape_index], input_factory(torch.float32, uses_small_tiles=True))
-    assert max(relative_errors(case).values()) <= LIMIT
+    assert_kernel(case, LIMIT)
     monkeypatch.setattr(module, name, triton.jit(defect))
     assert not max(relative_errors(case).values()) <= 1e-3
 
@@ -149,8 +149,8 @@ def test_the_best_of_any_scores(tokens: int, heads: int, top_k: int, pools: bool
     drawn = input_factory(torch.float32, seed=seed, uses_small_tiles=True)
     shape = IndexShape(2, tokens, heads, 4, 2, 8, top_k, pools)
     assert max(relative_errors(draw_selection(shape, drawn)).values()) == 0.0
-    assert max(relative_errors(draw_full(shape, drawn)).values()) <= LIMIT
-    assert max(relative_errors(draw_chosen(shape._replace(rows=1), drawn)).values()) <= LIMIT
+    assert_kernel(draw_full(shape, drawn), LIMIT)
+    assert_kernel(draw_chosen(shape._replace(rows=1), drawn), LIMIT)
 
 
 def test_equal_negative_infinite_and_zero_scores_go_by_index() -> None:

@@ -32,7 +32,7 @@ from kernels.compressed_attention.triton import (
 )
 from kernels.document_windows import document_windows
 from kernels.spec import input_factory, relative_errors
-from tests.closeness import relative
+from tests.closeness import assert_kernel, relative
 
 pytestmark = pytest.mark.interpreted
 
@@ -82,7 +82,7 @@ def test_what_a_query_sees_is_an_interval_of_filled_slots(tokens, shape, mean, c
 def test_any_entries_and_blocks(tokens, repeat, dims, sizes, count, mean, dtype, seed) -> None:
     shape = Shape(2, tokens, repeat, 1, *dims, *sizes, count)
     case = draw_entries(Packed(shape, mean), input_factory(dtype, seed=seed, uses_small_tiles=True))
-    assert_true(relative_errors(case), LIMITS[dtype])
+    assert_kernel(case, LIMITS[dtype])
 
 
 @settings(max_examples=6)
@@ -101,7 +101,7 @@ def test_any_window_and_entries(tokens, heads, dim, length, window, mean, dtype,
     least = 8 if dtype == torch.bfloat16 else 1
     shape = JointShape(1, max(tokens, least), heads, dim, length, window, None)
     case = draw_joint(JointPacked(shape, mean), input_factory(dtype, seed=seed, uses_small_tiles=True))
-    assert_true(relative_errors(case), LIMITS[dtype])
+    assert_kernel(case, LIMITS[dtype])
 
 
 def entry_options(position: Tensor) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def no_queries(key, first, end, tokens, window, LOW: tl.constexpr, HIGH: tl.cons
 def test_a_defect_in_a_kernel_is_seen(monkeypatch) -> None:
     inputs = JointPacked(JointShape(1, 45, 2, 16, 4, 6, None), 20.0)
     draw = lambda: draw_joint(inputs, input_factory(torch.float32, uses_small_tiles=True))  # noqa: E731
-    assert_true(relative_errors(draw()))
+    assert_kernel(draw())
     with monkeypatch.context() as patch:
         patch.setattr(triton_forward, "attention_interval", one_entry_too_many)
         assert relative_errors(draw())["out0"] > 1e-3

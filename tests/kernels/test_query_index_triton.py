@@ -28,7 +28,8 @@ from kernels.indexer.triton import Tiles as IndexTiles
 from kernels.indexer.triton import index_select_triton
 from kernels.indexer.triton_loss import index_loss_full_triton
 from kernels.query_index import at_queries
-from kernels.spec import KernelCase, input_factory, relative_errors
+from kernels.spec import KernelCase, input_factory
+from tests.closeness import assert_kernel
 
 pytestmark = pytest.mark.interpreted
 
@@ -53,12 +54,6 @@ def taken(x: Tensor, q_index: Tensor) -> Tensor:
     return x.gather(1, index)
 
 
-def assert_true(case: KernelCase) -> None:
-    found = relative_errors(case)
-    assert len(found) > 0
-    assert max(found.values()) <= 1e-5, found
-
-
 PATTERNS = (FULL, Pattern(7), Pattern(12, 4), Pattern(8, 4, 6))
 
 
@@ -79,7 +74,7 @@ def test_attention(where: str, pattern: Pattern, has_documents: bool) -> None:
     def ours(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> tuple[Tensor, ...]:
         return attention_triton(q, k, v, sinks=sinks, q_index=q_index, tiles=SMALL, **options)
 
-    assert_true(KernelCase(inputs, ours, reference))
+    assert_kernel(KernelCase(inputs, ours, reference))
 
 
 @EVERY_Q_INDEX
@@ -102,7 +97,7 @@ def test_entry_attention(where: str) -> None:
         # Blocks that go first are equals.
         return out, chosen.sort(-1).values
 
-    assert_true(KernelCase(inputs, ours, reference))
+    assert_kernel(KernelCase(inputs, ours, reference))
 
 
 @pytest.mark.parametrize("count", [None, 4])
@@ -134,7 +129,7 @@ def test_joint_attention(where: str, count: int | None) -> None:
         chosen = taken(selected, q_index)
         return joint_selected_triton(q, kv, entries, sinks, chosen, **options, **own, is_deterministic=True)
 
-    assert_true(KernelCase(inputs, ours, reference))
+    assert_kernel(KernelCase(inputs, ours, reference))
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -161,7 +156,7 @@ def test_indexer(where: str, size: int) -> None:
         chosen = choose_directly(spread(q, q_index), k, spread(weights, q_index), top_k=5, **options)
         return (taken(chosen, q_index),)
 
-    assert_true(KernelCase(inputs, ours, reference))
+    assert_kernel(KernelCase(inputs, ours, reference))
     q, k = draw.normal(2, KEYS, 4, 16).double(), draw.normal(2, KEYS, 2, 16).double()
     _, lse = attention_with_lse(q, k, k, scale=0.3, document=document)
     own_q, own_lse = (taken(x, q_index) for x in (q, lse))
@@ -185,7 +180,7 @@ def test_indexer(where: str, size: int) -> None:
         return (index_loss_full(*spreads, q, k, sums, **options),)
 
     names = list(inputs)
-    assert_true(
+    assert_kernel(
         KernelCase(
             inputs,
             lambda **x: loss(*(x[name] for name in names)),
@@ -217,7 +212,7 @@ def test_block_selection(where: str) -> None:
         tiles = SelectionTiles(16, 16, 32, 1)
         return known(*select_by_max_triton(q, k, q_index=q_index, tiles=tiles, **options))
 
-    assert_true(KernelCase(inputs, ours, reference))
+    assert_kernel(KernelCase(inputs, ours, reference))
 
 
 @pytest.mark.parametrize("selectors", [2, 4])
@@ -240,4 +235,4 @@ def test_block_attention(where: str, selectors: int) -> None:
         own = taken(selected, q_index)
         return block_attention_triton(q, k, v, own, q_index=q_index, tiles=BLOCK_TILES, **options)
 
-    assert_true(KernelCase(inputs, ours, reference))
+    assert_kernel(KernelCase(inputs, ours, reference))

@@ -23,7 +23,7 @@ from kernels.rotary.reference import rotate_direct
 from kernels.rotary.triton import rotate_triton
 from kernels.sinkhorn import triton as normalisers
 from kernels.spec import KernelCase, input_factory, kernel_specs, relative_errors
-from tests.closeness import relative
+from tests.closeness import assert_kernel, relative
 
 pytestmark = pytest.mark.interpreted
 LIMIT = 1e-5
@@ -99,7 +99,7 @@ DEFECTS = [
 @pytest.mark.parametrize(("module", "name", "defect", "spec", "index"), DEFECTS)
 def test_a_defect_in_a_kernel_is_seen(module, name, defect, spec, index, monkeypatch) -> None:
     case = case_of(spec, index)
-    assert max(relative_errors(case).values()) <= LIMIT
+    assert_kernel(case, LIMIT)
     monkeypatch.setattr(module, name, as_kernel(defect))
     assert not max(relative_errors(case).values()) <= 1e-3
 
@@ -124,7 +124,7 @@ def test_a_norm_of_any_scale_and_of_zeros(scale: float) -> None:
         lambda x, weight: (rms_norm_triton(x, weight, 1e-6),),
         lambda x, weight: (rms_norm_direct(x, weight, 1e-6),),
     )
-    assert max(relative_errors(case).values()) <= LIMIT
+    assert_kernel(case, LIMIT)
     unit = unit_norm_triton(x)
     assert torch.isfinite(unit).all()
     assert torch.equal(unit[2], torch.zeros(20))
@@ -140,7 +140,7 @@ def test_large_logits_and_nothing_but_ignored_targets(ignored: bool) -> None:
         lambda x, weight: linear_cross_entropy_triton(x, weight, targets, form),
         lambda x, weight: linear_cross_entropy_direct(x, weight, targets, form),
     )
-    assert max(relative_errors(case).values()) <= LIMIT
+    assert_kernel(case, LIMIT)
 
 
 @settings(max_examples=6)
@@ -156,7 +156,7 @@ def test_convolution_of_any_form(tokens: int, taps: int, flags: tuple[bool, ...]
     has_documents, has_bias, has_state, has_silu = flags
     shape = Shape(2, tokens, 5, taps, has_documents, has_bias, has_state and taps > 1, has_silu)
     case = draw_convolution(shape, input_factory(torch.float32, seed=seed, uses_small_tiles=True))
-    assert max(relative_errors(case).values()) <= LIMIT
+    assert_kernel(case, LIMIT)
 
 
 def test_a_turned_row_is_turned_back_and_a_strided_one_is_read_where_it_lies() -> None:

@@ -17,7 +17,7 @@ from kernels.linear_attention.reference import linear_attention_recurrent
 from kernels.linear_attention.spec import small_tiles
 from kernels.linear_attention.triton import linear_attention_triton
 from kernels.spec import KernelCase, outputs_and_grads, relative_errors
-from tests.closeness import assert_case, relative
+from tests.closeness import assert_case, assert_kernel, relative
 
 pytestmark = pytest.mark.interpreted
 LIMIT = 1e-5
@@ -111,7 +111,7 @@ def test_documents_of_any_length(tokens: int, groups: int, starts: float, span: 
     inputs = inputs_of(span, tokens, groups)
     document = (torch.rand(1, tokens) < starts).long().cumsum(1)
     for case in (delta_case(inputs, document), linear_case(inputs, document)):
-        assert max(relative_errors(case).values()) <= LIMIT
+        assert_kernel(case, LIMIT)
 
 
 @pytest.mark.parametrize("span", SPANS)
@@ -194,7 +194,7 @@ def test_a_lost_merge_of_the_inverse_is_seen(monkeypatch: pytest.MonkeyPatch) ->
         lambda **x: gated_delta_rule_triton(**x, tiles=tiles),
         lambda **x: gated_delta_rule_recurrent(**x),
     )
-    assert max(relative_errors(case).values()) <= LIMIT
+    assert_kernel(case, LIMIT)
     monkeypatch.setattr(triton_chunks, "_with_corner", triton.jit(merged))
     assert not max(relative_errors(case).values()) <= 1e-3
 
