@@ -16,9 +16,9 @@ from model.hf.parts import (
     skeleton,
 )
 from model.hf.pieces import Piece, head_rows, rows
+from model.latent_attention import LatentConfig
 from model.layout import Layer
 from model.mixers.dsa import DsaConfig
-from model.mixers.mla import LatentConfig
 
 Pairs = dict[str, str | tuple[str, Any]]
 FFNS = {"dense": "dense", "sparse": "moe"}

@@ -11,23 +11,18 @@ from torch import Tensor, nn
 from kernels.attention import attention
 from kernels.norm import rms_norm
 from kernels.rotary import RotaryLayout, rotate
+from model.grouped_query import GroupedQueryConfig
 from model.linear import Initial, Linear, RMSNorm
-from model.mixer import Flops, Mixer, MixerConfig, Sequence, TPShard
+from model.mixer import Flops, Mixer, Sequence, TPShard
 from model.rotary import RotaryScaling
 
 
-class AttnConfig(MixerConfig):
+class AttnConfig(GroupedQueryConfig):
     """Fields of grouped-query softmax attention."""
 
     kind: Literal["attn"] = "attn"
-    sharded_fields = ("num_heads",)
-    replicable_fields = ("num_key_heads",)
-    num_heads: int = Field(ge=1)
-    num_key_heads: int = Field(ge=1)
     head_dim: int = Field(ge=2)
     value_dim: int = Field(ge=1)
-    rotary_dim: int = Field(ge=0)
-    rotary_theta: float = Field(gt=1)
     rotary_layout: RotaryLayout
     rotary_scaling: RotaryScaling
     window: int | None = Field(ge=1)
@@ -48,12 +43,6 @@ class AttnConfig(MixerConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> "AttnConfig":
-        heads, key_heads = self.num_heads, self.num_key_heads
-        if heads % key_heads:
-            raise ValueError(f"num_heads {heads} must be a multiple of num_key_heads {key_heads}")
-        rotary, head = self.rotary_dim, self.head_dim
-        if rotary % 2 or rotary > head:
-            raise ValueError(f"rotary_dim {rotary} must be even and at most head_dim {head}")
         if self.window is not None and self.chunk is not None:
             raise ValueError(f"window {self.window} and chunk {self.chunk} exclude each other; null one")
         return self

@@ -11,8 +11,8 @@ from kernels.indexer import index_loss_of_chosen, index_select
 from kernels.rotary import rotate
 from model.linear import Linear
 from model.mixer import Mixed, Sequence, TPShard
-from model.mixers.hca import Compressor, SharedKeyConfig, SharedKeyMixer, compressor_tp_plan
 from model.sequence_sharding import Compression
+from model.shared_key import Compressor, SharedKeyConfig, SharedKeyMixer, compressor_tp_plan
 
 
 class CsaConfig(SharedKeyConfig):

@@ -12,9 +12,9 @@ from kernels.attention import attention_with_lse
 from kernels.indexer import index_loss, index_loss_of_chosen, index_select, pool_keys, pool_selection
 from kernels.rotary import RotaryLayout, rotate
 from kernels.selected_attention import selected_attention, selected_attention_with_shares
+from model.latent_attention import LatentConfig, LatentMixer, Latents
 from model.linear import Initial, LayerNorm, Linear
 from model.mixer import Flops, Mixed, Sequence, TPShard
-from model.mixers.mla import LatentConfig, LatentMixer, Latents
 from model.sequence_sharding import AttentionView
 
 

@@ -4,39 +4,24 @@ from collections.abc import Mapping
 from typing import Literal
 
 from jaxtyping import Float
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from kernels.block_attention import block_attention
 from kernels.block_selection import select_by_mean
 from kernels.rotary import rotate
+from model.grouped_query import GroupedQueryConfig, keys_seen
 from model.linear import Linear
-from model.mixer import Flops, Mixer, MixerConfig, Sequence, TPShard
+from model.mixer import Flops, Mixer, Sequence, TPShard
 
 
-class MobaConfig(MixerConfig):
+class MobaConfig(GroupedQueryConfig):
     """Fields of mixture of block attention."""
 
     kind: Literal["moba"] = "moba"
-    sharded_fields = ("num_heads",)
-    replicable_fields = ("num_key_heads",)
-    num_heads: int = Field(ge=1)
-    num_key_heads: int = Field(ge=1)
     head_dim: int = Field(ge=2)
-    rotary_dim: int = Field(ge=0)
-    rotary_theta: float = Field(gt=1)
     block: int = Field(ge=1)
     num_blocks: int = Field(ge=1)
-
-    @model_validator(mode="after")
-    def _fits(self) -> "MobaConfig":
-        heads, key_heads = self.num_heads, self.num_key_heads
-        if heads % key_heads:
-            raise ValueError(f"num_heads {heads} must be a multiple of num_key_heads {key_heads}")
-        rotary, head = self.rotary_dim, self.head_dim
-        if rotary % 2 or rotary > head:
-            raise ValueError(f"rotary_dim {rotary} must be even and at most head_dim {head}")
-        return self
 
     def build(self, width: int, layer: int, depth: int, init_std: float) -> "Moba":
         """The module; all layers are alike."""
@@ -101,12 +86,3 @@ class Moba(Mixer):
         selected = select_by_mean(q, k, count=config.num_blocks - 1, **options)
         out, _ = block_attention(q, k, v, selected, scale=config.head_dim**-0.5, **options)
         return self.out_proj(out.flatten(-2))
-
-
-def keys_seen(context: int, block: int, num_blocks: int) -> float:
-    """Keys that a query attends to on average: half its own block, and the chosen ones that there are."""
-    # Query block i has i blocks before it, of which num_blocks - 1 at most are chosen.
-    blocks, chosen = max(1, context // block), num_blocks - 1
-    full = max(0, blocks - chosen)
-    earlier = (chosen * full + sum(range(min(blocks, chosen)))) / blocks
-    return min(block, context) / 2 + earlier * block

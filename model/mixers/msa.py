@@ -12,22 +12,17 @@ from kernels.block_attention import block_attention
 from kernels.block_selection import select_by_max
 from kernels.rotary import rotate
 from kernels.selection_loss import selection_loss
+from model.grouped_query import GroupedQueryConfig, keys_seen
 from model.linear import Linear, RMSNorm
-from model.mixer import Flops, Mixed, Mixer, MixerConfig, Sequence, TPShard
-from model.mixers.moba import keys_seen
+from model.mixer import Flops, Mixed, Mixer, Sequence, TPShard
 
 
-class MsaConfig(MixerConfig):
+class MsaConfig(GroupedQueryConfig):
     """Fields of block-sparse attention with an indexer."""
 
     kind: Literal["msa"] = "msa"
-    sharded_fields = ("num_heads",)
-    replicable_fields = ("num_key_heads",)
-    num_heads: int = Field(ge=1)
-    num_key_heads: int = Field(ge=1)
+    rotary_of = ("head_dim", "index_dim")
     head_dim: int = Field(ge=2)
-    rotary_dim: int = Field(ge=0)
-    rotary_theta: float = Field(gt=1)
     index_dim: int = Field(ge=2)
     block: int = Field(ge=1)
     num_blocks: int = Field(ge=1)
@@ -38,12 +33,6 @@ class MsaConfig(MixerConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> "MsaConfig":
-        heads, key_heads = self.num_heads, self.num_key_heads
-        if heads % key_heads:
-            raise ValueError(f"num_heads {heads} must be a multiple of num_key_heads {key_heads}")
-        rotary, dims = self.rotary_dim, (self.head_dim, self.index_dim)
-        if rotary % 2 or rotary > min(dims):
-            raise ValueError(f"rotary_dim {rotary} must be even and at most head_dim and index_dim {dims}")
         if self.num_local_blocks > self.num_blocks:
             raise ValueError(f"num_local_blocks {self.num_local_blocks} exceeds num_blocks {self.num_blocks}")
         return self

@@ -15,24 +15,19 @@ from kernels.compressed_attention import Choice, entry_attention
 from kernels.document_windows import Windows, document_windows
 from kernels.rotary import rotate
 from model.block_choice import select_across_shards
+from model.grouped_query import GroupedQueryConfig, keys_seen
 from model.linear import Initial, Linear
-from model.mixer import Flops, Mixer, MixerConfig, Sequence, TPShard
-from model.mixers.moba import keys_seen
+from model.mixer import Flops, Mixer, Sequence, TPShard
 from model.sequence_sharding import Compression
 
 
-class NsaConfig(MixerConfig):
+class NsaConfig(GroupedQueryConfig):
     """Fields of native sparse attention."""
 
     kind: Literal["nsa"] = "nsa"
-    sharded_fields = ("num_heads",)
-    replicable_fields = ("num_key_heads",)
-    num_heads: int = Field(ge=1)
-    num_key_heads: int = Field(ge=1)
+    rotary_of = ("key_dim",)
     key_dim: int = Field(ge=2)
     value_dim: int = Field(ge=1)
-    rotary_dim: int = Field(ge=0)
-    rotary_theta: float = Field(gt=1)
     has_shared_keys: bool
     compressor: Literal["mlp", "mean"]
     compressor_hidden: int = Field(ge=1)
@@ -46,11 +41,6 @@ class NsaConfig(MixerConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> "NsaConfig":
-        heads, key_heads = self.num_heads, self.num_key_heads
-        if heads % key_heads:
-            raise ValueError(f"num_heads {heads} must be a multiple of num_key_heads {key_heads}")
-        if self.rotary_dim % 2 or self.rotary_dim > self.key_dim:
-            raise ValueError(f"rotary_dim {self.rotary_dim} must be even and at most key_dim {self.key_dim}")
         stride = self.entry_stride
         if self.entry_length % stride or self.block % stride:
             lengths = (self.entry_length, self.block)

@@ -15,23 +15,17 @@ from kernels.compressed_attention import Choice
 from kernels.document_windows import document_windows
 from kernels.rotary import rotate
 from model.block_choice import select_across_shards
+from model.grouped_query import GroupedQueryConfig, keys_seen
 from model.linear import Linear
-from model.mixer import Flops, Mixed, Mixer, MixerConfig, Sequence, TPShard
-from model.mixers.moba import keys_seen
+from model.mixer import Flops, Mixed, Mixer, Sequence, TPShard
 from model.sequence_sharding import AttentionView
 
 
-class SsaConfig(MixerConfig):
+class SsaConfig(GroupedQueryConfig):
     """Fields of sparse attention trained along with full attention."""
 
     kind: Literal["ssa"] = "ssa"
-    sharded_fields = ("num_heads",)
-    replicable_fields = ("num_key_heads",)
-    num_heads: int = Field(ge=1)
-    num_key_heads: int = Field(ge=1)
     head_dim: int = Field(ge=2)
-    rotary_dim: int = Field(ge=0)
-    rotary_theta: float = Field(gt=1)
     block: int = Field(ge=1)
     num_blocks: int = Field(ge=1)
     num_initial_blocks: int = Field(ge=0)
@@ -42,12 +36,6 @@ class SsaConfig(MixerConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> "SsaConfig":
-        heads, key_heads = self.num_heads, self.num_key_heads
-        if heads % key_heads:
-            raise ValueError(f"num_heads {heads} must be a multiple of num_key_heads {key_heads}")
-        rotary, head = self.rotary_dim, self.head_dim
-        if rotary % 2 or rotary > head:
-            raise ValueError(f"rotary_dim {rotary} must be even and at most head_dim {head}")
         forced = self.num_initial_blocks + self.num_local_blocks
         if forced > self.num_blocks:
             raise ValueError(f"initial and local blocks, {forced}, exceed num_blocks {self.num_blocks}")

@@ -7,8 +7,8 @@ from pydantic import Field
 from torch import Tensor
 
 from kernels.attention import attention
+from model.latent_attention import LatentConfig, LatentMixer
 from model.mixer import Flops, Sequence
-from model.mixers.mla import LatentConfig, LatentMixer
 
 
 class ZigzagConfig(LatentConfig):

@@ -25,8 +25,9 @@ from model.hf.parts import (
 )
 from model.hf.pieces import Piece
 from model.mixers.csa import CsaConfig
-from model.mixers.hca import HcaConfig, SharedKeyConfig
+from model.mixers.hca import HcaConfig
 from model.rotary import RotaryScaling
+from model.shared_key import SharedKeyConfig
 
 SLIDING, SPARSE, HEAVY = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 MIXERS = {SLIDING: "swa_shared", SPARSE: "csa", HEAVY: "hca"}
