@@ -40,6 +40,6 @@ def cost(shape: Shape) -> KernelCost:
 
 SPECS = (
     KernelSpec(
-        "block_selection.peak", SHAPES, lambda tokens: Shape(1, tokens, 4, 1, 128, 128, 16, 1), draw, cost
+        "block_selection.max", SHAPES, lambda tokens: Shape(1, tokens, 4, 1, 128, 128, 16, 1), draw, cost
     ),
 )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from model.config import Architecture
 
 
-def layout_violations(
+def parallelism_violations(
     config: ParallelConfig, world_size: int, num_experts: int, tokens: int
 ) -> list[Violation]:
     """Everything that makes the layout impossible on `world_size` processes, with nearest legal values.

@@ -124,7 +124,7 @@ DEFECTS = [
     (indexer, "index_visible", everything_is_visible, "indexer.selection", 1),
     (indexer, "index_visible", everything_is_visible, "indexer.full", 1),
     (index_losses, "index_chosen_tile", shares_of_their_neighbours, "indexer.chosen", 1),
-    (peaks, "selection_better", the_later_of_equals, "block_selection.peak", 1),
+    (peaks, "selection_better", the_later_of_equals, "block_selection.max", 1),
 ]
 
 

@@ -7,7 +7,7 @@ from conf.errors import Violation
 from model.layout import expand_layers
 from parallel.config.checks import (
     compile_violations,
-    layout_violations,
+    parallelism_violations,
     pipeline_violations,
     tensor_violations,
 )
@@ -56,7 +56,7 @@ def machine_violations(config: ParallelConfig) -> list[Violation]:
 def draft_violations(config: "RunDraft | RunConfig", world_size: int) -> list[Violation]:
     """Everything that types and ranges cannot see: what does not fit together."""
     tokens, experts = config.data.sequence_length, config.moe.num_experts
-    found = layout_violations(config.parallel, world_size, experts, tokens)
+    found = parallelism_violations(config.parallel, world_size, experts, tokens)
     found += zero_violations(config.parallel, config.precision.parameters)
     compute = config.precision.compute
     found += deepep_violations(config.parallel, world_size, config.model.width, config.moe, compute)
