@@ -18,9 +18,9 @@ import triton
 from bench.kernel_peers import peers_of
 from bench.origin import origin
 from conf.errors import exit_on_error
-from kernels.check import times
 from kernels.limits import Limits, measured_limits, seconds, share
 from kernels.spec import KernelCase, KernelSpec, input_factory, kernel_specs
+from kernels.verdict import times
 
 TOKENS = (2048, 8192, 32768, 131072)
 RESULTS = Path("bench/results")

@@ -1,19 +1,14 @@
-"""`python -m kernels.check [FAMILY ...]`: every Triton kernel against float64 on this machine, and its speed.
+"""Triton kernels against float64 on this machine: the worst error of each, its limit and its time.
 
 On a GPU each kernel runs with the dims of a model: forward and backward in bfloat16 beside the same in plain
-torch, and its time beside the least that the device allows. Elsewhere Triton interprets small shapes; that
-shows whether results are right, and nothing about speed. Exits with 1 if a kernel is wrong.
+torch, and its time beside the least that the device allows. Elsewhere Triton interprets small shapes.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
-from kernels.choose import FAMILIES, has_triton, is_interpreted
 from kernels.spec import (
     KernelCase,
     KernelSpec,
@@ -89,24 +84,6 @@ def wrong_kernels(families: Sequence[str], device: torch.device) -> list[Verdict
     return [verdict for verdict in found if not verdict.is_right]
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Prints a line per kernel; 1 if one is wrong, 64 for an unknown family."""
-    unknown = sorted(set(arguments) - set(FAMILIES))
-    if unknown:
-        print(f"no such family: {', '.join(unknown)}; there are {', '.join(FAMILIES)}", file=sys.stderr)
-        return 64
-    if not has_triton():
-        print("triton is not installed: all kernels run in plain torch", file=sys.stderr)
-        return 1
-    is_gpu = torch.cuda.is_available()
-    if not is_gpu and not is_interpreted():
-        print("no GPU on this machine: small shapes in Triton's interpreter, which says nothing about speed")
-        command = [sys.executable, "-m", "kernels.check", *arguments]
-        return subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False).returncode
-    wanted = [spec for family in arguments or FAMILIES for spec in kernel_specs(family)]
-    return on_gpu(wanted) if is_gpu else in_interpreter(wanted)
-
-
 def in_interpreter(wanted: Sequence[KernelSpec]) -> int:
     """Checks small shapes and prints a line for each kernel."""
     from kernels.interpreter import corrected
@@ -164,7 +141,3 @@ def line(verdict: Verdict) -> str:
     word = "ok   " if verdict.is_right else "WRONG"
     worst = f"{verdict.error:.1e} of {verdict.limit:.1e} in {verdict.name}"
     return f"{word} {verdict.spec:28s} {dtype:9s} {worst:40s}"
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
