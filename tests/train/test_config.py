@@ -42,6 +42,8 @@ def violations(*overrides: str, world_size: int = 1) -> dict[str, str]:
         ("schedule.kind=cosin", "schedule.kind", "did you mean cosine?"),
         ("optim._target_=os.system", "optim._target_", "unknown key"),
         ("optim.lr", "optim.lr", "not a key=value override"),
+        ("optim.lr=1e-3,3e-3", "optim.lr", "a sweep over them needs -m"),
+        ("optim=adamw,lion", "optim", "a sweep over them needs -m"),
     ],
 )
 def test_each_mistake_is_named(override: str, key: str, says: str) -> None:
