@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from conf.compose import CONF_DIR, Config, did_you_mean, group_options
 from conf.errors import ConfigError, Violation, exit_on_error
 from conf.key_types import key_type, value_type
-from conf.keys import Key, Option, default_option, groups, is_spread, options, sections, shared_keys
+from conf.keys import Key, Option, default_option, groups, options, sections, shared_keys
 
 WIDTH = 100
 FLAG = "--help"
@@ -133,11 +133,7 @@ def _option_lines(
     """The default option with all its keys, of the others what they have otherwise."""
     first: dict[str, Key] = {}
     for choice in found:
-        is_first = not first
         keys = [key for key in choice.keys if _is_within(key.name, asked)]
-        if is_spread(group):
-            # What it sets stands all over the config, and what the keys mean with the default.
-            keys = keys if is_first else []
         keys = [key for key in keys if first.get(key.name) != key]
         if asked == group:
             mark = " (default)" if choice.name == default_option(group) else ""
@@ -167,6 +163,8 @@ def _mixer_lines(asked: str, found: Sequence[Option], root: type[BaseModel] | No
 def _typed_lines(keys: Sequence[Key], root: type[BaseModel] | None, choice: Option | None) -> Iterator[str]:
     kinds = {key.name: key.value for key in choice.keys} if choice is not None else {}
     for key in keys:
+        if key.value is None and not key.comment:
+            continue
         parts = key.name.split(".")
         found = None if root is None else key_type(root, parts, kinds.get(f"{parts[0]}.kind"))
         if found is None and key.value is not None:

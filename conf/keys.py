@@ -41,14 +41,19 @@ def groups() -> list[str]:
 
 def sections() -> list[str]:
     """Every group, and every other part of the config at its top, sorted."""
-    own = {key.name.split(".")[0] for key in _read("config.yaml")[1]}
+    own = {key.name.split(".")[0] for key in _keys_of("config.yaml")}
     return sorted({*groups(), *own})
 
 
 def option(group: str, name: str) -> Option:
-    """An option; its keys are those of the section that is named as the group."""
-    about, keys = _read(f"{group}/{name}.yaml")
-    return Option(name, about, tuple(key for key in keys if _lies_in(key.name, group)))
+    """An option; its keys are those of the section that is named as the group.
+
+    Where options set keys anywhere, only the default's are read: the others set the same ones.
+    """
+    path = f"{group}/{name}.yaml"
+    is_read = not is_spread(group) or name == default_option(group)
+    keys = _keys_of(path) if is_read else ()
+    return Option(name, _about(path), tuple(key for key in keys if _lies_in(key.name, group)))
 
 
 def options(group: str) -> list[Option]:
@@ -58,6 +63,7 @@ def options(group: str) -> list[Option]:
     return [option(group, name) for name in names]
 
 
+@cache
 def default_option(group: str) -> str | None:
     """The option that config.yaml names; None where it names none, or several."""
     defaults = yaml.safe_load((CONF_DIR / "config.yaml").read_text())["defaults"]
@@ -74,24 +80,32 @@ def is_spread(group: str) -> bool:
 
 def shared_keys(section: str) -> tuple[Key, ...]:
     """The keys of a section that config.yaml sets, whatever option is chosen."""
-    return tuple(key for key in _read("config.yaml")[1] if _lies_in(key.name, section))
+    return tuple(key for key in _keys_of("config.yaml") if _lies_in(key.name, section))
 
 
 def _lies_in(name: str, section: str) -> bool:
     return name == section or name.startswith(f"{section}.")
 
 
+def _about(path: str) -> str:
+    """What a file of conf/ says of itself."""
+    lines = (CONF_DIR / path).read_text().splitlines()
+    return _joined([line for line in lines[: _head(lines)] if not _PACKAGE.match(line)])
+
+
 @cache
-def _read(path: str) -> tuple[str, tuple[Key, ...]]:
-    """What a file of conf/ says of itself, and its keys."""
+def _keys_of(path: str) -> tuple[Key, ...]:
+    """The keys of a file of conf/."""
     text = (CONF_DIR / path).read_text()
     lines = text.splitlines()
-    head = next((n for n, line in enumerate(lines) if not line.startswith("#")), len(lines))
-    about = _joined(line for line in lines[:head] if not _PACKAGE.match(line))
     tree = yaml.compose(text, Loader=yaml.SafeLoader)
     assert isinstance(tree, yaml.MappingNode), f"{path=}"
-    keys = tuple(_keys(tree, _package(path, text), lines, head))
-    return about, keys
+    return tuple(_keys(tree, _package(path, text), lines, _head(lines)))
+
+
+def _head(lines: Sequence[str]) -> int:
+    """How many lines at the start of a file are its own comment."""
+    return next((n for n, line in enumerate(lines) if not line.startswith("#")), len(lines))
 
 
 def _package(path: str, text: str) -> str:
@@ -127,5 +141,5 @@ def _above(lines: Sequence[str], line: int, head: int) -> str:
     return _joined(lines[first:line])
 
 
-def _joined(lines: Iterator[str] | Sequence[str]) -> str:
+def _joined(lines: Sequence[str]) -> str:
     return " ".join(line.strip().lstrip("#").strip() for line in lines)
