@@ -7,14 +7,13 @@ losses are at most twice as far from float32 as those of plain bfloat16; if not,
 """
 
 import json
-import sys
 from pathlib import Path
 
 import torch
 
 from bench.origin import origin
 from bench.synthetic import Reading, train_on_rows
-from conf.errors import exit_on_error
+from conf.help import Page, run
 from parallel.mesh.world import World, open_world
 from train.config.load import load_config
 from train.track.report import print_table
@@ -66,5 +65,7 @@ def furthest(losses: list[float], expected: list[float]) -> float:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        sys.exit(0 if main(sys.argv[1:]) else 1)
+    run(
+        lambda arguments: 0 if main(arguments) else 1,
+        Page(__doc__ or "", ("python -m bench.agreement", "python -m bench.agreement train.seed=1")),
+    )

@@ -8,7 +8,6 @@ convolutions read. It would wait for 2 R - 1 chunks in turn; the scan waits for 
 """
 
 import multiprocessing
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conf.compose import compose
-from conf.errors import exit_on_error
+from conf.help import Page, run
 from model.config import Architecture
 from model.initial import initialise
 from model.mixer import Mixer, MixerConfig, Sequence
@@ -163,5 +162,10 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main(sys.argv[1:])
+    run(
+        main,
+        Page(
+            __doc__ or "",
+            ("python -m bench.context", "python -m bench.context ranks=2 mixers=gdn,kda tokens=4096"),
+        ),
+    )

@@ -5,13 +5,12 @@
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from bench.origin import origin
 from bench.tables import show
-from conf.errors import exit_on_error
+from conf.help import Page, run
 
 RESULT = Path("bench/results/equality.json")
 
@@ -49,5 +48,4 @@ def write(found: Measured, steps: int, limits: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main(sys.argv[1:])
+    run(main, Page(__doc__ or "", ("python -m bench.equality", "python -m bench.equality write")))

@@ -7,7 +7,6 @@ results go to bench/results/kernels-DEVICE.json. Without a GPU it prints work an
 
 import json
 import platform
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ import triton
 
 from bench.kernel_peers import peers_of
 from bench.origin import origin
-from conf.errors import exit_on_error
-from kernels.check import times
+from conf.help import Page, run
 from kernels.limits import Limits, measured_limits, seconds, share
 from kernels.spec import KernelCase, KernelSpec, input_factory, kernel_specs
+from kernels.verdict import times
 
 TOKENS = (2048, 8192, 32768, 131072)
 RESULTS = Path("bench/results")
@@ -144,5 +143,10 @@ def plot(rows: list[dict[str, Any]], device: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main(sys.argv[1:])
+    run(
+        main,
+        Page(
+            __doc__ or "",
+            ("python -m bench.kernels", "python -m bench.kernels only=attention,experts tokens=2048,8192"),
+        ),
+    )

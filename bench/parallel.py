@@ -15,7 +15,6 @@ are freed after forward.
 
 import json
 import multiprocessing
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -28,7 +27,7 @@ import torch
 import torch.distributed as dist
 
 from bench.origin import origin
-from conf.errors import exit_on_error
+from conf.help import Page, run
 from data.loader import Batch
 from model.config import Architecture
 from parallel.config.degrees import Degrees
@@ -267,5 +266,4 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main(sys.argv[1:])
+    run(main, Page(__doc__ or "", ("python -m bench.parallel", "python -m bench.parallel only=tp2 rounds=3")))

@@ -8,13 +8,12 @@ are counted operations, so that no machine is needed; nothing is measured here.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import tables
 from conf.compose import compose
-from conf.errors import exit_on_error
+from conf.help import Page, run
 from model.config import Architecture
 from parallel.config.pipeline import SCHEDULE_KINDS, PipelinePlan
 from parallel.pipeline.cost import stage_costs
@@ -196,5 +195,10 @@ def draw(timelines: dict[str, Timeline], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main(sys.argv[1:])
+    run(
+        main,
+        Page(
+            __doc__ or "",
+            ("python -m bench.pipeline degree=8 micro_batches=32", "python -m bench.pipeline write"),
+        ),
+    )

@@ -3,11 +3,9 @@
 `python -m bench.recipes` prints it; `python -m bench.recipes write` puts it into docs/planning.md.
 """
 
-import sys
-
 from bench.tables import show
 from conf.compose import CONF_DIR, group_options
-from conf.errors import exit_on_error
+from conf.help import Page, run
 from parallel.config.degrees import Degrees
 from train.config.load import load_config
 from train.estimate.memory import memory_per_rank
@@ -52,5 +50,4 @@ def shown(degrees: Degrees) -> str:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main(sys.argv[1:])
+    run(main, Page(__doc__ or "", ("python -m bench.recipes", "python -m bench.recipes write")))

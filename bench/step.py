@@ -9,7 +9,6 @@ are, while the others wait. With lengths=4096,32768 it times one device at such 
 import json
 import multiprocessing
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -23,7 +22,7 @@ from torch.optim import AdamW
 from bench import lengths
 from bench.origin import origin
 from bench.peers import as_transformers
-from conf.errors import exit_on_error
+from conf.help import Page, run
 from kernels.cross_entropy import IGNORED
 from model.count import count
 from model.initial import initialise
@@ -187,5 +186,14 @@ def described(peak: float) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main(sys.argv[1:])
+    run(
+        main,
+        Page(
+            __doc__ or "",
+            (
+                "python -m bench.step",
+                "python -m bench.step only=qwen3_next_small",
+                "python -m bench.step lengths=4096,32768",
+            ),
+        ),
+    )

@@ -3,11 +3,9 @@
 `python -m bench.systems` prints it; `python -m bench.systems write` puts it into docs/models.md.
 """
 
-import sys
-
 from bench.tables import show
 from conf.compose import compose, group_options
-from conf.errors import exit_on_error
+from conf.help import Page, run
 from model.config import Architecture
 from model.count import count
 
@@ -45,5 +43,4 @@ def row(name: str) -> str:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main(sys.argv[1:])
+    run(main, Page(__doc__ or "", ("python -m bench.systems", "python -m bench.systems write")))

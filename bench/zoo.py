@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from conf.compose import group_options
-from conf.errors import WeftError, exit_on_error
+from conf.errors import WeftError
+from conf.help import Page, run
 from train.config.load import load_config
 
 RESULT = Path("bench/results/zoo-cpu.json")
@@ -82,5 +83,10 @@ def device() -> str:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main(sys.argv[1:])
+    run(
+        main,
+        Page(
+            __doc__ or "",
+            ("python -m bench.zoo", "python -m bench.zoo steps=30 only=mixtral_small,olmoe_small"),
+        ),
+    )

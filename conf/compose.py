@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 from conf.errors import ConfigError, Violation
 
 if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
 CONF_DIR = Path(__file__).parent
@@ -94,8 +95,9 @@ def _compose_lines(lines: list[str], groups: "Callable[..., DictConfig] | None" 
     from omegaconf.errors import OmegaConfBaseException
 
     parser = OverridesParser.create()
-    values = [parser.parse_override(line) for line in lines if line.startswith("++")]
-    swept = [parsed for parsed in values if parsed.is_sweep_override()]
+    overrides = [parser.parse_override(line) for line in lines]
+    values = [parsed for parsed in overrides if parsed.is_force_add()]
+    swept = [parsed for parsed in overrides if parsed.is_sweep_override()]
     if swept:
         message = "is several values: a sweep over them needs -m, quotes make them one"
         raise ConfigError([Violation(parsed.key_or_group, message) for parsed in swept])
@@ -209,7 +211,7 @@ def hydra_overrides(overrides: Sequence[str]) -> list[str]:
         if key.startswith("hydra") or parsed.is_delete():
             lines.append(override)
         elif "." not in key and (CONF_DIR / key).is_dir():
-            violations += _unknown_options(key, parsed.value())
+            violations += _unknown_options(key, _swept_options(parsed))
             lines.append(override.lstrip("+"))
         else:
             lines.append("++" + override.lstrip("+"))
@@ -235,6 +237,17 @@ def overrides_of(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
 def group_options(group: str) -> list[str]:
     """Names of the options of a config group, sorted."""
     return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+
+
+def _swept_options(parsed: "Override") -> Any:
+    """The options that an override names: those that a sweep tries one after the other, else its value."""
+    from hydra.core.override_parser.types import ChoiceSweep
+
+    value = parsed.value()
+    if isinstance(value, ChoiceSweep):
+        return list(value.list)
+    # A pattern picks among the options that there are.
+    return None if parsed.is_sweep_override() else value
 
 
 def _unknown_options(group: str, value: Any) -> list[Violation]:

@@ -8,7 +8,6 @@ import fcntl
 import os
 import shutil
 import socket
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import FileIO
@@ -19,7 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from conf.compose import Config, compose
-from conf.errors import DataError, as_storage_error, exit_on_error
+from conf.errors import DataError, as_storage_error
+from conf.help import Page, run
 from data.card import CARD, TOKENIZER, Card, content_settings, difference, read_card
 from data.config import DataConfig
 from data.durable import named, sync, write_whole
@@ -45,6 +45,19 @@ class PrepareConfig(Config):
     """The part of the config tree that this command reads."""
 
     data: DataConfig
+
+
+PAGE = Page(
+    __doc__ or "",
+    (
+        "python -m data.prepare",
+        "python -m data.prepare data=jsonl data.corpora.documents.source=FILES data.directory=corpora/mine",
+        "python -m data.prepare data=stdlib data.directory=corpora/big data.tokenizer.vocab_size=8192",
+    ),
+    {"data=OPTION": "a file of conf/data", "data.KEY=VALUE": "a value within it"},
+    sections=lambda: ("data",),
+    root=lambda: PrepareConfig,
+)
 
 
 def prepare(config: DataConfig, *, progress: bool = True, shard_bytes: int = _SHARD_BYTES) -> Prepared:
@@ -79,12 +92,11 @@ def prepare(config: DataConfig, *, progress: bool = True, shard_bytes: int = _SH
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prepare what the overrides ask for and print what the dataset holds."""
-    with exit_on_error():
-        config = compose(arguments, PrepareConfig).data
-        prepared = prepare(config)
-        for line in summary(prepared):
-            print(line)
+    """Prepares what the overrides ask for and prints what it holds. Raises the errors of conf.errors."""
+    config = compose(arguments, PrepareConfig).data
+    prepared = prepare(config)
+    for line in summary(prepared):
+        print(line)
 
 
 def summary(prepared: Prepared) -> list[str]:
@@ -243,4 +255,4 @@ def _bar(is_shown: bool) -> Progress:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(main, PAGE)

@@ -1,4 +1,4 @@
-"""`python -m slurm.submit recipe=... cluster=... [--dry-run]`: one pretraining job, sized by its cluster."""
+"""`python -m slurm.submit [group=option] [key=value] [--dry-run]`: one training job, sized by its cluster."""
 
 import argparse
 import os
@@ -13,7 +13,9 @@ from typing import Any, NoReturn
 from pydantic import Field
 
 from conf.compose import Config, compose_tree, validate
-from conf.errors import ConfigError, DataError, Violation, exit_on_error
+from conf.errors import ConfigError, DataError, Violation
+from conf.help import Page, run
+from conf.keys import sections
 
 SCRIPT = "slurm/pretrain.sbatch"
 ROOT = Path(__file__).parent.parent
@@ -24,6 +26,33 @@ _KEY = r"[A-Za-z_][A-Za-z0-9_./@-]*"
 _VALUE = r"[A-Za-z0-9_ .,:/=+*%@()\[\]{}'\"-]*"
 _OVERRIDE = re.compile(rf"\+{{0,2}}{_KEY}={_VALUE}|~{_KEY}(={_VALUE})?")
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+
+
+# N is a whole number; a flag without a second word takes none.
+FLAGS = {
+    "--dry-run": "show the command and stop",
+    "--nodes N": "machines; those of the cluster if absent",
+    "--gpus-per-node N": "GPUs of a machine; those of the cluster if absent",
+    "--time TIME": "limit of one attempt, [D-]HH:MM:SS",
+    "--partition NAME": "partition, or several with commas",
+    "--account NAME": "account to charge",
+    "--job-name NAME": "name in the queue and of the log file",
+}
+
+PAGE = Page(
+    __doc__ or "",
+    (
+        "python -m slurm.submit recipe=kimi_linear_48b_h100_8n --dry-run",
+        "python -m slurm.submit recipe=kimi_linear_48b_h100_8n --time 24:00:00 --partition gpu --account me",
+    ),
+    {
+        "GROUP=OPTION": "a file of conf/GROUP, as for python -m train",
+        "KEY=VALUE": "a value within a group, as for python -m train",
+        **FLAGS,
+    },
+    sections=sections,
+    shown_by="train",
+)
 
 
 class Job(Config):
@@ -127,20 +156,18 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     # Without abbreviations: a new option must not change what an old command means.
-    parser = _Parser("python -m slurm.submit", description="Submit one pretraining job.", allow_abbrev=False)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="config of the run, as for train")
-    parser.add_argument("--dry-run", action="store_true", help="show the command and stop")
-    parser.add_argument("--nodes", type=int, help="machines; those of the cluster if absent")
-    parser.add_argument("--gpus-per-node", type=int, help="GPUs of a machine; those of the cluster if absent")
-    parser.add_argument("--time", help="limit of one attempt, [D-]HH:MM:SS")
-    parser.add_argument("--partition", help="partition, or several with commas")
-    parser.add_argument("--account", help="account to charge")
-    parser.add_argument("--job-name", help="name in the queue and of the log file")
+    parser = _Parser("python -m slurm.submit", allow_abbrev=False, add_help=False)
+    parser.add_argument("overrides", nargs="*")
+    for flag in FLAGS:
+        name, _, kind = flag.partition(" ")
+        if kind:
+            parser.add_argument(name, type=int if kind == "N" else str)
+        else:
+            parser.add_argument(name, action="store_true")
     return parser
 
 
 if __name__ == "__main__":
     # Relative paths of the config, and of the log, are those of the repository.
     os.chdir(ROOT)
-    with exit_on_error():
-        sys.exit(main(sys.argv[1:]))
+    run(main, PAGE)

@@ -1,20 +1,38 @@
-"""`python -m train [group=option] [key=value]`: one run; with -m or another Hydra flag, Hydra's own ways."""
+"""`python -m train [group=option] [key=value]`: trains; the same command goes on after any stop.
 
-import sys
+With -m every combination of values with commas is a run of its own, in run.dir/0, run.dir/1 and so on.
+"""
 
-from conf.errors import exit_on_error
+from conf.help import run
+from train.help import run_page
+
+PAGE = run_page(
+    __doc__,
+    (
+        "python -m train layout=kda_3to1 optim.lr=3e-4",
+        'python -m train model=mixtral_small layout.pattern="2*gdn swa attn" run.dir=runs/mixed',
+        "torchrun --nproc-per-node 8 -m train recipe=smoke",
+        "python -m train -m optim.lr=1e-3,3e-3",
+        "python -m train recipe=smoke --cfg job",
+    ),
+    {
+        "-m, --multirun": "a sweep: values with commas are tried one after the other",
+        "--cfg job": "print the composed config and do nothing; --hydra-help lists Hydra's other flags",
+    },
+)
 
 
-def main() -> None:
-    """Checks the config before anything slow, then trains."""
-    arguments = sys.argv[1:]
+def main(arguments: list[str]) -> None:
+    """Checks the config before anything slow, then trains. Raises the errors of conf.errors."""
+    from train.config.environment import share_processors
+
+    share_processors()
     if any(argument.startswith("-") for argument in arguments):
         from train.sweep import hydra_main
 
         hydra_main(arguments)
         return
-    with exit_on_error():
-        start(arguments)
+    start(arguments)
 
 
 def start(arguments: list[str]) -> None:
@@ -30,4 +48,4 @@ def start(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main, PAGE)

@@ -1,18 +1,30 @@
-"""`python -m train.check [group=option] [key=value]`: what a run is, or why it cannot start."""
+"""`python -m train.check [group=option] [key=value]`: what a run is, or why it cannot start.
 
-import sys
+Nothing is built and no data is read. It is checked for all processes of its cluster; what this machine lacks
+does not count.
+"""
+
 from collections.abc import Sequence
 
-from conf.errors import exit_on_error
-from train.config.load import load_config
+from conf.help import run
+from train.help import run_page
+
+PAGE = run_page(
+    __doc__,
+    (
+        "python -m train.check recipe=kimi_linear_48b_h100_8n",
+        "python -m train.check layout=kda_3to1 optim.lr=3e-4",
+    ),
+)
 
 
 def main(overrides: Sequence[str]) -> None:
-    """Prints the tables that a run prints before its first step. Nothing is built and no data is read.
+    """Prints the tables that a run prints before its first step.
 
-    Raises ConfigError with everything that keeps the run from starting on all processes of its cluster; what
-    this machine lacks does not count.
+    Raises ConfigError with everything that keeps the run from starting.
     """
+    from train.config.load import load_config
+
     config = load_config(overrides, None)
     from train.config.show import show_config
 
@@ -20,5 +32,4 @@ def main(overrides: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main(sys.argv[1:])
+    run(main, PAGE)

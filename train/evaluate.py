@@ -1,23 +1,29 @@
 """`python -m train.evaluate run=DIR`: held-out loss and bits per byte of the newest checkpoint of a run."""
 
-import sys
-
-import torch
 from pydantic import Field
 
 from conf.compose import Config, parse_command
-from conf.errors import exit_on_error
+from conf.help import Page, run
 
 
 class EvaluateCommand(Config):
     """Arguments of the command."""
 
-    run: str
-    rows: int | None = Field(default=None, ge=1)
+    run: str = Field(description="directory of the run")
+    rows: int | None = Field(default=None, ge=1, description="held-out windows to read; null is all")
+
+
+PAGE = Page(
+    __doc__ or "",
+    ("python -m train.evaluate run=runs/default", "python -m train.evaluate run=runs/default rows=64"),
+    fields=EvaluateCommand,
+)
 
 
 def main(arguments: list[str]) -> None:
     """Prints the scores as a table. Raises the errors of conf.errors."""
+    import torch
+
     from parallel.mesh.world import World
     from parallel.micro_batches import WholeModel
     from train.eval.heldout import evaluate
@@ -46,5 +52,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main(sys.argv[1:])
+    run(main, PAGE)

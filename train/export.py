@@ -3,23 +3,35 @@
 `model_type=weft` writes weights in our own form instead, to begin another run from (`train.start`).
 """
 
-import sys
 from typing import Literal
 
 from pydantic import Field
 
 from conf.compose import Config, parse_command
-from conf.errors import exit_on_error
+from conf.help import Page, run
 
 
 class ExportCommand(Config):
-    """Arguments of the command. model_type: a family that holds the architecture; None takes the first."""
+    """Arguments of the command."""
 
-    run: str
-    to: str
-    model_type: str | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    shard_gb: float = Field(default=5.0, gt=0)
+    run: str = Field(description="directory of the run")
+    to: str = Field(description="directory to write, which must not exist")
+    model_type: str | None = Field(
+        default=None, description="the family to write as, or weft; null is the first that fits"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the written weights")
+    shard_gb: float = Field(default=5.0, gt=0, description="most of a file of weights, 10^9 bytes")
+
+
+PAGE = Page(
+    __doc__ or "",
+    (
+        "python -m train.export run=runs/default to=hub",
+        "python -m train.export run=runs/default to=hub dtype=bfloat16",
+        "python -m train.export run=runs/warm to=warm model_type=weft",
+    ),
+    fields=ExportCommand,
+)
 
 
 def main(arguments: list[str]) -> None:
@@ -38,5 +50,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main(sys.argv[1:])
+    run(main, PAGE)

@@ -3,25 +3,36 @@
 Parameters and FLOPs are counted from the config alone; no model is built and no data is needed.
 """
 
-import json
-import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from conf.errors import exit_on_error
-from model.count import ModelCount, count
+from conf.help import run
 from model.layout import NONE
-from train.config.load import load_config
-from train.config.run_config import RunConfig
-from train.estimate.memory import memory_per_rank
+from train.estimate.figures import print_figures, readable_bytes
+from train.help import run_page
 
+if TYPE_CHECKING:
+    from model.count import ModelCount
+    from train.config.run_config import RunConfig
+
+PAGE = run_page(
+    __doc__,
+    (
+        "python -m train.plan model=qwen3_next_80b_a3b",
+        "python -m train.plan recipe=kimi_linear_48b_h100_8n plan.context=131072",
+        "python -m train.plan model=mixtral_8x7b cluster=h100_8n plan.format=json",
+    ),
+)
 CONTEXTS = (4096, 32768, 131072)
 
 
-def plan(config: RunConfig) -> dict[str, Any]:
+def plan(config: "RunConfig") -> dict[str, Any]:
     """All figures of the plan as one plain object; bytes, counts and operations, nothing rounded.
 
     flops_per_token are useful operations of a training step, three times forward, at `context`.
     """
+    from model.count import count
+    from train.estimate.memory import memory_per_rank
+
     counts = count(config.architecture)
     context = config.plan.context or config.data.sequence_length
     world_size = config.cluster.nodes * config.cluster.gpus_per_node
@@ -39,7 +50,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def parameters(counts: ModelCount) -> dict[str, int]:
+def parameters(counts: "ModelCount") -> dict[str, int]:
     """Parameter counts by what they are for; `total` and `active` leave out MTP modules.
 
     So published systems are counted, which name these modules beside the total.
@@ -58,7 +69,7 @@ def parameters(counts: ModelCount) -> dict[str, int]:
     }
 
 
-def forward_flops(counts: ModelCount, context: int) -> dict[str, float]:
+def forward_flops(counts: "ModelCount", context: int) -> dict[str, float]:
     """Forward operations per token: by mixer its projections and its core, feed-forward, head."""
     flops = counts.forward_flops(context)
     by_mixer = {
@@ -69,7 +80,7 @@ def forward_flops(counts: ModelCount, context: int) -> dict[str, float]:
     return by_mixer | {"feed_forward": flops.ffn, "head": flops.head, "mtp": flops.mtp}
 
 
-def layer_row(counts: ModelCount, index: int, context: int) -> dict[str, Any]:
+def layer_row(counts: "ModelCount", index: int, context: int) -> dict[str, Any]:
     """One layer of the per-layer table."""
     layer, config = counts.layers[index], counts.config
     mixing, cache = 0.0, 0
@@ -87,7 +98,7 @@ def layer_row(counts: ModelCount, index: int, context: int) -> dict[str, Any]:
     }
 
 
-def show(figures: dict[str, Any], config: RunConfig) -> None:
+def show(figures: dict[str, Any], config: "RunConfig") -> None:
     """Prints the plan as tables, equal neighbouring layers folded into one row."""
     from rich.console import Console
     from rich.table import Table
@@ -125,7 +136,7 @@ def folded(rows: list[dict[str, Any]]) -> list[tuple[int, int, dict[str, Any]]]:
     return out
 
 
-def summary_rows(figures: dict[str, Any], config: RunConfig) -> list[tuple[str, str]]:
+def summary_rows(figures: dict[str, Any], config: "RunConfig") -> list[tuple[str, str]]:
     """Names and readable values below the layer table."""
     counts, memory = figures["parameters"], figures["memory_bytes_per_rank"]
     rows = [
@@ -149,25 +160,10 @@ def summary_rows(figures: dict[str, Any], config: RunConfig) -> list[tuple[str, 
     return rows
 
 
-def readable_bytes(value: float) -> str:
-    """Bytes in the unit that keeps them between 1 and 1024."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:,.4g} {unit}"
-        value /= 1024
-    return f"{value:,.4g} TiB"
-
-
 def main(arguments: list[str]) -> None:
     """Prints the plan of the config. Raises ConfigError."""
-    config = load_config(arguments, None)
-    figures = plan(config)
-    if config.plan.format == "json":
-        print(json.dumps(figures))
-    else:
-        show(figures, config)
+    print_figures(arguments, plan, show, "plan")
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main(sys.argv[1:])
+    run(main, PAGE)

@@ -7,21 +7,32 @@ formulas.
 
 import json
 import os
-import sys
 from collections.abc import Collection
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
-from conf.errors import ConfigError, Violation, exit_on_error
-from train.config.load import load_config
-from train.config.run_config import RunConfig
+from conf.errors import ConfigError, Violation
+from conf.help import run
+from train.estimate.figures import print_figures, readable_bytes
+from train.help import run_page
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from train.config.run_config import RunConfig
 
-def rehearse(config: RunConfig) -> dict[str, Any]:
+PAGE = run_page(
+    __doc__,
+    (
+        "python -m train.rehearse recipe=kimi_linear_48b_h100_8n",
+        "python -m train.rehearse recipe=kimi_linear_48b_h100_8n rehearse.rank=17",
+        "python -m train.rehearse model=qwen3_next_80b_a3b cluster=h100_8n rehearse.format=json",
+    ),
+)
+
+
+def rehearse(config: "RunConfig") -> dict[str, Any]:
     """All figures as one plain object; bytes and counts, nothing rounded.
 
     Raises ConfigError for a rank that the run does not have, for parallel.data=zero, and for DeepEP.
@@ -57,7 +68,7 @@ def rehearse(config: RunConfig) -> dict[str, Any]:
 
 
 def side_by_side(
-    config: RunConfig, size: int, stepping: Collection[int], holding: Collection[int]
+    config: "RunConfig", size: int, stepping: Collection[int], holding: Collection[int]
 ) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
     """The steps of some ranks, and what others hold, played by as many processes as there are cores."""
     from train.estimate.rehearsal import joined_step, play, step_parts, step_some, with_pp_layout
@@ -103,13 +114,12 @@ def checkpoint(played: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def show(figures: dict[str, Any], config: RunConfig) -> None:
+def show(figures: dict[str, Any], config: "RunConfig") -> None:
     """Prints the figures as tables."""
     from rich.console import Console
     from rich.table import Table
 
     from parallel.pipeline.partition import stage_layers, write_layout
-    from train.plan import readable_bytes
 
     console = Console()
     table = Table(title=f"What {len(figures['ranks'])} of {figures['world_size']} ranks hold")
@@ -139,8 +149,6 @@ def show_step(console: "Console", step: dict[str, Any]) -> None:
     """Prints the collectives of a step as a table."""
     from rich.table import Table
 
-    from train.plan import readable_bytes
-
     count = step["micro_batches"]
     title = f"Collectives of a step of rank {step['rank']}, {count} micro-batch{'es' if count > 1 else ''}"
     table = Table(title=title)
@@ -169,10 +177,8 @@ def alike(ranks: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return list(groups.values())
 
 
-def summary_rows(figures: dict[str, Any], config: RunConfig) -> list[tuple[str, str]]:
+def summary_rows(figures: dict[str, Any], config: "RunConfig") -> list[tuple[str, str]]:
     """Names and readable values below the tables."""
-    from train.plan import readable_bytes
-
     saved = figures["checkpoint"]
     rows = [
         ("ranks", figures["degrees"]),
@@ -191,14 +197,8 @@ def summary_rows(figures: dict[str, Any], config: RunConfig) -> list[tuple[str, 
 
 def main(arguments: list[str]) -> None:
     """Prints the rehearsal of the config. Raises ConfigError."""
-    config = load_config(arguments, None)
-    figures = rehearse(config)
-    if config.rehearse.format == "json":
-        print(json.dumps(figures))
-    else:
-        show(figures, config)
+    print_figures(arguments, rehearse, show, "rehearse")
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main(sys.argv[1:])
+    run(main, PAGE)

@@ -3,25 +3,36 @@
 import sys
 from pathlib import Path
 
-import torch
 from pydantic import Field
 
 from conf.compose import Config, parse_command
-from conf.errors import exit_on_error
+from conf.help import Page, run
 
 
 class SampleCommand(Config):
     """Arguments of the command."""
 
-    run: str
-    prompt: str = "def "
-    tokens: int = Field(default=200, ge=1)
-    temperature: float = Field(default=0.7, ge=0)
-    seed: int = Field(default=0, ge=0)
+    run: str = Field(description="directory of the run")
+    prompt: str = Field(default="def ", description="text that is continued")
+    tokens: int = Field(default=200, ge=1, description="tokens to add to it")
+    temperature: float = Field(default=0.7, ge=0, description="of the softmax; 0 takes the likeliest token")
+    seed: int = Field(default=0, ge=0, description="of the random choices; the same one gives the same text")
+
+
+PAGE = Page(
+    __doc__ or "",
+    (
+        'python -m train.sample run=runs/default prompt="def "',
+        "python -m train.sample run=runs/default tokens=500 temperature=0 seed=1",
+    ),
+    fields=SampleCommand,
+)
 
 
 def main(arguments: list[str]) -> None:
     """Prints the prompt and its continuation. Raises the errors of conf.errors."""
+    import torch
+
     from data.card import TOKENIZER
     from data.tokenizer import load_tokenizer
     from parallel.mesh.world import World
@@ -41,5 +52,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main(sys.argv[1:])
+    run(main, PAGE)

@@ -1,35 +1,45 @@
-"""Hydra's own command line: multirun sweeps and its launchers, --help, --cfg."""
+"""Hydra's own command line: multirun sweeps and its launchers, --cfg."""
 
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from conf.compose import CONF_DIR, hydra_overrides, validate
-from conf.errors import ConfigError, exit_on_error
+from conf.compose import CONF_DIR, hydra_overrides
+from conf.errors import exit_on_error
+
+# Hydra's flags whose value is the next word.
+_VALUED = ("--cfg", "-c", "--package", "-p", "--info", "-i")
 
 
 def hydra_main(arguments: Sequence[str]) -> None:
     """Hands the arguments to Hydra, value keys made harmless so that our own check names the typos."""
-    flags = [argument for argument in arguments if argument.startswith("-")]
+    flags, typed = told_apart(arguments)
     with exit_on_error():
-        overrides = hydra_overrides([argument for argument in arguments if not argument.startswith("-")])
+        overrides = hydra_overrides(typed)
     sys.argv = [sys.argv[0], *flags, *overrides]
     hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")(one_job)()
+
+
+def told_apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Flags with the words that belong to them, and overrides."""
+    flags, typed = [], []
+    for before, argument in pairwise(["", *arguments]):
+        is_value = before in _VALUED and "=" not in argument
+        (flags if argument.startswith("-") or is_value else typed).append(argument)
+    return flags, typed
 
 
 def one_job(composed: Any) -> None:
     """One run of a sweep. Each has its own directory: run.dir/NUMBER."""
     from omegaconf import OmegaConf
 
-    from train.config.checks import violations
     from train.config.environment import read_environment
-    from train.config.load import with_global_batch
-    from train.config.run_config import RunConfig
-    from train.loop.run import run_checked
+    from train.config.load import checked
 
     with exit_on_error():
         tree = OmegaConf.to_container(composed, resolve=True)
@@ -38,8 +48,7 @@ def one_job(composed: Any) -> None:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             known["run"]["dir"] = f"{known['run']['dir']}/{HydraConfig.get().job.num}"
         environment = read_environment()
-        config = validate(RunConfig, with_global_batch(known, environment.world_size))
-        found = violations(config, environment.world_size, is_run_here=True)
-        if found:
-            raise ConfigError(found)
+        config = checked(known, environment.world_size, sees_mixers=False)
+        from train.loop.run import run_checked
+
         run_checked(config, environment)

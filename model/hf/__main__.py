@@ -4,16 +4,13 @@
 both read either form. `model_type=` picks among families that hold the architecture, `dtype=` converts.
 """
 
-import sys
 from typing import Literal
 
-import torch
 from pydantic import Field
 
 from conf.compose import Config, parse_command
-from conf.errors import ConfigError, Violation, exit_on_error
-from model.hf.convert import convert
-from model.hf.own import OWN
+from conf.errors import ConfigError, Violation
+from conf.help import Page, run
 
 USAGE = "python -m model.hf import HUB OURS | export OURS HUB [model_type=NAME] [dtype=bfloat16] [shard_gb=5]"
 
@@ -21,9 +18,29 @@ USAGE = "python -m model.hf import HUB OURS | export OURS HUB [model_type=NAME] 
 class Conversion(Config):
     """Arguments of the command."""
 
-    model_type: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
-    shard_gb: float = Field(default=5.0, gt=0)
+    model_type: str | None = Field(
+        default=None,
+        description="of export: the family to write as; null is the first that fits",
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = Field(
+        default=None, description="of the written weights; null leaves them as they are"
+    )
+    shard_gb: float = Field(default=5.0, gt=0, description="most of a file of weights, 10^9 bytes")
+
+
+PAGE = Page(
+    __doc__ or "",
+    (
+        "python -m model.hf import hub/Qwen3-Next ours",
+        "python -m train train.start=ours",
+        "python -m model.hf export ours hub/new dtype=bfloat16",
+    ),
+    {
+        "import HUB OURS": "a checkpoint of the hub, in a directory, to weights in our own form",
+        "export OURS HUB": "weights in our own form, or of the hub, to a checkpoint that transformers opens",
+    },
+    fields=Conversion,
+)
 
 
 def main(arguments: list[str]) -> None:
@@ -33,6 +50,11 @@ def main(arguments: list[str]) -> None:
         raise ConfigError([Violation(" ".join(words) or "model.hf", f"write {USAGE}")])
     action, source, target = words
     options = parse_command([argument for argument in arguments if "=" in argument], Conversion)
+    import torch
+
+    from model.hf.convert import convert
+    from model.hf.own import OWN
+
     model_type = OWN.model_type if action == "import" else options.model_type
     if action == "import" and options.model_type is not None:
         raise ConfigError([Violation("model_type", "is read from the directory on import; leave it out")])
@@ -49,5 +71,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main(sys.argv[1:])
+    run(main, PAGE)

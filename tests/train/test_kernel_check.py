@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from conf.errors import NumericsError
-from kernels.check import Verdict
 from kernels.choose import FAMILIES, describe, set_backends, takes_triton, use_backends
+from kernels.verdict import Verdict
 from model.language_model import LanguageModel
 from parallel.mesh.world import World
 from tests.architectures import small_architecture

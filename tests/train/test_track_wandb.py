@@ -89,6 +89,29 @@ def test_an_offline_run_has_every_line_under_the_id_of_the_run(
         assert not path.is_file() or SECRET.encode() not in path.read_bytes()
 
 
+@pytest.mark.slow
+def test_the_starts_of_a_restarted_run_are_opened_and_sent_by_the_directory_above_them(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for start in (0, 2):
+        sink = WandbSink(config_of("offline"), tmp_path, "run-id-1", {})
+        for step in (start + 1, start + 2):
+            sink.log({"step": step, "loss/cross_entropy": 1 / step})
+        sink.close()
+    place = tmp_path / "wandb"
+    printed = capfd.readouterr().out
+    assert printed.count(f"`wandb leet {place}` draws it, `wandb sync {place}` sends it") == 2
+    newest = json.loads(wandb("leet", "inspect", "--summary", "--json", str(place)))
+    assert newest["summary"]["step"] == 4
+    assert "Would sync 2 run(s)" in wandb("sync", "--dry-run", str(place))
+
+
+def wandb(*arguments: str) -> str:
+    command = [sys.executable, "-m", "wandb", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout + done.stderr
+
+
 def test_a_failed_run_is_recorded_as_failed(tmp_path: Path) -> None:
     sink = WandbSink(config_of("offline"), tmp_path, "run-id-1", {})
     sink.log({"step": 1, "loss/cross_entropy": 1.0})

@@ -21,15 +21,6 @@ if TYPE_CHECKING:
     from train.config.run_config import RunConfig
 
 
-def violations(config: "RunConfig", world_size: int, *, is_run_here: bool) -> list[Violation]:
-    """Everything that keeps a run from starting on so many processes.
-
-    is_run_here: they are started on this machine, so what it lacks counts as well.
-    """
-    found = early_violations(config, world_size, is_run_here=is_run_here)
-    return found + model_violations(config, found)
-
-
 def early_violations(
     config: "RunDraft | RunConfig", world_size: int, *, is_run_here: bool
 ) -> list[Violation]:

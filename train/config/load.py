@@ -21,9 +21,19 @@ def load_config(overrides: Sequence[str], world_size: int | None) -> "RunConfig"
     Raises ConfigError with all violations.
     """
     tree = compose_known(overrides, RunDraft, started_architecture(overrides))
+    sees_mixers = any(override.lstrip("+").startswith("mixer.") for override in overrides)
+    return checked(tree, world_size, sees_mixers=sees_mixers)
+
+
+def checked(tree: dict[str, Any], world_size: int | None, *, sees_mixers: bool) -> "RunConfig":
+    """A composed tree as the config of a run on so many processes.
+
+    sees_mixers: their keys were typed, so mixers are looked into even where something else is wrong.
+    Raises ConfigError with all violations.
+    """
     tree = with_global_batch(tree, world_size)
     found = list(tree_violations(tree, world_size))
-    if found and not any(override.lstrip("+").startswith("mixer.") for override in overrides):
+    if found and not sees_mixers:
         # What the mixers hold then comes from conf/ alone; looking into it would import torch for seconds.
         raise ConfigError(found)
     from train.config.run_config import RunConfig

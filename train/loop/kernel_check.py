@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from conf.errors import NumericsError
-from kernels.check import Verdict, wrong_kernels
 from kernels.choose import FAMILIES, describe, set_backends, takes_triton
+from kernels.verdict import Verdict, wrong_kernels
 from model.recurrence import Recurrence
 from parallel.mesh.world import World
 from train.config.fields import KernelBackend, KernelsConfig

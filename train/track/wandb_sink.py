@@ -99,7 +99,11 @@ class WandbSink:
         self._process.wait()
         self._process = None
         if self._offline_place is not None and not self._is_off:
-            print(f"wandb: recorded in {self._offline_place}; send it with `wandb sync`", flush=True)
+            place = self._offline_place
+            print(
+                f"wandb: recorded in {place}: `wandb leet {place}` draws it, `wandb sync {place}` sends it",
+                flush=True,
+            )
         if self.dropped:
             print(f"wandb: {self.dropped} lines dropped; metrics.jsonl has all of them", flush=True)
 

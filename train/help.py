@@ -1,0 +1,28 @@
+"""The help page of a command whose arguments are the config of a run."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from conf.help import Page
+from conf.keys import sections
+
+if TYPE_CHECKING:
+    from train.config.fields import RunDraft
+
+ARGUMENTS = {
+    "GROUP=OPTION": "a file of conf/GROUP, such as optim=lion",
+    "KEY=VALUE": "a value within a group, such as optim.lr=3e-4; it wins over every file",
+}
+
+
+def run_page(about: str | None, examples: Sequence[str], arguments: Mapping[str, str] | None = None) -> Page:
+    """The page, with every part of the config. about is the docstring of the command's module."""
+    assert about is not None, "every command has a docstring"
+    return Page(about, examples, {**ARGUMENTS, **(arguments or {})}, sections=sections, root=_fields)
+
+
+def _fields() -> "type[RunDraft]":
+    # Types are wanted only by who asks for the keys of a section.
+    from train.config.fields import RunDraft
+
+    return RunDraft
