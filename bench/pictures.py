@@ -24,7 +24,8 @@ STYLE = """
   .paper { fill: #ffffff; stroke: #d0d7de; } text { fill: #1f2328; font: 13px system-ui, sans-serif; }
   .title { font-weight: 600; font-size: 15px; } .quiet { fill: #59636e; }
   .box { fill: #eef2f6; stroke: #8c959f; } .axis { stroke: #8c959f; } .grid { stroke: #d0d7de; }
-  .a { stroke: #0969da; fill: none; } .fill { fill: #0969da; } .b { stroke: #bc4c00; } .b-fill { fill: #bc4c00; }
+  .a { stroke: #0969da; fill: none; } .fill { fill: #0969da; }
+  .b { stroke: #bc4c00; } .b-fill { fill: #bc4c00; }
   @media (prefers-color-scheme: dark) {
     .paper { fill: #0d1117; stroke: #3d444d; } text { fill: #f0f6fc; } .quiet { fill: #9198a1; }
     .box { fill: #1c232c; stroke: #656c76; } .axis { stroke: #656c76; } .grid { stroke: #3d444d; }
