@@ -43,7 +43,7 @@ def commands() -> list[tuple[str, list[str]]]:
     """Module or script of each command in the pages, and its arguments."""
     found = []
     for page in PAGES:
-        for text in re.findall(COMMAND, page.read_text()):
+        for text in re.findall(COMMAND, page.read_text().replace("\\\n", " ")):
             module, *rest = shlex.split(re.split(r"  +|, | #", text)[0], comments=True)
             if re.fullmatch(r"[a-z_./]+", module):
                 found.append((module, rest))
