@@ -166,7 +166,7 @@ class Heartbeat:
         return f"{named}{more}: {what}; silent for {seconds:g} s"
 
     def _silent(self, seconds: float) -> list[int]:
-        """HeadShards whose beat has stood still for so long."""
+        """Peers whose beat has stood still for so long."""
         now = time.monotonic()
         beats = self._own.multi_get([f"beat/{peer}" for peer in self._heard])
         for peer, beat in zip(self._heard, beats, strict=True):
