@@ -42,7 +42,7 @@ train: $(VENV)/train.ready
 
 # Files stay whole: what one sets up for its tests is set up once.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not prove and not interpreted and not equality" $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not prove and not interpreted and not equality" $(TESTS)
 
 # Triton decides when it is imported whether kernels are interpreted or compiled: one process cannot do both.
 prove: $(VENV)/test.ready $(VENV)/triton-$(TRITON_NEWEST).ready

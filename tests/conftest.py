@@ -29,6 +29,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--no-onednn", action="store_true", help="multiply matrices without oneDNN")
 
 
+# Files of the first start first: theirs are long tests, and where one is last the other process waits for it.
+LONGEST_FIRST = ("parallel", "train", "slurm", "model", "contracts", "kernels")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def rank(item: pytest.Item) -> int:
+        folders = item.path.parts
+        return next((n for n, name in enumerate(LONGEST_FIRST) if name in folders), len(LONGEST_FIRST))
+
+    items.sort(key=rank)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # Small shapes on few cores: more threads would only take turns.
     torch.set_num_threads(config.getoption("--threads"))
