@@ -34,6 +34,7 @@ TINY = (
     "train.global_batch=4",
     "train.evaluate_every=10",
     "train.evaluate_rows=8",
+    "train.final_rows=8",
     "optim.lr=0.01",
     "schedule.warmup_steps=3",
     "checkpoint.every=4",

@@ -1,10 +1,7 @@
 """Two real processes: shards, resharding, and failures that every rank learns of."""
 
 import errno
-import os
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,41 +15,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from conf.errors import CheckpointError, StorageError
+from tests.worlds import run_world
 from train.checkpoint.storage import DigestingFileSystem, DigestingStream
 from train.checkpoint.store import CheckpointStore
-
-StepShape = Callable[[int, int, Path], None]
-
-
-def run_ranks(work: StepShape, size: int, directory: Path) -> None:
-    """Run `work(rank, size, directory)` in `size` processes that share a gloo group."""
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_rank, args=(work, rank, size, directory)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    hung = [process for process in processes if process.is_alive()]
-    for process in hung:
-        process.kill()
-    failures = [file.read_text() for file in sorted(directory.glob("failure.*"))]
-    assert not failures, "\n".join(failures)
-    assert not hung, f"{len(hung)} ranks never ended"
-    assert [process.exitcode for process in processes] == [0] * size
-
-
-def _rank(work: StepShape, rank: int, size: int, directory: Path) -> None:
-    torch.set_num_threads(1)
-    try:
-        rendezvous = f"file://{directory}/rendezvous.{work.__name__}.{size}"
-        dist.init_process_group(
-            "gloo", init_method=rendezvous, rank=rank, world_size=size, timeout=timedelta(seconds=30)
-        )
-        work(rank, size, directory)
-        dist.destroy_process_group()
-    except BaseException:
-        (directory / f"failure.{rank}").write_text(traceback.format_exc())
-        os._exit(1)
 
 
 def trained(seed: int, size: int) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -128,11 +93,11 @@ def test_shards_come_back_bit_for_bit_in_any_number_of_ranks(
     run_or_call(load, loaded_by, tmp_path)
 
 
-def run_or_call(work: StepShape, size: int, directory: Path) -> None:
+def run_or_call(function: Callable[[int, int, Path], None], size: int, directory: Path) -> None:
     if size > 1:
-        run_ranks(work, size, directory)
+        run_world(size, function, directory)
     else:
-        work(0, 1, directory)
+        function(0, 1, directory)
 
 
 class FullDisk(DigestingStream):
@@ -200,4 +165,4 @@ def faults(rank: int, size: int, directory: Path) -> None:
 
 
 def test_a_failure_on_one_rank_is_the_same_error_on_every_rank(tmp_path: Path) -> None:
-    run_ranks(faults, 2, tmp_path)
+    run_world(2, faults, tmp_path)
