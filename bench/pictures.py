@@ -201,8 +201,8 @@ def line(kind: str, x1: float, y1: float, x2: float, y2: float, more: str = "") 
 
 def polyline(kind: str, points: Sequence[tuple[float, float]], width: float) -> str:
     """A line through points."""
-    places = " ".join(f"{x:g},{y:g}" for x, y in points)
-    return f'<polyline class="{kind}" stroke-width="{width:g}" points="{places}"/>'
+    drawn = " ".join(f"{x:g},{y:g}" for x, y in points)
+    return f'<polyline class="{kind}" stroke-width="{width:g}" points="{drawn}"/>'
 
 
 def dot(x: float, y: float) -> str:

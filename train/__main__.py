@@ -4,7 +4,7 @@ With -m every combination of values with commas is a run of its own, in run.dir/
 """
 
 from conf.help import run
-from train.help import run_page
+from train.config.help import run_page
 
 PAGE = run_page(
     __doc__,
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> None:
 
     share_processors()
     if any(argument.startswith("-") for argument in arguments):
-        from train.sweep import hydra_main
+        from train.loop.sweep import hydra_main
 
         hydra_main(arguments)
         return

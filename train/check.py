@@ -7,7 +7,7 @@ does not count.
 from collections.abc import Sequence
 
 from conf.help import run
-from train.help import run_page
+from train.config.help import run_page
 
 PAGE = run_page(
     __doc__,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from conf.help import run
 from model.layout import NONE
+from train.config.help import run_page
 from train.estimate.figures import print_figures, readable_bytes
-from train.help import run_page
 
 if TYPE_CHECKING:
     from model.count import ModelCount

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from conf.errors import ConfigError, Violation
 from conf.help import run
+from train.config.help import run_page
 from train.estimate.figures import print_figures, readable_bytes
-from train.help import run_page
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.conftest import Corpus
-from train.sweep import told_apart
+from train.loop.sweep import told_apart
 
 
 def sweep(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -98,12 +98,12 @@ def test_the_starts_of_a_restarted_run_are_opened_and_sent_by_the_directory_abov
         for step in (start + 1, start + 2):
             sink.log({"step": step, "loss/cross_entropy": 1 / step})
         sink.close()
-    place = tmp_path / "wandb"
+    offline = tmp_path / "wandb"
     printed = capfd.readouterr().out
-    assert printed.count(f"`wandb leet {place}` draws it, `wandb sync {place}` sends it") == 2
-    newest = json.loads(wandb("leet", "inspect", "--summary", "--json", str(place)))
+    assert printed.count(f"`wandb leet {offline}` draws it, `wandb sync {offline}` sends it") == 2
+    newest = json.loads(wandb("leet", "inspect", "--summary", "--json", str(offline)))
     assert newest["summary"]["step"] == 4
-    assert "Would sync 2 run(s)" in wandb("sync", "--dry-run", str(place))
+    assert "Would sync 2 run(s)" in wandb("sync", "--dry-run", str(offline))
 
 
 def wandb(*arguments: str) -> str:

@@ -39,7 +39,7 @@ class WandbSink:
     ) -> None:
         self.dropped = 0
         self._timeout_seconds = config.timeout_seconds
-        self._offline_place = directory / "wandb" if config.wandb == "offline" else None
+        self._offline_dir = directory / "wandb" if config.wandb == "offline" else None
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue(_QUEUED_LINES)
         self._is_off = False
         self._process: subprocess.Popen[bytes] | None = None
@@ -98,11 +98,10 @@ class WandbSink:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._process = None
-        if self._offline_place is not None and not self._is_off:
-            place = self._offline_place
+        if self._offline_dir is not None and not self._is_off:
+            at = self._offline_dir
             print(
-                f"wandb: recorded in {place}: `wandb leet {place}` draws it, `wandb sync {place}` sends it",
-                flush=True,
+                f"wandb: recorded in {at}: `wandb leet {at}` draws it, `wandb sync {at}` sends it", flush=True
             )
         if self.dropped:
             print(f"wandb: {self.dropped} lines dropped; metrics.jsonl has all of them", flush=True)
