@@ -90,7 +90,7 @@ def test_a_cut_without_places_is_refused(stages: int) -> None:
         partition([1.0] * 5, stages, {1, 3})
 
 
-@pytest.mark.parametrize("name", group_options("model"))
+@pytest.mark.parametrize("name", [name for name in group_options("model") if not name.endswith("_small")])
 def test_no_published_model_has_a_slower_stage_than_with_equal_layers(name: str) -> None:
     config = architecture(name)
     pieces = config.model.depth - len(joined_layers(config))
