@@ -39,8 +39,9 @@ def convolution_read(
     if HAS_DOCUMENT:
         found = tl.load(document + row * tokens + tl.minimum(tl.maximum(token, 0), tokens - 1))
         is_in = is_in & (found == own)
-    x_ptrs = x + row * row_stride + first.to(tl.int64) * token_stride
-    x_ptrs += shifts[:, None] * token_stride + channel[None, :]
+    x_first = x + row * row_stride + first.to(tl.int64) * token_stride
+    # In this order of the sums: the offsets added up first are spilled (Triton 3.6).
+    x_ptrs = x_first + shifts[:, None] * token_stride + channel[None, :]
     value = tl.load(x_ptrs, mask=is_in[:, None] & is_channel, other=0.0).to(tl.float32)
     if HAS_INITIAL_STATE:
         is_before = (token < 0) & (token >= 1 - TAPS)
