@@ -1,4 +1,4 @@
-# Weft's commands. Each starts from a bare machine with Python 3.11 or 3.12 and sets up .venv by itself.
+# Weft's commands. Each starts from a bare machine with Python 3.11 to 3.13 and sets up .venv by itself.
 #
 #   make train    the default recipe on this machine; RUN="key=value ..." changes it
 #   make test     lint and the test suite; TESTS="tests/data -k packing" runs a part
@@ -70,13 +70,13 @@ setup: $(VENV)/test.ready $(VENV)/train.ready
 
 # Python with venv: the first of the usual names that starts, has a version that fits and brings pip along.
 $(BIN)/python:
-	@for name in $(PYTHON) python3 python3.12 python3.11 python; do \
-	  if "$$name" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
+	@for name in $(PYTHON) python3 python3.13 python3.12 python3.11 python; do \
+	  if "$$name" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
 	    2>/dev/null; then \
 	    echo "setup: $(VENV) with $$("$$name" -V) ($$name)"; "$$name" -m venv --clear $(VENV); exit 0; fi; \
 	done; \
-	echo "setup: needs Python 3.11 or 3.12 with venv (Debian: apt-get install python3-venv), found none" \
-	  "as python3, python3.12 or python3.11; name one by make PYTHON=/path/to/python" >&2; exit 1
+	echo "setup: needs Python 3.11 to 3.13 with venv (Debian: apt-get install python3-venv), found none" \
+	  "as python3, python3.13, python3.12 or python3.11; name one by make PYTHON=/path/to/python" >&2; exit 1
 
 # torch comes first and alone: no other package can then pull in another build of it.
 $(VENV)/torch.ready: requirements.lock | $(BIN)/python
