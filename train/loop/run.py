@@ -3,7 +3,7 @@
 import json
 import uuid
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -84,18 +84,17 @@ def run_in_world(config: RunConfig, world: World, interrupt: Interrupt) -> None:
     run_id = read_run_id(directory) if world.rank == 0 else ""
     tracker = Tracker(config.track, directory, run_id, config.model_dump(), world.rank, config.train.steps)
     is_well = False
-    hooks: list[StepHook] = []
-    try:
+    # The tracker is closed last, whatever a hook raises on its way out.
+    with ExitStack() as stack:
+        stack.callback(lambda: tracker.close(is_failed=not is_well))
         tracker.resume(state.step)
-        hooks += hooks_of(config, tracker, world)
+        hooks = hooks_of(config, tracker, world)
+        for hook in hooks:
+            stack.callback(hook.close)
         is_done = train(state, loader, store, hooks, interrupt, config, world)
         if is_done:
             finish(state, loader, tracker, config, world)
         is_well = True
-    finally:
-        for hook in hooks:
-            hook.close()
-        tracker.close(is_failed=not is_well)
 
 
 def hooks_of(config: RunConfig, tracker: Tracker, world: World) -> list[StepHook]:
