@@ -1,6 +1,7 @@
 """What runs beside the steps of a run: the protocol, garbage collection and the profiler."""
 
 import gc
+import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ import torch
 
 from conf.errors import as_storage_error
 from data.loader import Batch
-from train.checkpoint.atomic import write_atomically
 from train.config.fields import ProfileConfig
 from train.eval.heldout import Evaluation
 from train.loop.state import TrainState
@@ -103,8 +103,7 @@ class Profiler(StepHook):
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(partial))
-            write_atomically(self._path, partial.read_bytes())
-            partial.unlink()
+            os.replace(partial, self._path)
         except OSError as error:
             raise as_storage_error(error, self._path) from error
         print(f"profile: {self._path}", flush=True)
