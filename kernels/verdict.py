@@ -17,6 +17,7 @@ from kernels.spec import (
     kernel_specs,
     outputs_and_grads,
     relative_error,
+    relative_errors,
 )
 
 # Tokens of a check on a GPU, and of its timing.
@@ -70,8 +71,7 @@ def check_interpreted(spec: KernelSpec) -> Iterator[Verdict]:
 
 def worst_of(case: KernelCase, spec: str, dtype: torch.dtype, limit: float) -> Verdict:
     """The output or gradient that is farthest from the reference."""
-    found = outputs_and_grads(case.triton, case.inputs)
-    errors = {name: relative_error(found.get(name), true) for name, true in exact_results(case).items()}
+    errors = relative_errors(case)
     name = max(errors, key=lambda name: errors[name])
     return Verdict(spec, dtype, name, errors[name], limit)
 
