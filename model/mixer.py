@@ -85,16 +85,6 @@ class TPShard(NamedTuple):
     rows: tuple[int, ...] | None = None
 
 
-class Context(NamedTuple):
-    """How a mixer works on a sequence that is sharded over ranks, and how many tokens it reads to the left.
-
-    gather: keys and values of all ranks are brought together. state: a summary of each chunk is passed on.
-    """
-
-    exchange: Literal["gather", "state"]
-    halo: int
-
-
 class Flops(NamedTuple):
     """Forward floating-point operations per token: matrix products with weights, and the mixing itself."""
 

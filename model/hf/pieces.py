@@ -57,11 +57,6 @@ def entry(index: int, then: TensorView = whole) -> TensorView:
     return lambda x: then(x[index])
 
 
-def shaped(*shape: int) -> TensorView:
-    """The same numbers in another shape."""
-    return lambda x: x.view(shape)
-
-
 class Mapped:
     """The pieces of a model, found by name, and checked to cover every tensor once on both sides.
 
