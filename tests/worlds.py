@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -78,6 +79,11 @@ def run_world(
             _end(processes)
             for reader in readers:
                 reader.close()
+
+
+def process_pool(size: int) -> ProcessPoolExecutor:
+    """`size` processes that check shapes as ranks do. They end with the pool."""
+    return ProcessPoolExecutor(size, _context())
 
 
 @functools.cache

@@ -8,7 +8,7 @@ formulas.
 import json
 import os
 from collections.abc import Collection
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +32,10 @@ PAGE = run_page(
 )
 
 
-def rehearse(config: "RunConfig") -> dict[str, Any]:
+def rehearse(config: "RunConfig", pool: Executor) -> dict[str, Any]:
     """All figures as one plain object; bytes and counts, nothing rounded.
+
+    The processes of `pool` play the ranks.
 
     Raises ConfigError for a rank that the run does not have, for parallel.data=zero, and for DeepEP.
     """
@@ -53,7 +55,7 @@ def rehearse(config: "RunConfig") -> dict[str, Any]:
     own = config.rehearse.rank
     ranks = sampled_ranks(degrees) if own is None else [own]
     stepping = stepping_ranks(config, size) if own is None else {own: own}
-    found, played = side_by_side(config, size, set(stepping.values()), ranks)
+    found, played = side_by_side(config, size, set(stepping.values()), ranks, pool)
     steps = [found[like] | coordinates_of(config, rank, size) for rank, like in stepping.items()]
     totals = {rank["rank"]: sum(rank["bytes"]["total"][what] for what in WHAT) for rank in played}
     return {
@@ -68,37 +70,42 @@ def rehearse(config: "RunConfig") -> dict[str, Any]:
 
 
 def side_by_side(
-    config: "RunConfig", size: int, stepping: Collection[int], holding: Collection[int]
+    config: "RunConfig", size: int, stepping: Collection[int], holding: Collection[int], pool: Executor
 ) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
-    """The steps of some ranks, and what others hold, played by as many processes as there are cores."""
+    """The steps of some ranks, and what others hold, played by the processes of `pool`."""
     from train.estimate.rehearsal import joined_step, play, step_parts, step_some, with_pp_layout
 
     config = with_pp_layout(config, size)
+    # Both ends of a pipeline take longest, so they begin.
+    order = sorted(stepping, key=lambda rank: rank not in (min(stepping), max(stepping)))
+    steps = {
+        rank: [
+            (part.weight, pool.submit(step_some, config, rank, size, part.layers, part.micro_batches))
+            for part in step_parts(config, rank, size)
+        ]
+        for rank in order
+    }
+    holds = [pool.submit(play, config, rank, size) for rank in holding]
+    played = [hold.result() for hold in holds]
+    found = {
+        rank: joined_step(config, rank, size, [(weight, job.result()) for weight, job in jobs])
+        for rank, jobs in steps.items()
+    }
+    return found, played
+
+
+def with_processes(config: "RunConfig") -> dict[str, Any]:
+    """What `rehearse` finds with a process per core. The process must not have used a fork server before."""
     # To import torch takes as long as to play one: it is done once, in a process of its own, since a process
     # whose torch has started threads cannot be forked.
     context = get_context("forkserver")
     context.set_forkserver_preload(["train.estimate.rehearsal"])
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as pool:
-        # Both ends of a pipeline take longest, so they begin.
-        order = sorted(stepping, key=lambda rank: rank not in (min(stepping), max(stepping)))
-        steps = {
-            rank: [
-                (part.weight, pool.submit(step_some, config, rank, size, part.layers, part.micro_batches))
-                for part in step_parts(config, rank, size)
-            ]
-            for rank in order
-        }
-        holds = [pool.submit(play, config, rank, size) for rank in holding]
         try:
-            played = [hold.result() for hold in holds]
-            found = {
-                rank: joined_step(config, rank, size, [(weight, job.result()) for weight, job in jobs])
-                for rank, jobs in steps.items()
-            }
+            return rehearse(config, pool)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return found, played
 
 
 WHAT = ("parameters", "gradients", "optimizer")
@@ -197,7 +204,7 @@ def summary_rows(figures: dict[str, Any], config: "RunConfig") -> list[tuple[str
 
 def main(arguments: list[str]) -> None:
     """Prints the rehearsal of the config. Raises ConfigError."""
-    print_figures(arguments, rehearse, show, "rehearse")
+    print_figures(arguments, with_processes, show, "rehearse")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from tests.parallel.layouts import (
     objective_of,
     on_rank,
 )
-from tests.worlds import run_world
+from tests.worlds import process_pool, run_world
 from train.config.load import load_config
 from train.rehearse import rehearse
 
@@ -275,7 +275,9 @@ def test_what_does_not_go_together_is_refused(overrides: list[str], found: str) 
 
 def test_a_rehearsal_says_the_same() -> None:
     keys = ["cluster.nodes=1", "cluster.gpus_per_node=2", "parallel.ep=2", "layout=attn", "model.depth=1"]
-    assert rehearse(load_config([*keys, "parallel.compile=true"], None)) == rehearse(load_config(keys, None))
+    with process_pool(2) as pool:
+        compiled = rehearse(load_config([*keys, "parallel.compile=true"], None), pool)
+        assert compiled == rehearse(load_config(keys, None), pool)
 
 
 def narrow_rank(rank: int, size: int, config: Architecture) -> tuple[float, float]:

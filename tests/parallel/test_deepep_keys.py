@@ -10,7 +10,7 @@ import parallel.config.deepep
 from conf.errors import ConfigError, Violation
 from parallel.config.deepep import RELEASE
 from tests.train.runs import overrides_of
-from tests.worlds import run_world
+from tests.worlds import process_pool, run_world
 from train.config.load import load_config
 from train.rehearse import rehearse
 
@@ -136,8 +136,9 @@ def starting_with(
 
 
 def test_it_cannot_be_rehearsed() -> None:
-    with pytest.raises(ConfigError) as caught:
-        rehearse(load_config([*BASE, "cluster.gpus_per_node=8", "parallel.ep=8"], None))
+    config = load_config([*BASE, "cluster.gpus_per_node=8", "parallel.ep=8"], None)
+    with process_pool(1) as pool, pytest.raises(ConfigError) as caught:
+        rehearse(config, pool)
     assert [found.key for found in caught.value.violations] == ["parallel.ep_dispatch"]
 
 
