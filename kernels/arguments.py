@@ -22,7 +22,12 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def require(is_met: bool, name: str, expected: object, found: object) -> None:
     """Raises ValueError that names the argument, what it must be, and what it is."""
     if not is_met:
-        raise ValueError(f"{name}: expected {expected}, found {found}")
+        raise refusal(name, expected, found)
+
+
+def refusal(name: str, expected: object, found: object) -> ValueError:
+    """The error that names the argument, what it must be, and what it is."""
+    return ValueError(f"{name}: expected {expected}, found {found}")
 
 
 def require_within(name: str, x: Tensor, low: int, high: int, ignored: int | None = None) -> None:
@@ -91,7 +96,8 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
             if name not in shapes:
                 continue
             if not isinstance(value, Tensor):
-                require(isinstance(value, others[name]), name, "a tensor", type(value).__name__)
+                if not isinstance(value, others[name]):
+                    raise refusal(name, "a tensor", type(value).__name__)
                 continue
             device = value.device if device is None else device
             _check(name, value, shapes[name], sizes, device)
@@ -122,12 +128,16 @@ def _shape(annotation: Any) -> _Shape:
 def _check(
     name: str, x: Tensor, shapes: tuple[_Shape, ...], sizes: dict[str, object], device: torch.device
 ) -> None:
-    fitting = [shape for shape in shapes if shape.fits(x.ndim)]
-    require(bool(fitting), name, " or ".join(f"[{shape.text}]" for shape in shapes), tuple(x.shape))
-    shape = fitting[0]
-    dtypes = " or ".join(str(dtype).removeprefix("torch.") for dtype in shape.dtypes)
-    require(x.dtype in shape.dtypes, name, dtypes, x.dtype)
-    require(x.device == device, name, f"on {device}, as the arguments before it", x.device)
+    # Every kernel call comes here for each of its tensors: texts are made for errors alone.
+    ndim = x.ndim
+    shape = next((shape for shape in shapes if shape.fits(ndim)), None)
+    if shape is None:
+        raise refusal(name, " or ".join(f"[{shape.text}]" for shape in shapes), tuple(x.shape))
+    if x.dtype not in shape.dtypes:
+        dtypes = " or ".join(str(dtype).removeprefix("torch.") for dtype in shape.dtypes)
+        raise refusal(name, dtypes, x.dtype)
+    if x.device != device:
+        raise refusal(name, f"on {device}, as the arguments before it", x.device)
     middle = x.shape[len(shape.front) : x.ndim - len(shape.back)]
     found = (
         *zip(shape.front, x.shape, strict=False),
@@ -142,4 +152,4 @@ def _check(
         known = int(dim) if dim.isdigit() else sizes.setdefault(dim, size)
         if known != size:
             expected = f"[{shape.text}] with {dim} = {known}, as in the arguments before it"
-            raise ValueError(f"{name}: expected {expected}, found {tuple(x.shape)}")
+            raise refusal(name, expected, tuple(x.shape))
