@@ -89,13 +89,11 @@ def compose_tree(overrides: Sequence[str], model: Mapping[str, Any] | None = Non
 
 def _compose_lines(lines: list[str], groups: "Callable[..., DictConfig] | None" = None) -> dict[str, Any]:
     """Lines of `hydra_overrides` as a tree: those of groups by Hydra, then values as Hydra would set them."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    parser = OverridesParser.create()
-    overrides = [parser.parse_override(line) for line in lines]
+    overrides = [_parsed(line) for line in lines]
     values = [parsed for parsed in overrides if parsed.is_force_add()]
     swept = [parsed for parsed in overrides if parsed.is_sweep_override()]
     if swept:
@@ -183,6 +181,14 @@ def _referred(node: Any, tree: dict[Any, Any]) -> Any:
 
 
 @cache
+def _parsed(line: str) -> "Override":
+    """One override as Hydra reads it. Raises HydraException."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create().parse_override(line)
+
+
+@cache
 def _compose_groups(lines: tuple[str, ...]) -> "DictConfig":
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -197,13 +203,12 @@ def hydra_overrides(overrides: Sequence[str]) -> list[str]:
     Every mixer of conf/mixer/ is composed, so that any layout can name it. Raises ConfigError for
     bad syntax and for an option that its group does not have.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    parser, lines, violations = OverridesParser.create(), [], []
+    lines, violations = [], []
     for override in overrides:
         try:
-            parsed = parser.parse_override(override)
+            parsed = _parsed(override)
         except HydraException as error:
             violations.append(Violation(override, f"not a key=value override: {_first_line(error)}"))
             continue
@@ -272,13 +277,12 @@ def validate(root: type[T], tree: Mapping[str, Any]) -> T:
 
 def parse_command(arguments: Sequence[str], root: type[T]) -> T:
     """`key=value` arguments of a small command as a `root`. Raises ConfigError."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    parser, tree = OverridesParser.create(), {}
+    tree = {}
     for argument in arguments:
         try:
-            parsed = parser.parse_override(argument)
+            parsed = _parsed(argument)
         except HydraException as error:
             message = f"not a key=value argument: {_first_line(error)}"
             raise ConfigError([Violation(argument, message)]) from error

@@ -112,7 +112,9 @@ def count(config: Architecture) -> ModelCount:
     """The counts of a model, without building it."""
     shape = config.model
     table = shape.vocab_size * shape.width
-    layers = tuple(count_layer(config, names) for names in config.layers)
+    # Of each kind once: a deep model has few.
+    kinds = {names: count_layer(config, names) for names in set(config.layers)}
+    layers = tuple(kinds[names] for names in config.layers)
     head = 0 if shape.has_tied_embeddings else table
     mtp_modules = (count_prediction(config),) * shape.mtp.depth
     return ModelCount(

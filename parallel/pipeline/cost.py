@@ -36,7 +36,8 @@ def layer_costs(config: Architecture, context: int) -> list[Cost]:
     no weights: backward of attention is 2.5 times forward, as it computes its scores again, of a state 2.
     """
     counts, shape = count(config), config.model
-    costs = [_layer_cost(config, layer, context) for layer in counts.layers]
+    kinds = {layer: _layer_cost(config, layer, context) for layer in set(counts.layers)}
+    costs = [kinds[layer] for layer in counts.layers]
     # Two bytes per element are read and written; backward adds two-byte gradients to four-byte sums.
     moved = OPERATIONS_PER_BYTE * shape.width
     costs[0] = sum_costs([costs[0], Cost(4 * moved, 0.0, 10 * moved)])
