@@ -1,5 +1,6 @@
 """Small architectures for tests, from the same config groups that users compose."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -102,7 +103,12 @@ SMALL = (
 
 
 def small_architecture(overrides: Sequence[str] = ()) -> Architecture:
-    """The default model at a size for tests."""
+    """The default model at a size for tests. Frozen, so that tests can have the same one."""
+    return _composed(tuple(overrides))
+
+
+@functools.cache
+def _composed(overrides: tuple[str, ...]) -> Architecture:
     return compose([*SMALL, *overrides], Architecture)
 
 

@@ -92,12 +92,20 @@ def test_config_classes_work_as_without_the_check(sample: ModuleType) -> None:
     assert dataclasses.is_dataclass(sample.Sequence)
 
 
-def test_a_module_with_kernels_loads_plainly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shapes, "CHECKED", ("with_kernel", "without"))
-    (tmp_path / "with_kernel.py").write_text("import triton\n\n@triton.jit\ndef kernel(x): ...\n")
-    (tmp_path / "without.py").write_text("def plain(x): ...\n")
+def test_modules_with_kernels_or_without_shapes_load_plainly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = {
+        "with_kernel": "import triton\n\n@triton.jit\ndef kernel(x): ...\n\nX = 'Float[Tensor, \"T\"]'\n",
+        "without": "def plain(x: int): ...\n",
+        "with_shape": "def shaped(x: 'Float[Tensor, \"T\"]'): ...\n",
+    }
+    monkeypatch.setattr(shapes, "CHECKED", tuple(modules))
+    for name, source in modules.items():
+        (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    finder = shapes.UncheckedKernels()
+    finder = shapes.Unchecked()
     assert finder.find_spec("with_kernel", None) is not None
-    assert finder.find_spec("without", None) is None
+    assert finder.find_spec("without", None) is not None
+    assert finder.find_spec("with_shape", None) is None
     assert finder.find_spec("json", None) is None

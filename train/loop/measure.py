@@ -49,7 +49,7 @@ class Meter:
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations per second of a large matrix product here, best of three."""
-    size = 1024 if device.type == "cpu" else 8192
+    size = 512 if device.type == "cpu" else 8192
     # No random numbers: those of the run must not depend on when it was started.
     x = torch.linspace(-1, 1, size * size, device=device).to(dtype).view(size, size)
     best = float("inf")
