@@ -1,9 +1,7 @@
 """Hydra composes the groups of conf/; one typed, frozen tree comes out, or every violation at once."""
 
-import copy
 import difflib
 import json
-import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from conf.errors import ConfigError, Violation
+from conf.tree import copied, is_referred, resolved, set_keys
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
-    from omegaconf import DictConfig
 
 CONF_DIR = Path(__file__).parent
 # The name of the option that an architecture from elsewhere stands as.
@@ -87,10 +85,9 @@ def compose_tree(overrides: Sequence[str], model: Mapping[str, Any] | None = Non
         return _compose_lines([*lines, *hydra_overrides(overrides)], _compose_groups.__wrapped__)
 
 
-def _compose_lines(lines: list[str], groups: "Callable[..., DictConfig] | None" = None) -> dict[str, Any]:
+def _compose_lines(lines: list[str], groups: "Callable[..., dict[str, Any]] | None" = None) -> dict[str, Any]:
     """Lines of `hydra_overrides` as a tree: those of groups by Hydra, then values as Hydra would set them."""
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     overrides = [_parsed(line) for line in lines]
@@ -102,82 +99,16 @@ def _compose_lines(lines: list[str], groups: "Callable[..., DictConfig] | None" 
     try:
         # Composing groups is the slow part, and most compositions of a process differ in values only.
         chosen = (groups or _compose_groups)(tuple(line for line in lines if not line.startswith("++")))
-        composed = copy.deepcopy(chosen)
+        tree = copied(chosen)
         # What a reference stands for is complete before one leaf of the copy is set.
-        for parsed in sorted(values, key=lambda parsed: _is_referred(composed, parsed.key_or_group)):
-            _open_references(composed, parsed.key_or_group)
-            OmegaConf.update(composed, parsed.key_or_group, parsed.value(), merge=True, force_add=True)
-        tree = _resolved(composed)
+        values.sort(key=lambda parsed: is_referred(tree, parsed.key_or_group))
+        set_keys(tree, [(parsed.key_or_group, parsed.value()) for parsed in values])
+        return resolved(tree)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "config"
         raise ConfigError([Violation(str(key), _first_line(error))]) from error
     except HydraException as error:
         raise ConfigError([Violation("config", _first_line(error))]) from error
-    return {str(name): value for name, value in tree.items()}
-
-
-def _is_referred(composed: "DictConfig", key: str) -> bool:
-    """Whether the key lies within a node that is a reference to another node."""
-    return any(True for _ in _references(composed, key))
-
-
-def _open_references(composed: "DictConfig", key: str) -> None:
-    """Replaces every reference by a copy of the node to a node on the way to a key. Mutates composed."""
-    from omegaconf import OmegaConf
-
-    for node, name in _references(composed, key):
-        node[name] = OmegaConf.create(OmegaConf.to_container(node[name]))
-
-
-def _references(composed: "DictConfig", key: str) -> Iterator[tuple["DictConfig", str]]:
-    from omegaconf import DictConfig, OmegaConf
-
-    node = composed
-    for name in key.split(".")[:-1]:
-        if name not in node:
-            return
-        if OmegaConf.is_interpolation(node, name) and isinstance(node[name], DictConfig):
-            yield node, name
-        node = node[name]
-        if not isinstance(node, DictConfig):
-            return
-
-
-def _resolved(composed: "DictConfig") -> dict[Any, Any]:
-    """A composed config as plain containers.
-
-    Raises OmegaConfBaseException for what is missing or refers to nothing.
-    """
-    from omegaconf import OmegaConf
-
-    tree = OmegaConf.to_container(composed, throw_on_missing=True)
-    assert isinstance(tree, dict), f"{type(tree)=}"
-    try:
-        return _referred(tree, tree)
-    except (LookupError, RecursionError):
-        # More than a plain reference to a key, or a wrong one: the grammar of OmegaConf, which is slow.
-        slow = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-        assert isinstance(slow, dict), f"{type(slow)=}"
-        return slow
-
-
-def _referred(node: Any, tree: dict[Any, Any]) -> Any:
-    """The node with every ${a.b} replaced by what stands there. Raises LookupError for any other ${."""
-    if isinstance(node, dict):
-        return {name: _referred(value, tree) for name, value in node.items()}
-    if isinstance(node, list):
-        return [_referred(value, tree) for value in node]
-    if not isinstance(node, str) or "${" not in node:
-        return node
-    match = re.fullmatch(r"\$\{([A-Za-z_][\w.]*)\}", node)
-    if match is None:
-        raise LookupError(node)
-    found: Any = tree
-    for name in match[1].split("."):
-        if not isinstance(found, dict):
-            raise LookupError(node)
-        found = found[name]
-    return _referred(found, tree)
 
 
 @cache
@@ -189,12 +120,16 @@ def _parsed(line: str) -> "Override":
 
 
 @cache
-def _compose_groups(lines: tuple[str, ...]) -> "DictConfig":
+def _compose_groups(lines: tuple[str, ...]) -> dict[str, Any]:
+    """The groups as plain containers, references as they stand. Not to be mutated."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
 
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return hydra_compose("config", overrides=list(lines))
+        tree = OmegaConf.to_container(hydra_compose("config", overrides=list(lines)))
+    assert isinstance(tree, dict), f"{type(tree)=}"
+    return {str(name): value for name, value in tree.items()}
 
 
 def hydra_overrides(overrides: Sequence[str]) -> list[str]:

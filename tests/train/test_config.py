@@ -42,6 +42,9 @@ def violations(*overrides: str, world_size: int = 1) -> dict[str, str]:
         ("schedule.kind=cosin", "schedule.kind", "did you mean cosine?"),
         ("optim._target_=os.system", "optim._target_", "unknown key"),
         ("optim.lr", "optim.lr", "not a key=value override"),
+        ("train.profile.ranks.one=1", "train.profile.ranks.one", "no item one in a list of 1"),
+        ("model.activation=[1]", "model.activation", "keys of its own, kind, limit"),
+        ("mixer.hca=5", "mixer.hca", "found 5"),
         ("optim.lr=1e-3,3e-3", "optim.lr", "a sweep over them needs -m"),
         ("optim=adamw,lion", "optim", "a sweep over them needs -m"),
     ],
@@ -50,6 +53,13 @@ def test_each_mistake_is_named(override: str, key: str, says: str) -> None:
     found = violations(override)
     assert key in found, found
     assert says in found[key], found
+
+
+def test_a_mapping_is_merged_into_what_its_key_refers_to() -> None:
+    found = load_config(["mixer.nope.rotary_scaling={kind: yarn, factor: 3.0, original_context: 64}"], 1)
+    nope, attn = (found.mixer[name].rotary_scaling for name in ("nope", "attn"))  # pyright: ignore[reportAttributeAccessIssue]
+    assert nope == attn.model_copy(update={"kind": "yarn", "factor": 3.0, "original_context": 64})
+    assert attn.kind == "none"
 
 
 def test_all_mistakes_come_at_once() -> None:

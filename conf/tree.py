@@ -1,0 +1,135 @@
+"""A composed config as plain containers: keys are set as OmegaConf would set them, references followed."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from conf.errors import ConfigError, Violation
+
+_REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")
+_MISSING = "???"
+
+
+def copied(node: Any) -> Any:
+    """Containers are new, values the same."""
+    if isinstance(node, dict):
+        return {name: copied(value) for name, value in node.items()}
+    return [copied(value) for value in node] if isinstance(node, list) else node
+
+
+def is_referred(tree: dict[str, Any], key: str) -> bool:
+    """Whether the key lies within a mapping that is a reference to another one."""
+    node: Any = tree
+    for name in key.split(".")[:-1]:
+        node = _below(node, name)
+        if isinstance(_target(node, tree), dict):
+            return True
+    return False
+
+
+def set_keys(tree: dict[str, Any], values: Iterable[tuple[str, Any]]) -> None:
+    """Sets dotted keys one after the other, and merges a mapping into a mapping. Mutates tree.
+
+    A reference to a mapping on the way becomes a copy of it, so that only the copy changes. Raises
+    ConfigError for each index that a list does not have, and each mapping that would become something else
+    than null.
+    """
+    violations = []
+    for key, value in values:
+        try:
+            _set(tree, key, value)
+        except LookupError as error:
+            violations.append(Violation(key, error.args[0]))
+    if violations:
+        raise ConfigError(violations)
+
+
+def _set(tree: dict[str, Any], key: str, value: Any) -> None:
+    *way, last = key.split(".")
+    node: Any = tree
+    for name in way:
+        _open(node, name, tree)
+        if not isinstance(_below(node, name), dict | list):
+            _put(node, name, {})
+        node = _below(node, name)
+    _merge(node, last, value, tree)
+
+
+def resolved(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with every reference replaced by what it leads to.
+
+    Raises OmegaConfBaseException for what is missing or refers to nothing.
+    """
+    from omegaconf import OmegaConf
+
+    try:
+        return _resolved(tree, tree)
+    except (LookupError, RecursionError):
+        # Missing, wrong, or more than a reference to a key: the grammar of OmegaConf, which is slow.
+        slow = OmegaConf.to_container(OmegaConf.create(tree), resolve=True, throw_on_missing=True)
+        assert isinstance(slow, dict), f"{type(slow)=}"
+        return {str(name): value for name, value in slow.items()}
+
+
+def _resolved(node: Any, tree: dict[str, Any]) -> Any:
+    if isinstance(node, dict):
+        return {name: _resolved(value, tree) for name, value in node.items()}
+    if isinstance(node, list):
+        return [_resolved(value, tree) for value in node]
+    if not isinstance(node, str) or ("${" not in node and node != _MISSING):
+        return node
+    match = _REFERENCE.fullmatch(node)
+    if match is None:
+        raise LookupError(node)
+    found: Any = tree
+    for name in match[1].split("."):
+        if not isinstance(found, dict):
+            raise LookupError(node)
+        found = found[name]
+    return _resolved(found, tree)
+
+
+def _merge(node: Any, name: str, value: Any, tree: dict[str, Any]) -> None:
+    below = _below(node, name)
+    if isinstance(value, dict):
+        _open(node, name, tree)
+        if isinstance(below := _below(node, name), dict):
+            for key, part in value.items():
+                _merge(below, key, part, tree)
+            return
+    elif isinstance(below, dict) and value is not None and _target(value, tree) is None:
+        raise LookupError(f"has keys of its own, {', '.join(map(str, below))}; found {value!r}")
+    _put(node, name, copied(value))
+
+
+def _open(node: Any, name: str, tree: dict[str, Any]) -> None:
+    """Replaces a reference to a mapping by a copy of it. Mutates node."""
+    if isinstance(target := _target(_below(node, name), tree), dict):
+        _put(node, name, copied(target))
+
+
+def _target(value: Any, tree: dict[str, Any]) -> Any:
+    """What a plain reference leads to, through other references; None for anything else."""
+    followed: list[str] = []
+    while isinstance(value, str) and (match := _REFERENCE.fullmatch(value)) and value not in followed:
+        followed.append(value)
+        value = tree
+        for name in match[1].split("."):
+            value = _below(value, name)
+    return value if followed and not isinstance(value, str) else None
+
+
+def _below(node: Any, name: str) -> Any:
+    """What stands under a key of a mapping or an index of a list; None where nothing does."""
+    if isinstance(node, list):
+        return node[int(name)] if name.isdecimal() and int(name) < len(node) else None
+    return node.get(name) if isinstance(node, dict) else None
+
+
+def _put(node: Any, name: str, value: Any) -> None:
+    if isinstance(node, list):
+        if not name.isdecimal() or int(name) >= len(node):
+            raise LookupError(f"no item {name} in a list of {len(node)}")
+        node[int(name)] = value
+    else:
+        node[name] = value
