@@ -4,6 +4,7 @@ from pydantic import Field
 
 from conf.compose import Config, parse_command
 from conf.help import Page, run
+from train.config.load import open_run
 
 
 class EvaluateCommand(Config):
@@ -22,17 +23,18 @@ PAGE = Page(
 
 def main(arguments: list[str]) -> None:
     """Prints the scores as a table. Raises the errors of conf.errors."""
+    command = parse_command(arguments, EvaluateCommand)
+    config = open_run(command.run)
+    # What is mistyped is answered without waiting for these.
     import torch
 
     from parallel.mesh.world import World
     from parallel.micro_batches import WholeModel
     from train.eval.heldout import evaluate
-    from train.eval.restored import load_model, open_run
+    from train.eval.restored import load_model
     from train.loop.run import open_data
     from train.track.report import print_table
 
-    command = parse_command(arguments, EvaluateCommand)
-    config = open_run(command.run)
     loader = open_data(config, 0)
     model, step = load_model(command.run, config)
     rows = command.rows or loader.held_out_rows

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from conf.compose import Config, parse_command
 from conf.help import Page, run
+from train.config.load import open_run
 
 
 class ExportCommand(Config):
@@ -36,13 +37,15 @@ PAGE = Page(
 
 def main(arguments: list[str]) -> None:
     """Writes the directory and says as what. Raises the errors of conf.errors."""
+    command = parse_command(arguments, ExportCommand)
+    config = open_run(command.run)
+    # What is mistyped is answered without waiting for these.
     import torch
 
     from model.hf.pretrained import save_pretrained
-    from train.eval.restored import load_model, open_run
+    from train.eval.restored import load_model
 
-    command = parse_command(arguments, ExportCommand)
-    model, step = load_model(command.run, open_run(command.run))
+    model, step = load_model(command.run, config)
     model.to(getattr(torch, command.dtype))
     shard_bytes = int(command.shard_gb * 1e9)
     written = save_pretrained(model, command.to, model_type=command.model_type, shard_bytes=shard_bytes)

@@ -7,6 +7,7 @@ from pydantic import Field
 
 from conf.compose import Config, parse_command
 from conf.help import Page, run
+from train.config.load import open_run
 
 
 class SampleCommand(Config):
@@ -31,17 +32,18 @@ PAGE = Page(
 
 def main(arguments: list[str]) -> None:
     """Prints the prompt and its continuation. Raises the errors of conf.errors."""
+    command = parse_command(arguments, SampleCommand)
+    config = open_run(command.run)
+    # What is mistyped is answered without waiting for these.
     import torch
 
     from data.card import TOKENIZER
     from data.tokenizer import load_tokenizer
     from parallel.mesh.world import World
     from train.config.fields import SampleConfig
-    from train.eval.restored import load_model, open_run
+    from train.eval.restored import load_model
     from train.loop.report import sample_text
 
-    command = parse_command(arguments, SampleCommand)
-    config = open_run(command.run)
     model, step = load_model(command.run, config)
     print(f"step {step} of {command.run}", file=sys.stderr)
     sample = SampleConfig(prompt=command.prompt, tokens=command.tokens, temperature=command.temperature)

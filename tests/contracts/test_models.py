@@ -46,8 +46,8 @@ EXPERTS = {
     "global_balance": ["moe.balance_scope=global", "moe.balance_loss=0.01"],
     "z_loss": ["moe.z_loss=0.01"],
 }
-FORMS = {
-    **{f"layout={name}": [f"layout={name}", "model.depth=8"] for name in LAYOUTS},
+OF_LAYOUTS = {f"layout={name}": [f"layout={name}", "model.depth=8"] for name in LAYOUTS}
+FORMS = OF_LAYOUTS | {
     **{f"moe={name}": ["model.depth=2", "layout.pattern=attn", *lines] for name, lines in EXPERTS.items()},
     **{f"residual={name}": [f"residual={name}", "model.depth=2"] for name in RESIDUALS},
     "layer_norm": ["residual.norm=layer", "residual.has_zero_centered_norm=false", "model.depth=2"],
@@ -57,17 +57,19 @@ FORMS = {
 }
 
 
-@pytest.fixture(params=FORMS)
-def config(request: pytest.FixtureRequest) -> Architecture:
-    return small_architecture(FORMS[request.param])
+# A layout mixes mixers that tests/contracts/test_mixers.py takes one by one.
+on_every_form: pytest.MarkDecorator = pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[pytest.mark.prove] * (form in OF_LAYOUTS)) for form in FORMS]
+)
 
 
 def total_of(losses: Losses) -> torch.Tensor:
     return losses.cross_entropy + losses.mtp + sum(losses.auxiliary.values())
 
 
-def test_no_logits_depend_on_a_later_token(config: Architecture) -> None:
-    model = random_model(config, torch.float64)
+@on_every_form
+def test_no_logits_depend_on_a_later_token(form: str) -> None:
+    model = random_model(small_architecture(FORMS[form]), torch.float64)
     tokens = torch.randint(64, (1, 30))
     changed = tokens.clone()
     changed[:, 17] = (changed[:, 17] + 1) % 64
@@ -77,7 +79,9 @@ def test_no_logits_depend_on_a_later_token(config: Architecture) -> None:
     assert relative(after[:, 17], before[:, 17]) > 1e-6
 
 
-def test_packed_documents_equal_separate_ones(config: Architecture) -> None:
+@on_every_form
+def test_packed_documents_equal_separate_ones(form: str) -> None:
+    config = small_architecture(FORMS[form])
     # The balance of a row is not that of its documents; MTP modules route what lies behind an end.
     moe = config.moe.model_copy(update={"balance_loss": 0.0})
     mtp = config.model.mtp
@@ -105,8 +109,9 @@ def test_packed_documents_equal_separate_ones(config: Architecture) -> None:
             assert a is b, name
 
 
-def test_counts_and_trains_every_parameter(config: Architecture) -> None:
-    trains_every_parameter(config)
+@pytest.mark.parametrize("form", FORMS)
+def test_counts_and_trains_every_parameter(form: str) -> None:
+    trains_every_parameter(small_architecture(FORMS[form]))
 
 
 def trains_every_parameter(config: Architecture) -> None:
@@ -139,6 +144,7 @@ patterns = st.lists(st.sampled_from([*MIXERS, "none"]), min_size=1, max_size=5)
 ffns = st.lists(st.sampled_from(["moe", "dense", "hash", "none", "shortcut dense"]), min_size=1, max_size=3)
 
 
+@pytest.mark.prove
 @settings(
     max_examples=40,
     deadline=None,

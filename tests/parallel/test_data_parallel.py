@@ -49,23 +49,24 @@ def assert_same(directory: Path, reference: Path, limit: float) -> None:
 
 
 def load_weights(directory: Path) -> dict[str, torch.Tensor]:
-    from train.eval.restored import load_model, open_run
+    from train.config.load import open_run
+    from train.eval.restored import load_model
 
     return load_model(str(directory), open_run(str(directory)))[0].state_dict()
 
 
 LAYOUTS = {
+    "expert2-shard4-prefetch": (4, ["parallel.ep=2", "parallel.prefetch=1"]),
+    "pipeline2-shard2": (4, ["parallel.pp=2", "train.micro_batch=1"]),
+    "context2-tensor2-expert4": (4, ["parallel.cp=2", "parallel.tp=2", "parallel.ep=4"]),
+}
+MORE_LAYOUTS = {
     "shard2": (2, ["parallel.dp_shard=2"]),
     "replicate2": (2, ["parallel.dp_replicate=2", "parallel.dp_shard=1"]),
     "hybrid4": (4, ["parallel.dp_replicate=2", "train.micro_batch=1"]),
     "shard2-accumulate": (2, ["train.micro_batch=1", "parallel.reshard_after_forward=false"]),
     "accumulate": (1, ["train.micro_batch=1"]),
     "expert2-hybrid": (4, ["parallel.dp_replicate=2", "parallel.ep=2"]),
-    "expert2-shard4-prefetch": (4, ["parallel.ep=2", "parallel.prefetch=1"]),
-    "pipeline2-shard2": (4, ["parallel.pp=2", "train.micro_batch=1"]),
-    "context2-tensor2-expert4": (4, ["parallel.cp=2", "parallel.tp=2", "parallel.ep=4"]),
-}
-MORE_LAYOUTS = {
     "expert2": (2, ["parallel.ep=2"]),
     "expert2of4": (4, ["parallel.ep=2"]),
     "tensor2": (2, ["parallel.tp=2"]),
@@ -76,26 +77,24 @@ MORE_LAYOUTS = {
     ),
     "context2-shard2": (4, ["parallel.cp=2", "train.micro_batch=1"]),
 }
-
-
 # Equations are compared in float64; float32 runs the same code, with other dtypes on the way between ranks.
-IN_FLOAT32 = ("hybrid4", "pipeline2-shard2", "context2-tensor2-expert4")
+IN_FLOAT32 = {name: MORE_LAYOUTS.get(name) or LAYOUTS[name] for name in ("hybrid4", *list(LAYOUTS)[1:])}
 
 
-@pytest.mark.parametrize(
-    ("alone", "layout"),
-    [*(("fp32", layout) for layout in IN_FLOAT32), *(("fp64", layout) for layout in LAYOUTS)],
-    indirect=["alone"],
-)
+@pytest.mark.parametrize("alone", ["fp64"], indirect=True)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_equals_one_process(alone, corpus, tmp_path: Path, layout: str) -> None:
     check_layout(alone, corpus, tmp_path, *LAYOUTS[layout])
 
 
 @pytest.mark.prove
-@pytest.mark.parametrize("alone", ["fp64"], indirect=True)
-@pytest.mark.parametrize("layout", MORE_LAYOUTS)
+@pytest.mark.parametrize(
+    ("alone", "layout"),
+    [*(("fp32", layout) for layout in IN_FLOAT32), *(("fp64", layout) for layout in MORE_LAYOUTS)],
+    indirect=["alone"],
+)
 def test_more_layouts_equal_one_process(alone, corpus, tmp_path: Path, layout: str) -> None:
-    check_layout(alone, corpus, tmp_path, *MORE_LAYOUTS[layout])
+    check_layout(alone, corpus, tmp_path, *(MORE_LAYOUTS | IN_FLOAT32)[layout])
 
 
 def check_layout(alone, corpus, tmp_path: Path, size: int, keys: list[str]) -> None:
@@ -105,7 +104,7 @@ def check_layout(alone, corpus, tmp_path: Path, size: int, keys: list[str]) -> N
     assert_same(directory, reference, LIMITS[precision])
 
 
-@pytest.mark.parametrize("scope", ["sequence", "global"])
+@pytest.mark.parametrize("scope", [pytest.param("sequence", marks=pytest.mark.prove), "global"])
 def test_a_balance_loss_counts_the_same_load_on_two_ranks(corpus, tmp_path: Path, scope: str) -> None:
     # Large enough to steer: a loss over half of the batch would be another one.
     keys = (f"moe.balance_scope={scope}", "moe.balance_loss=0.5", "moe.bias_rate=0.0")
@@ -114,6 +113,7 @@ def test_a_balance_loss_counts_the_same_load_on_two_ranks(corpus, tmp_path: Path
     assert_same(tmp_path / "two", tmp_path / "alone", LIMITS["fp64"])
 
 
+@pytest.mark.prove
 def test_bfloat16_follows_float32(corpus, tmp_path: Path) -> None:
     losses = {}
     for name, size, precision in (("fp32", 1, "fp32"), ("bf16", 1, "bf16"), ("bf16x2", 2, "bf16")):
@@ -125,6 +125,7 @@ def test_bfloat16_follows_float32(corpus, tmp_path: Path) -> None:
         assert losses[name] != losses["fp32"]
 
 
+@pytest.mark.parametrize("alone", ["fp64"], indirect=True)
 def test_a_checkpoint_of_two_ranks_goes_on_with_one(alone, corpus, tmp_path: Path) -> None:
     precision, reference = alone
     directory = tmp_path / "run"

@@ -73,7 +73,7 @@ def go_on(
     return steps
 
 
-@pytest.fixture(scope="module", params=["float64", pytest.param("float32", marks=pytest.mark.prove)])
+@pytest.fixture(scope="module", params=["float64", "float32"])
 def config(request: pytest.FixtureRequest, short_documents: Path) -> RunConfig:
     steps = f"train.steps={EACH * len(CHAIN) + 1}"
     return config_of("gdn attn mamba2 dsa", request.param, short_documents, "model.depth=4", steps)
@@ -86,6 +86,7 @@ def uninterrupted(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -
     return steps
 
 
+@pytest.mark.prove
 def test_a_run_goes_on_in_any_other_layout(
     config: RunConfig, uninterrupted: list[Step], tmp_path: Path
 ) -> None:

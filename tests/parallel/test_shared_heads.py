@@ -38,6 +38,7 @@ def assert_equal(jobs: list[Job]) -> None:
     assert not [apart for apart in found if not apart.worst < LIMITS["float64"]], found
 
 
+@pytest.mark.prove
 def test_fewer_key_heads_than_ranks_equal_one_process(short_documents: Path) -> None:
     jobs = [
         job_of(MIXERS, 2, Degrees(tp=4), short_documents),

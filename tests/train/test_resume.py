@@ -36,7 +36,7 @@ def test_a_finished_run_has_its_files(uninterrupted: tuple[Path, float]) -> None
     assert (directory / "checkpoints" / "step_00000024" / "manifest.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_twenty_kills_leave_no_trace(
     uninterrupted: tuple[Path, float], corpus: Corpus, tmp_path: Path
 ) -> None:

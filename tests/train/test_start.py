@@ -11,9 +11,9 @@ from model.hf.pretrained import load_pretrained, save_pretrained
 from tests.architectures import random_model
 from tests.train.conftest import Corpus
 from tests.train.runs import log_path, metrics_of, run_to_end
-from train.config.load import load_config
+from train.config.load import load_config, open_run
 from train.config.run_config import RunConfig
-from train.eval.restored import load_model, open_run
+from train.eval.restored import load_model
 from train.export import main as export
 
 # Learning rates this small leave the weights where they began.

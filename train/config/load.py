@@ -25,6 +25,17 @@ def load_config(overrides: Sequence[str], world_size: int | None) -> "RunConfig"
     return checked(tree, world_size, sees_mixers=sees_mixers)
 
 
+def open_run(directory: str) -> "RunConfig":
+    """The config that the run in `directory` was started with. Raises ConfigError when there is none."""
+    path = Path(directory) / "config.json"
+    if not path.exists():
+        message = f"{path}: no such run; give the directory that `python -m train` printed as run.dir"
+        raise ConfigError([Violation("run", message)])
+    from train.config.run_config import RunConfig
+
+    return validate(RunConfig, json.loads(path.read_text()))
+
+
 def checked(tree: dict[str, Any], world_size: int | None, *, sees_mixers: bool) -> "RunConfig":
     """A composed tree as the config of a run on so many processes.
 

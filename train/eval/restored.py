@@ -1,24 +1,13 @@
 """A finished or running run, opened from its directory for reading."""
 
-import json
 from pathlib import Path
 
 import torch
 
-from conf.compose import validate
 from conf.errors import ConfigError, Violation
 from model.language_model import LanguageModel
 from train.checkpoint.store import CheckpointStore
 from train.config.run_config import RunConfig
-
-
-def open_run(directory: str) -> RunConfig:
-    """The config that the run in `directory` was started with. Raises ConfigError when there is none."""
-    path = Path(directory) / "config.json"
-    if not path.exists():
-        message = f"{path}: no such run; give the directory that `python -m train` printed as run.dir"
-        raise ConfigError([Violation("run", message)])
-    return validate(RunConfig, json.loads(path.read_text()))
 
 
 def load_model(directory: str, config: RunConfig) -> tuple[LanguageModel, int]:

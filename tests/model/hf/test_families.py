@@ -86,11 +86,15 @@ def their_gradients(theirs: Any, logits: Tensor, directory: Path) -> dict[str, T
     return dict(HubDirectory(directory).tensors())
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("examples", [2, pytest.param(5, marks=pytest.mark.prove)])
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_equal_to_transformers_and_round_trip(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_equal_to_transformers_and_round_trip(
+    name: str, examples: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     @settings(
-        max_examples=5, phases=[Phase.explicit, Phase.generate], suppress_health_check=list(HealthCheck)
+        max_examples=examples,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
     )
     @given(overrides=FAMILIES[name].overrides, tokens=st.integers(1, 70), seed=st.integers(0, 2**20))
     def check(overrides: list[str], tokens: int, seed: int) -> None:
