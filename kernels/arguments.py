@@ -61,13 +61,21 @@ def require_order(name: str, x: Tensor | None) -> None:
         require(not bool(falls), name, "numbers that never fall along a row", "some that do")
 
 
+class _Dim(NamedTuple):
+    """A dim of an annotation: its name, or its size where that is a number; `#` also lets 1 stand for it."""
+
+    name: str
+    size: int | None
+    may_be_one: bool
+
+
 class _Shape(NamedTuple):
     """What a tensor argument may be: `front` dims, as many more where one is `open`, then `back` dims."""
 
     text: str
-    front: tuple[str, ...]
-    back: tuple[str, ...]
-    open: tuple[str, ...]
+    front: tuple[_Dim, ...]
+    back: tuple[_Dim, ...]
+    open: str
     dtypes: tuple[torch.dtype, ...]
 
     def fits(self, ndim: int) -> bool:
@@ -119,37 +127,45 @@ def _others(annotation: Any) -> tuple[type, ...]:
 
 
 def _shape(annotation: Any) -> _Shape:
-    dims = tuple(annotation.dim_str.split())
+    dims = annotation.dim_str.split()
     cut = next((index for index, dim in enumerate(dims) if dim.startswith("*")), len(dims))
     dtypes = WHOLE if "int32" in annotation.dtypes else FLOATING
-    return _Shape(annotation.dim_str, dims[:cut], dims[cut + 1 :], dims[cut : cut + 1], dtypes)
+    front, back = (tuple(_dim(dim) for dim in part) for part in (dims[:cut], dims[cut + 1 :]))
+    return _Shape(annotation.dim_str, front, back, "".join(dims[cut : cut + 1]), dtypes)
+
+
+def _dim(text: str) -> _Dim:
+    name = text.removeprefix("#")
+    return _Dim(name, int(name) if name.isdigit() else None, text.startswith("#"))
 
 
 def _check(
-    name: str, x: Tensor, shapes: tuple[_Shape, ...], sizes: dict[str, object], device: torch.device
+    argument: str, x: Tensor, shapes: tuple[_Shape, ...], sizes: dict[str, object], device: torch.device
 ) -> None:
     # Every kernel call comes here for each of its tensors: texts are made for errors alone.
-    ndim = x.ndim
+    found = x.shape
+    ndim = len(found)
     shape = next((shape for shape in shapes if shape.fits(ndim)), None)
     if shape is None:
-        raise refusal(name, " or ".join(f"[{shape.text}]" for shape in shapes), tuple(x.shape))
+        raise refusal(argument, " or ".join(f"[{shape.text}]" for shape in shapes), tuple(found))
     if x.dtype not in shape.dtypes:
         dtypes = " or ".join(str(dtype).removeprefix("torch.") for dtype in shape.dtypes)
-        raise refusal(name, dtypes, x.dtype)
+        raise refusal(argument, dtypes, x.dtype)
     if x.device != device:
-        raise refusal(name, f"on {device}, as the arguments before it", x.device)
-    middle = x.shape[len(shape.front) : x.ndim - len(shape.back)]
-    found = (
-        *zip(shape.front, x.shape, strict=False),
-        *((dim, tuple(middle)) for dim in shape.open),
-        *zip(shape.back[::-1], x.shape[::-1], strict=False),
-    )
-    for dim, size in found:
-        if dim.startswith("#"):
-            if size == 1:
-                continue
-            dim = dim[1:]
-        known = int(dim) if dim.isdigit() else sizes.setdefault(dim, size)
+        raise refusal(argument, f"on {device}, as the arguments before it", x.device)
+    behind = ndim - len(shape.back)
+    for dim, size in (*zip(shape.front, found, strict=False), *zip(shape.back, found[behind:], strict=False)):
+        if dim.may_be_one and size == 1:
+            continue
+        known = dim.size if dim.size is not None else sizes.setdefault(dim.name, size)
         if known != size:
-            expected = f"[{shape.text}] with {dim} = {known}, as in the arguments before it"
-            raise refusal(name, expected, tuple(x.shape))
+            raise refusal(argument, _expected(shape, dim.name, known), tuple(found))
+    if shape.open:
+        middle = tuple(found[len(shape.front) : behind])
+        known = sizes.setdefault(shape.open, middle)
+        if known != middle:
+            raise refusal(argument, _expected(shape, shape.open, known), tuple(found))
+
+
+def _expected(shape: _Shape, name: str, known: object) -> str:
+    return f"[{shape.text}] with {name} = {known}, as in the arguments before it"
