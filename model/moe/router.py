@@ -116,7 +116,8 @@ class Router(nn.Module):
                 weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         load = scores.new_zeros(scores.shape[0], config.num_choices)
         load.scatter_add_(1, experts.flatten(1), torch.ones_like(experts.flatten(1), dtype=load.dtype))
-        shares = scores / scores.sum(-1, keepdim=True)
+        # A token that no expert wants has scores of zero, and then shares of zero.
+        shares = scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
         z_loss = scores.new_zeros(())
         if config.z_loss:
             z_loss = logits.logsumexp(-1).square().sum() * config.z_loss
@@ -169,7 +170,8 @@ def scores_of(logits: Float[Tensor, "*N E"], config: MoeConfig) -> Float[Tensor,
     if config.score == "sigmoid":
         return logits.sigmoid()
     if config.score == "sqrt_softplus":
-        return softplus(logits).sqrt()
+        # The root of zero has no gradient.
+        return softplus(logits).clamp(min=torch.finfo(logits.dtype).tiny).sqrt()
     return logits.softmax(-1)
 
 

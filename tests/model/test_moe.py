@@ -68,6 +68,26 @@ def test_router_equals_its_definition_token_by_token(score: str, normalized: boo
     assert choice.routing.load.tolist() == load
 
 
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrt_softplus"])
+@pytest.mark.parametrize("scope", ["sequence", "batch"])
+def test_a_token_that_no_expert_wants_leaves_the_others_as_they_are(score: str, scope: str) -> None:
+    router = build_router(score, balance_scope=scope).float()
+    tokens, x = torch.zeros(2, 7, dtype=torch.long), torch.randn(2, 7, 5)
+    unwanted = x.clone()
+    with torch.no_grad():
+        # The last expert is the mean of the others, so one input gives all the logit -300: scores of zero.
+        router.weight[5] = router.weight[:5].mean(0)
+        unwanted[1, 6] = torch.linalg.solve(router.weight[:5].double(), torch.full((5,), -300.0).double())
+    unwanted.requires_grad_()
+    usual, found = router(x, tokens), router(unwanted, tokens)
+    (found.weights.sum() + found.routing.balance_loss + found.routing.entropy).backward()
+    assert unwanted.grad is not None
+    assert router.weight.grad is not None
+    for part in (*found.routing, found.weights, unwanted.grad, router.weight.grad):
+        assert torch.isfinite(part).all()
+    assert torch.equal(found.weights[:13], usual.weights[:13])
+
+
 def test_bias_steers_the_choice_but_not_the_weights() -> None:
     router = build_router("sigmoid")
     x = torch.randn(1, 50, 5, dtype=torch.float64)
