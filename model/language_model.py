@@ -61,6 +61,10 @@ class Embedding(nn.Module):
 class LMHead(Embedding):
     """A vector for each token id, whose product with a hidden state is that token's logit."""
 
+    def __init__(self, vocab_size: int, width: int, init_std: float) -> None:
+        super().__init__(vocab_size, width, init_std)
+        self.initial = {"weight": self.initial["weight"]._replace(is_decayed=True)}
+
 
 class ModelPart(nn.Module):
     """Neighbouring layers of a decoder, with the embedding before the first and the head after the last.

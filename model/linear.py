@@ -17,7 +17,7 @@ from model.tensor_shards import ALL_HEADS, HeadShards
 
 
 class Initial(NamedTuple):
-    """How a parameter starts.
+    """How a parameter starts, and whether weight decay is for it: for matrices of products, and nothing else.
 
     normal: mean `a`, standard deviation `b`. constant: `a`. uniform: U(a, b). log_of_uniform: log U(a, b).
     inverse_softplus_of_log_uniform: y with softplus(y) = exp(U(log a, log b)).
@@ -26,6 +26,7 @@ class Initial(NamedTuple):
     kind: str
     a: float
     b: float = 0.0
+    is_decayed: bool = False
 
     def sample(self, shape: torch.Size, generator: torch.Generator) -> Float[Tensor, "..."]:
         """Values in float32 on the generator's device."""
@@ -52,7 +53,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs)) if has_bias else None
         # Set from outside where outputs of several ranks are summed.
         self.bias_share = 1.0
-        self.initial = {"weight": Initial("normal", 0.0, init_std)}
+        self.initial = {"weight": Initial("normal", 0.0, init_std, is_decayed=True)}
         if has_bias:
             self.initial["bias"] = Initial("constant", 0.0)
 

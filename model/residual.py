@@ -101,7 +101,7 @@ class Hyper(Residual):
         self.scale = nn.Parameter(torch.empty(3))
         # The scales start small, so that at first every token sees the same connections.
         self.initial = {
-            "weight": Initial("normal", 0.0, (streams * width) ** -0.5),
+            "weight": Initial("normal", 0.0, (streams * width) ** -0.5, is_decayed=True),
             "bias": Initial("normal", 0.0, 0.1),
             "scale": Initial("constant", 0.1),
         }
@@ -161,7 +161,7 @@ class Collapse(nn.Module):
             self.bias = nn.Parameter(torch.empty(streams))
             self.scale = nn.Parameter(torch.empty(1))
             self.initial = {
-                "weight": Initial("normal", 0.0, (streams * width) ** -0.5),
+                "weight": Initial("normal", 0.0, (streams * width) ** -0.5, is_decayed=True),
                 "bias": Initial("normal", 0.0, 0.1),
                 "scale": Initial("constant", 0.1),
             }

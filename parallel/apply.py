@@ -46,13 +46,15 @@ class StepShape(NamedTuple):
 class Parallel:
     """This rank's parts of a model, one without a pipeline, and where its parameters lie in the whole.
 
-    Parameters have the names of the whole model. names are all that a checkpoint of the whole model holds.
+    Parameters have the names of the whole model. names are all that a checkpoint of the whole model holds,
+    decayed those that weight decay is for.
     """
 
     parts: tuple[ModelPart, ...]
     shard_maps: Mapping[str, ShardMap]
     runner: Runner
     names: frozenset[str]
+    decayed: frozenset[str]
 
     @property
     def whole(self) -> LanguageModel | None:
@@ -165,7 +167,8 @@ def build_on_meta(
         stages = [part for part in parts if isinstance(part, Stage)]
         shape = (step_shape.rows, step_shape.tokens // axes.cp.size)
         runner = Pipeline(stages, axes.pp, plan, shape, world.device, axes.tp.size, link)
-    return Parallel(tuple(parts), shard_maps, runner, names), initials
+    decayed = frozenset(name for name, initial in initials.items() if initial.is_decayed)
+    return Parallel(tuple(parts), shard_maps, runner, names, decayed), initials
 
 
 def _dispatcher(parallel: ParallelConfig, world: World) -> Dispatcher:

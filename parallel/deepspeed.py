@@ -295,7 +295,7 @@ def partition(
     )
     partition_map = FlatPartitions(engine) if config.stage < 3 else Stage3Partitions(engine, world.rank)
     driven = Engine(engine, optimizer, partition_map, world.size, initial_state)
-    return Partitioned(built.parts, built.shard_maps, driven, built.names, driven, parameters)
+    return Partitioned(built.parts, built.shard_maps, driven, built.names, built.decayed, driven, parameters)
 
 
 def engine_config(

@@ -131,8 +131,8 @@ class Perceptron(nn.Module):
         self.second = nn.Parameter(torch.empty(heads, dim, hidden))
         self.initial = {
             "position_encoding": Initial("normal", 0.0, init_std),
-            "first": Initial("normal", 0.0, (length * dim) ** -0.5),
-            "second": Initial("normal", 0.0, hidden**-0.5),
+            "first": Initial("normal", 0.0, (length * dim) ** -0.5, is_decayed=True),
+            "second": Initial("normal", 0.0, hidden**-0.5, is_decayed=True),
         }
 
     def forward(self, x: Float[Tensor, "B T G K"], windows: Windows) -> Float[Tensor, "B N G K"]:

@@ -28,7 +28,10 @@ class Experts(nn.Module):
         self.dispatch: Dispatch = local_dispatch
         self.gate_up = nn.Parameter(torch.empty(experts, activation.factors * hidden, width))
         self.down = nn.Parameter(torch.empty(experts, width, hidden))
-        self.initial = {"gate_up": Initial("normal", 0.0, stds[0]), "down": Initial("normal", 0.0, stds[1])}
+        self.initial = {
+            name: Initial("normal", 0.0, std, is_decayed=True)
+            for name, std in zip(("gate_up", "down"), stds, strict=True)
+        }
         self.gate_up_bias = self.down_bias = None
         if config.has_bias:
             self.gate_up_bias = nn.Parameter(torch.empty(experts, activation.factors * hidden))

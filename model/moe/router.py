@@ -64,7 +64,7 @@ class Router(nn.Module):
         super().__init__()
         self.config, choices = config, config.num_choices
         self.weight = nn.Parameter(torch.empty(choices, width))
-        self.initial = {"weight": Initial("normal", 0.0, init_std)}
+        self.initial = {"weight": Initial("normal", 0.0, init_std, is_decayed=True)}
         self.logit_bias = nn.Parameter(torch.empty(choices)) if config.has_router_bias else None
         if config.has_router_bias:
             self.initial["logit_bias"] = Initial("constant", 0.0)

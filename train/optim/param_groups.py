@@ -15,7 +15,7 @@ from train.optim.optimizer import OptimizerConfig
 
 
 def build_optimizer(built: Parallel, config: OptimizerConfig) -> Optimizer:
-    """The optimizer, which decays matrices and stacks of matrices, but neither vectors nor the embedding.
+    """The optimizer, with decay for those parameters that declare it where they declare their first value.
 
     Every group has `lr_scale`, its factor on the learning rate. Parameters whose factor is 0 are frozen: they
     get no gradient and are in no group. Mutates requires_grad.
@@ -29,7 +29,7 @@ def build_optimizer(built: Parallel, config: OptimizerConfig) -> Optimizer:
         scale = scale_of(name, config)
         parameter.requires_grad_(scale > 0)
         if scale:
-            is_decayed = parameter.ndim >= 2 and not name.startswith("embed.")
+            is_decayed = name in built.decayed
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
             meshes += [mesh] * (mesh not in meshes)
             groups.setdefault((is_decayed, scale, meshes.index(mesh)), []).append(parameter)
