@@ -1,10 +1,7 @@
 """Hydra composes the groups of conf/; one typed, frozen tree comes out, or every violation at once."""
 
-import difflib
 import json
-import types
-import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from conf.errors import ConfigError, Violation
+from conf.known_keys import closest_keys, did_you_mean, known_keys
 from conf.tree import copied, is_referred, resolved, set_keys
 
 if TYPE_CHECKING:
@@ -205,7 +203,7 @@ def validate(root: type[T], tree: Mapping[str, Any]) -> T:
     try:
         return root.model_validate(tree)
     except ValidationError as error:
-        known = list(dotted_keys(root))
+        known = list(known_keys(root, tree))
         found = [_violation(detail, known, tree) for detail in error.errors(include_url=False)]
         raise ConfigError(list(dict.fromkeys(found))) from error
 
@@ -225,39 +223,11 @@ def parse_command(arguments: Sequence[str], root: type[T]) -> T:
     return validate(root, tree)
 
 
-def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """A trailing question with the closest candidate, or nothing when none is close."""
-    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def dotted_keys(root: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every key that a tree of `root` can hold; the names inside a mapping appear as `*`."""
-    for name, field in root.model_fields.items():
-        key = f"{prefix}{name}"
-        yield key
-        yield from _keys_of_annotation(field.annotation, key)
-
-
-def _keys_of_annotation(annotation: Any, key: str) -> Iterator[str]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield from dotted_keys(annotation, f"{key}.")
-        return
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is dict:
-        yield from _keys_of_annotation(arguments[1], f"{key}.*")
-    elif origin is typing.Annotated:
-        yield from _keys_of_annotation(arguments[0], key)
-    elif origin in (typing.Union, types.UnionType):
-        for argument in arguments:
-            yield from _keys_of_annotation(argument, key)
-
-
 def _violation(detail: ErrorDetails, known: Sequence[str], tree: Mapping[str, Any]) -> Violation:
     parts = _without_tags([str(part) for part in detail["loc"]], tree, is_missing=detail["type"] == "missing")
     key = ".".join(parts)
     if detail["type"] == "extra_forbidden":
-        return Violation(key, f"unknown key{_closest_key(parts, known)}")
+        return Violation(key, f"unknown key{closest_keys(key, known)}")
     if detail["type"] == "missing":
         return Violation(key, "missing; give it a value")
     if detail["type"] == "union_tag_invalid":
@@ -289,22 +259,6 @@ def _without_tags(parts: Sequence[str], tree: Mapping[str, Any], *, is_missing: 
         kept.append(part)
         node = node.get(part) if isinstance(node, Mapping) else None
     return kept
-
-
-def _closest_key(parts: Sequence[str], known: Sequence[str]) -> str:
-    siblings = {
-        key.rsplit(".", 1)[-1]: key.rsplit(".", 1)[-1]
-        for key in known
-        if _matches(key.split(".")[:-1], parts[:-1])
-    }
-    close = difflib.get_close_matches(parts[-1], list(siblings), n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {'.'.join([*parts[:-1], close[0]])}?"
-    return did_you_mean(".".join(parts), [key for key in known if "*" not in key])
-
-
-def _matches(pattern: Sequence[str], parts: Sequence[str]) -> bool:
-    return len(pattern) == len(parts) and all(a in ("*", b) for a, b in zip(pattern, parts, strict=True))
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,10 +15,11 @@ from typing import NamedTuple, NoReturn
 import yaml
 from pydantic import BaseModel
 
-from conf.compose import CONF_DIR, Config, did_you_mean, group_options
+from conf.compose import CONF_DIR, Config, group_options
 from conf.errors import ConfigError, Violation, exit_on_error
 from conf.key_types import key_type, value_type
 from conf.keys import Key, Option, default_option, groups, options, sections, shared_keys
+from conf.known_keys import did_you_mean
 
 WIDTH = 100
 FLAG = "--help"

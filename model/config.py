@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import model_validator
 
-from conf.compose import Config, did_you_mean
+from conf.compose import Config
+from conf.known_keys import did_you_mean
 from model.layout import DENSE, MOE, NONE, Layer, LayoutConfig, expand_layers
 from model.mixer import MixerConfig, mixer_entries_type
 from model.moe.config import MoeConfig

@@ -11,7 +11,8 @@ from typing import Annotated, NamedTuple
 
 from pydantic import AfterValidator
 
-from conf.compose import Config, did_you_mean
+from conf.compose import Config
+from conf.known_keys import did_you_mean
 
 NONE = "none"
 DENSE, MOE, HASH, SHORTCUT = "dense", "moe", "hash", "shortcut"

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 import model.hf.families
-from conf.compose import did_you_mean
 from conf.errors import CheckpointError
+from conf.known_keys import did_you_mean
 from model.config import Architecture
 from model.hf.fields import Fields, shown
 from model.hf.pieces import Piece

@@ -2,8 +2,8 @@
 
 from collections.abc import Collection
 
-from conf.compose import did_you_mean
 from conf.errors import Violation
+from conf.known_keys import did_you_mean
 from model.layout import DENSE, MOE, NONE
 
 FULL = "full"

@@ -12,8 +12,8 @@ import re
 from collections.abc import Callable, Container, Sequence
 from itertools import accumulate, pairwise
 
-from conf.compose import did_you_mean
 from conf.errors import ConfigError, Violation
+from conf.known_keys import did_you_mean
 from model.config import Architecture
 from model.layout import NONE, SHORTCUT, parse
 from parallel.config.parallel import ParallelConfig

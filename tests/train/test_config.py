@@ -24,6 +24,9 @@ def violations(*overrides: str, world_size: int = 1) -> dict[str, str]:
         ("optim.lrr=1", "optim.lrr", "did you mean optim.lr?"),
         ("+optim.lrr=1", "optim.lrr", "did you mean optim.lr?"),
         ('layout.pattern="3*gdn atn"', "layout.pattern", "did you mean attn?"),
+        ("lr=1", "lr", "unknown key; did you mean optim.lr?"),
+        ("steps=1", "steps", "did you mean train.steps or train.profile.steps?"),
+        ("mixer.mla.output_gate=head", "mixer.mla.output_gate", "mixer.attn.output_gate"),
         ("optim.lr=1e400", "optim.lr", "finite"),
         ("optim.lr=nan", "optim.lr", "finite"),
         ("optim.lr=abc", "optim.lr", "valid number; found 'abc'"),
@@ -53,6 +56,11 @@ def test_each_mistake_is_named(override: str, key: str, says: str) -> None:
     found = violations(override)
     assert key in found, found
     assert says in found[key], found
+
+
+def test_a_key_of_another_kind_is_not_its_own_correction() -> None:
+    found = violations("schedule=cosine", "schedule.decay_fraction=0.1")
+    assert "schedule.decay_fraction?" not in found["schedule.decay_fraction"]
 
 
 def test_a_mapping_is_merged_into_what_its_key_refers_to() -> None:
