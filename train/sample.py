@@ -17,7 +17,9 @@ class SampleCommand(Config):
     prompt: str = Field(default="def ", description="text that is continued")
     tokens: int = Field(default=200, ge=1, description="tokens to add to it")
     temperature: float = Field(default=0.7, ge=0, description="of the softmax; 0 takes the likeliest token")
-    seed: int = Field(default=0, ge=0, description="of the random choices; the same one gives the same text")
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="of the random choices; the same one gives the same text"
+    )
 
 
 PAGE = Page(

@@ -29,6 +29,7 @@ def violations(*overrides: str, world_size: int = 1) -> dict[str, str]:
         ("mixer.mla.output_gate=head", "mixer.mla.output_gate", "mixer.attn.output_gate"),
         ("optim.lr=1e400", "optim.lr", "finite"),
         ("optim.lr=nan", "optim.lr", "finite"),
+        ("train.seed=9223372036854775808", "train.seed", "less than 9223372036854775808"),
         ("optim.lr=abc", "optim.lr", "valid number; found 'abc'"),
         ("train.steps=-1", "train.steps", "greater than or equal to 1; found -1"),
         ("mixer.attn.num_heads=8.0", "mixer.attn.num_heads", "valid integer; found 8.0"),

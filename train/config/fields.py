@@ -44,7 +44,7 @@ class TrainConfig(Config):
     """How long and in what portions."""
 
     steps: int = Field(ge=1)
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, lt=2**63)
     global_batch: int = Field(ge=1)
     micro_batch: int | None = Field(ge=1)
     evaluate_every: int = Field(ge=1)

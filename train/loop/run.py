@@ -214,7 +214,7 @@ def build_state(config: RunConfig, world: World) -> TrainState:
     step_shape = StepShape(rows // micro, micro, config.data.sequence_length)
     built = build_parallel(config.architecture, dtypes, config.parallel, world, config.train.seed, step_shape)
     # Dropout differs between ranks, weights do not.
-    torch.manual_seed(config.train.seed * 100_003 + world.rank)
+    torch.manual_seed((config.train.seed * 100_003 + world.rank) % 2**63)
     if config.parallel.data == "zero":
         from train.loop.zero import build_zero_state
 
