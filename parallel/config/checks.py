@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from conf.errors import Violation
 from data.config import SHORTEST_ROW
-from parallel.config.degrees import ORDER, Degrees
+from parallel.config.degrees import ORDER
 from parallel.config.parallel import ParallelConfig
 from parallel.config.pipeline import plan_violations
 
@@ -22,8 +22,10 @@ def parallelism_violations(
     num_experts is that of each mixture, tokens that of a row.
     """
     found = _mesh_violations(config, world_size)
-    if not found:
-        found = _expert_violations(config, config.degrees(world_size), num_experts)
+    # However dp_shard, cp and tp come to fit, these are the ranks that experts are shared by.
+    ranks, left = divmod(world_size, config.pp * config.dp_replicate)
+    if ranks and not left:
+        found += _expert_violations(config.ep, num_experts, ranks)
     return found + _row_violations(config, tokens)
 
 
@@ -96,13 +98,12 @@ def pipeline_violations(config: ParallelConfig, rows: int, micro: int) -> list[V
     return found
 
 
-def _expert_violations(config: ParallelConfig, degrees: Degrees, num_experts: int) -> list[Violation]:
-    ranks = degrees.dp_shard * degrees.cp * degrees.tp
-    legal = [degree for degree in _divisors(ranks) if num_experts % degree == 0]
-    if config.ep in legal:
+def _expert_violations(degree: int, num_experts: int, ranks: int) -> list[Violation]:
+    legal = [each for each in _divisors(ranks) if num_experts % each == 0]
+    if degree in legal:
         return []
     message = (
-        f"{config.ep} does not divide the {num_experts} experts and the {ranks} ranks of dp_shard x cp x tp; "
+        f"{degree} does not divide the {num_experts} experts and the {ranks} ranks of dp_shard x cp x tp; "
         f"legal values are {', '.join(map(str, legal))}"
     )
     return [Violation("parallel.ep", message)]
