@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -53,9 +54,13 @@ class Axes:
 Opener = Callable[[Sequence[int]], dist.ProcessGroup | None]
 
 
-def open_group(ranks: Sequence[int]) -> dist.ProcessGroup | None:
-    """A process group of some ranks, None on others. Every rank of the world must call it."""
-    group = dist.new_group(list(ranks))
+def open_group(ranks: Sequence[int], timeout: timedelta | None = None) -> dist.ProcessGroup | None:
+    """A process group of some ranks, None on others. Every rank of the world must call it.
+
+    timeout is how long a collective of it waits; None is what torch has for the backend, not what the world
+    has.
+    """
+    group = dist.new_group(list(ranks), timeout=timeout)
     return group if isinstance(group, dist.ProcessGroup) else None
 
 

@@ -157,7 +157,9 @@ class Heartbeat:
             is_closed = any(word in text for _, text in reports.values() for word in _CLOSED)
             return self._of_silent(silent, self.silence, is_closed=is_closed)
         reporters = ", ".join(map(str, sorted(reports)))
-        return f"every rank is alive, but rank {reporters} waited in vain for another: {said}"
+        others = [self._named(peer) for peer in range(self.size) if peer not in reports]
+        missed = f"; {', '.join(others[:8])} did not give up waiting" if others else ""
+        return f"every rank is alive, but rank {reporters} waited in vain for another{missed}: {said}"
 
     def _of_silent(self, silent: list[int], seconds: float, *, is_closed: bool) -> str:
         what = "ended without a word" if is_closed else "hangs, or its machine is gone"

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from torch._C._distributed_c10d import HashStore
 from parallel.config.degrees import Degrees
 from parallel.config.parallel import ParallelConfig
 from parallel.config.rendezvous import Rendezvous
-from parallel.mesh.axes import Axes, open_axes
+from parallel.mesh.axes import Axes, open_axes, open_group
 from parallel.mesh.heartbeat import monitored, patience
 from parallel.mesh.rendezvous import open_store, wait_for_ranks
 
@@ -86,7 +87,7 @@ def open_world(
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         with monitored(store, own, rank, degrees, wait):
-            yield World(rank, size, device, open_axes(degrees, rank))
+            yield World(rank, size, device, open_axes(degrees, rank, partial(open_group, timeout=timeout)))
     finally:
         dist.destroy_process_group()
 

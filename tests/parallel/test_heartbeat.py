@@ -17,8 +17,12 @@ SPARE = 30  # seconds beside it: to start, to find out who it was, on a machine 
 
 
 def work(rank: int, size: int, port: int, cut: dict[str, int], folder: str, steps: int, name: str) -> None:
-    """Sums over all ranks, again and again; counts the sums in a file. Rank 1 breaks after the third."""
+    """Sums over all ranks and along tp, again and again; counts the sums in a file.
+
+    Rank 1 breaks or hangs once there is a file of that name.
+    """
     import torch
+    import torch.distributed as dist
 
     from conf.errors import exit_on_error
     from parallel.config.parallel import ParallelConfig
@@ -47,6 +51,10 @@ def work(rank: int, size: int, port: int, cut: dict[str, int], folder: str, step
             Path(f"{folder}/steps.{name}").write_text(str(step))
             if Path(f"{folder}/break").exists() and rank == 1:
                 raise ValueError("broken here")
+            if Path(f"{folder}/hang").exists() and rank == 1:
+                time.sleep(600)
+            if world.axes.tp.group is not None:
+                dist.all_reduce(torch.ones(4), group=world.axes.tp.group)
             time.sleep(0.02)
 
 
@@ -178,6 +186,18 @@ def test_an_error_of_one_rank_is_told_by_the_others(ranks: Ranks, tmp_path: Path
         assert "failed: ValueError: broken here" in ranks.error(name)
     assert ranks.exit_code("1") not in (0, 75)
     assert 'raise ValueError("broken here")' in ranks.said("1")
+
+
+def test_a_rank_that_hangs_in_its_own_work_is_named(ranks: Ranks, tmp_path: Path) -> None:
+    for rank in range(2):
+        ranks.start(rank, 2, tp=2)
+    ranks.wait_until_all_work()
+    (tmp_path / "hang").touch()
+    # Its heart beats on, and rank 0 waits in a group below the world.
+    assert ranks.exit_code("0") == 75, ranks.said("0")
+    assert "every rank is alive, but rank 0 waited in vain" in ranks.error("0")
+    assert "rank 1 (tp 1)" in ranks.error("0")
+    assert ranks.exit_code("1") == 75, ranks.said("1")
 
 
 def test_ranks_that_are_done_end_well(ranks: Ranks) -> None:
