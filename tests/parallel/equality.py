@@ -241,6 +241,14 @@ def compare(reference: Run, ranks: list[Run]) -> Apart:
         for name, bias in rank.biases.items():
             assert torch.equal(bias, reference.biases[name]), f"bias of {name} differs"
         assert rank.numbers == ranks[0].numbers, "ranks report different losses"
+    return distance(reference, ranks)
+
+
+def distance(reference: Run, ranks: list[Run]) -> Apart:
+    """The same without what must be the same: runs in two dtypes have other biases.
+
+    Raises AssertionError where losses, copies or parts do not belong to one run.
+    """
     numbers = list(zip(ranks[0].numbers, reference.numbers, strict=True))
     assert all(a.keys() == b.keys() for a, b in numbers), "losses are missing"
     losses = (relative(a[key], b[key]) for a, b in numbers for key in b if key != "norm")

@@ -19,10 +19,9 @@ from tests.parallel.equality import (
     Run,
     compare,
     config_of,
+    distance,
     on_rank,
-    relative,
     run,
-    tensors_apart,
 )
 from tests.parallel.test_zero import FORMS, with_zero
 from tests.worlds import run_world
@@ -89,11 +88,7 @@ def check(configs: Mapping[str, RunConfig], forms: Mapping[str, ZeroConfig], siz
 def float32_apart(found: Run, truth: Run) -> Apart:
     """How far a run of one process in float32 is from the same in float64."""
     assert all(torch.equal(a, b) for a, b in zip(found.loads, truth.loads, strict=True)), "loads differ"
-    pairs = [(a[key], b[key], key) for a, b in zip(found.numbers, truth.numbers, strict=True) for key in b]
-    losses = max(relative(a, b) for a, b, key in pairs if key != "norm")
-    norms = max(relative(a, b) for a, b, key in pairs if key == "norm")
-    moments, weights = (max(tensors_apart(truth, [found], kind).values()) for kind in ("moment", "weight"))
-    return Apart(losses, norms, moments, weights)
+    return distance(truth, [found])
 
 
 @pytest.mark.equality
