@@ -8,6 +8,8 @@ from conf.errors import ConfigError, Violation
 
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")
 _MISSING = "???"
+# References that are followed one after the other.
+_LONGEST = 100
 
 
 def copied(node: Any) -> Any:
@@ -22,7 +24,7 @@ def is_referred(tree: dict[str, Any], key: str) -> bool:
     node: Any = tree
     for name in key.split(".")[:-1]:
         node = _below(node, name)
-        if isinstance(_target(node, tree), dict):
+        if _mapping_behind(node, tree) is not None:
             return True
     return False
 
@@ -60,11 +62,11 @@ def resolved(tree: dict[str, Any]) -> dict[str, Any]:
 
     Raises OmegaConfBaseException for what is missing or refers to nothing.
     """
-    from omegaconf import OmegaConf
-
     try:
         return _resolved(tree, tree)
     except (LookupError, RecursionError):
+        from omegaconf import OmegaConf
+
         # Missing, wrong, or more than a reference to a key: the grammar of OmegaConf, which is slow.
         slow = OmegaConf.to_container(OmegaConf.create(tree), resolve=True, throw_on_missing=True)
         assert isinstance(slow, dict), f"{type(slow)=}"
@@ -78,45 +80,52 @@ def _resolved(node: Any, tree: dict[str, Any]) -> Any:
         return [_resolved(value, tree) for value in node]
     if not isinstance(node, str) or ("${" not in node and node != _MISSING):
         return node
-    match = _REFERENCE.fullmatch(node)
+    return _resolved(_referred(node, tree), tree)
+
+
+def _referred(reference: str, tree: dict[str, Any]) -> Any:
+    """What stands where ${a.b} leads. Raises LookupError for anything else, and where nothing does."""
+    match = _REFERENCE.fullmatch(reference)
     if match is None:
-        raise LookupError(node)
+        raise LookupError(reference)
     found: Any = tree
     for name in match[1].split("."):
         if not isinstance(found, dict):
-            raise LookupError(node)
+            raise LookupError(reference)
         found = found[name]
-    return _resolved(found, tree)
+    return found
+
+
+def _mapping_behind(value: Any, tree: dict[str, Any]) -> dict[str, Any] | None:
+    """The mapping that a reference leads to, through other references; None for anything else."""
+    found = value
+    try:
+        for _ in range(_LONGEST):
+            if not isinstance(found, str):
+                break
+            found = _referred(found, tree)
+    except LookupError:
+        return None
+    return found if isinstance(found, dict) and isinstance(value, str) else None
 
 
 def _merge(node: Any, name: str, value: Any, tree: dict[str, Any]) -> None:
-    below = _below(node, name)
     if isinstance(value, dict):
         _open(node, name, tree)
-        if isinstance(below := _below(node, name), dict):
-            for key, part in value.items():
-                _merge(below, key, part, tree)
-            return
-    elif isinstance(below, dict) and value is not None and _target(value, tree) is None:
+    below = _below(node, name)
+    if not isinstance(below, dict) or value is None or _mapping_behind(value, tree) is not None:
+        _put(node, name, copied(value))
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            _merge(below, key, part, tree)
+    else:
         raise LookupError(f"has keys of its own, {', '.join(map(str, below))}; found {value!r}")
-    _put(node, name, copied(value))
 
 
 def _open(node: Any, name: str, tree: dict[str, Any]) -> None:
     """Replaces a reference to a mapping by a copy of it. Mutates node."""
-    if isinstance(target := _target(_below(node, name), tree), dict):
+    if (target := _mapping_behind(_below(node, name), tree)) is not None:
         _put(node, name, copied(target))
-
-
-def _target(value: Any, tree: dict[str, Any]) -> Any:
-    """What a plain reference leads to, through other references; None for anything else."""
-    followed: list[str] = []
-    while isinstance(value, str) and (match := _REFERENCE.fullmatch(value)) and value not in followed:
-        followed.append(value)
-        value = tree
-        for name in match[1].split("."):
-            value = _below(value, name)
-    return value if followed and not isinstance(value, str) else None
 
 
 def _below(node: Any, name: str) -> Any:
