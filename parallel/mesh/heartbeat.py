@@ -157,15 +157,17 @@ class Heartbeat:
             is_closed = any(word in text for _, text in reports.values() for word in _CLOSED)
             return self._of_silent(silent, self.silence, is_closed=is_closed)
         reporters = ", ".join(map(str, sorted(reports)))
-        others = [self._named(peer) for peer in range(self.size) if peer not in reports]
-        missed = f"; {', '.join(others[:8])} did not give up waiting" if others else ""
+        others = [peer for peer in range(self.size) if peer not in reports]
+        missed = f"; nothing was reported by {self._all_named(others)}" if others else ""
         return f"every rank is alive, but rank {reporters} waited in vain for another{missed}: {said}"
 
     def _of_silent(self, silent: list[int], seconds: float, *, is_closed: bool) -> str:
         what = "ended without a word" if is_closed else "hangs, or its machine is gone"
-        named = ", ".join(self._named(peer) for peer in silent[:8])
-        more = f" and {len(silent) - 8} more" if len(silent) > 8 else ""
-        return f"{named}{more}: {what}; silent for {seconds:g} s"
+        return f"{self._all_named(silent)}: {what}; silent for {seconds:g} s"
+
+    def _all_named(self, ranks: list[int]) -> str:
+        named = ", ".join(self._named(rank) for rank in ranks[:8])
+        return f"{named} and {len(ranks) - 8} more" if len(ranks) > 8 else named
 
     def _silent(self, seconds: float) -> list[int]:
         """Peers whose beat has stood still for so long."""
