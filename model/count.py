@@ -158,12 +158,20 @@ class HalfBytes(NamedTuple):
 
 
 def half_bytes(
-    config: Architecture, names: Layer, *, element_bytes: int = 2, is_cut: bool = False
+    config: Architecture,
+    names: Layer,
+    *,
+    element_bytes: int = 2,
+    is_cut: bool = False,
+    is_dispatched: bool = False,
 ) -> HalfBytes:
-    """What the halves of a layer keep, nothing recomputed. is_cut: whether rows are cut over ranks."""
+    """What the halves of a layer keep, nothing recomputed.
+
+    is_cut: whether rows are cut over ranks. is_dispatched: whether experts are.
+    """
     shape, (mixer, ffn) = config.model, names
     stream = config.residual.streams * shape.width * element_bytes
-    around = stream + shape.width * element_bytes
+    around = config.residual.activation_bytes(shape.width, element_bytes=element_bytes)
     mixing = feeding = 0
     if mixer != NONE:
         entry = config.mixer[mixer]
@@ -174,7 +182,9 @@ def half_bytes(
     if ffn in (DENSE, SHORTCUT):
         feeding += ffn_activation_bytes(shape.ffn_hidden, shape.activation, element_bytes=element_bytes)
     if ffn not in (DENSE, NONE):
-        feeding += config.moe.activation_bytes(shape.width, element_bytes=element_bytes)
+        feeding += config.moe.activation_bytes(
+            shape.width, element_bytes=element_bytes, is_dispatched=is_dispatched
+        )
     return HalfBytes(mixing, feeding, stream)
 
 

@@ -81,10 +81,15 @@ class LatentConfig(MixerConfig):
         return (self.latent_dim + self.shared_key_dim) * context * element_bytes
 
     def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
-        """Latents before and after their norms, queries, keys, values, output and log-sum-exp."""
-        latents = 2 * sum(self._down()[:2]) + self.shared_key_dim
-        kept = latents + 2 * self._queries() + self._up()[0] + 2 * self._up()[1]
-        return element_bytes * kept + 4 * self.num_heads
+        """What reading keeps, the normed latent, keys before and with their shared part, values, output."""
+        kept = self.latent_dim + self._queries() + sum(self._up()) + self._up()[1]
+        return self._read_bytes(element_bytes) + element_bytes * kept + 4 * self.num_heads
+
+    def _read_bytes(self, element_bytes: int) -> int:
+        """Latents before their norms, the one of the queries after it, queries, statistics of the norms."""
+        query_latent = self.query_latent_dim or 0
+        kept = sum(self._down()) + query_latent + self._queries()
+        return element_bytes * kept + 4 * (1 + (query_latent > 0))
 
     def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Heads are the unit; every rank keeps the latents whole."""

@@ -5,7 +5,7 @@ module trains in float64, float32, or bfloat16 with float32 master weights.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -63,6 +63,34 @@ class Linear(nn.Module):
         if bias is not None and self.bias_share != 1.0:
             bias = bias * self.bias_share
         return linear(x, self.weight.to(x.dtype), bias)
+
+
+def wide_linear(x: Float[Tensor, "*N I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "*N O"]:
+    """x weight^T in the dtype of weight, which may be wider than that of x.
+
+    Backward reads x as it is: a wide copy that waits for it would take twice the bytes of x.
+    """
+    if x.dtype == weight.dtype:
+        return linear(x, weight)
+    return cast(Tensor, _WideLinear.apply(x, weight))
+
+
+class _WideLinear(torch.autograd.Function):
+    """x [*N I], weight [O I] -> [*N O]."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """The product with a wide copy of x."""
+        ctx.save_for_backward(x, weight)
+        return linear(x.to(weight.dtype), weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of both factors."""
+        x, weight = ctx.saved_tensors
+        grad = grads[0].flatten(0, -2)
+        grad_x = (grad @ weight).to(x.dtype).view_as(x)
+        return grad_x, grad.mT @ x.flatten(0, -2).to(weight.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -109,9 +109,9 @@ class Hyper(Residual):
     def read(self, stream: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The normed gated sum; streams, output gates and mixing matrix are kept."""
         config, n = self.config, self.config.streams
-        flat = weightless_rms(stream.flatten(-2), config.norm_eps)
-        dtype = flat.dtype
-        into, out_of, between = linear(flat, self.weight.to(dtype)).split([n, n, n * n], dim=-1)
+        gates = rms_linear(stream.flatten(-2), self.weight, config.norm_eps)
+        dtype = gates.dtype
+        into, out_of, between = gates.split([n, n, n * n], dim=-1)
         biases = self.bias.to(dtype).split([n, n, n * n])
         scale = self.scale.to(dtype)
         into = (into * scale[0] + biases[0]).sigmoid() + config.hyper_eps
@@ -170,16 +170,42 @@ class Collapse(nn.Module):
         """In the dtype of the streams."""
         if not self.config.has_learned_collapse:
             return stream.mean(-2)
-        flat = weightless_rms(stream.flatten(-2), self.config.norm_eps)
-        gates = linear(flat, self.weight.to(flat.dtype)) * self.scale.to(flat.dtype)
-        gates = (gates + self.bias.to(flat.dtype)).sigmoid() + self.config.hyper_eps
+        gates = rms_linear(stream.flatten(-2), self.weight, self.config.norm_eps)
+        gates = gates * self.scale.to(gates.dtype) + self.bias.to(gates.dtype)
+        gates = gates.sigmoid() + self.config.hyper_eps
         return (gates[..., None] * stream).sum(-2).to(stream.dtype)
 
 
-def weightless_rms(x: Float[Tensor, "*N D"], eps: float) -> Float[Tensor, "*N D"]:
-    """x over its root mean square, in float32 at least."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+def rms_linear(x: Float[Tensor, "*N I"], weight: Float[Tensor, "O I"], eps: float) -> Float[Tensor, "*N O"]:
+    """x over its root mean square, times weight^T, in float32 at least."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return cast(Tensor, _RmsLinear.apply(x, weight.to(dtype), eps))
+
+
+class _RmsLinear(torch.autograd.Function):
+    """x [*N I], weight [O I] -> [*N O].
+
+    Backward reads x as it is: wide copies of n streams, before and after the norm, would outweigh all else
+    that a layer keeps.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """The product is scaled, which has far fewer numbers than x."""
+        wide = x.to(weight.dtype)
+        scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+        out = linear(wide, weight) * scale
+        ctx.save_for_backward(x, weight, scale, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Gradients of both factors."""
+        x, weight, scale, out = ctx.saved_tensors
+        wide, grad = x.to(weight.dtype), grads[0] * scale
+        along = (grads[0] * out).sum(-1, keepdim=True) * scale.square() / x.shape[-1]
+        grad_weight = grad.flatten(0, -2).mT @ wide.flatten(0, -2)
+        return (grad @ weight - along * wide).to(x.dtype), grad_weight, None
 
 
 def build_residual(width: int, config: ResidualConfig) -> Residual:

@@ -96,6 +96,23 @@ class ResidualConfig(Config):
         connection = hyper * (self.streams * width + 1) + 3 if self.kind == "hyper" else 0
         return self.norms_per_half * width + connection
 
+    def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
+        """Bytes per token that a training step keeps of one half beside its mixer or feed-forward.
+
+        The stream as it enters is among them.
+        """
+        wide = max(4, element_bytes)
+        kept = element_bytes * (self.streams + 1) * width
+        kept += element_bytes * width * (self.kind == "sandwich")
+        # A layer norm keeps a wide copy of its input instead of the input, and two numbers of each row.
+        each = wide if self.norm == "rms" else 2 * wide + (wide - element_bytes) * width
+        kept += each * self.norms_per_half
+        if self.kind == "hyper":
+            # The joined streams, the half's output, and the gates: as they come, activated, and narrowed.
+            kept += 2 * element_bytes * width + element_bytes * self.streams * (1 + self.streams)
+            kept += wide * (2 * self.streams * (self.streams + 2) + self.streams + 1)
+        return kept + width * (self.dropout > 0)
+
     def count_head_params(self, width: int) -> int:
         """Parameters between the last block and the head: the last norm, and what joins the streams."""
         joins = self.kind == "hyper" and self.has_learned_collapse

@@ -71,11 +71,20 @@ class SharedKeyConfig(MixerConfig):
         return Flops(2 * (self._base_projections(width) + self._extra_params(width)[0]), core)
 
     def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
-        """Queries before and after norm and rotary, outputs, latents, keys, and the compressor's inputs."""
+        """Queries before and after norm and rotary, outputs, latents, keys, and what compression keeps."""
         size, latent = self.num_heads * self.head_dim, self.output_groups * self.output_rank
-        compressing = self._extra_params(width)[0] // width
-        kept = 4 * size + latent + 2 * self.query_rank + 3 * self.head_dim + compressing
-        return element_bytes * kept + 8 * self.num_heads
+        kept = 4 * size + latent + 2 * self.query_rank + 2 * self.head_dim
+        statistics = 8 * self.num_heads + 8
+        # The tables of the output's rotation are the layer's own.
+        return element_bytes * kept + statistics + 2 * self.rotary_dim + self._extra_bytes(element_bytes)
+
+    @abstractmethod
+    def _extra_bytes(self, element_bytes: int) -> int:
+        """Bytes per token kept for backward beyond those of the window."""
+
+    def _entry_bytes(self, dim: int, element_bytes: int) -> int:
+        """Of one entry: before and after its norm, gates' sums, the tables of its rotation, statistics."""
+        return 2 * element_bytes * dim + 4 * dim + 4 * self.rotary_dim + 4
 
     def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Groups of heads that share an output latent are the unit; the key is every rank's."""

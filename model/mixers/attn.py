@@ -91,12 +91,20 @@ class AttnConfig(GroupedQueryConfig):
         return sum(self._parts()[2:]) * self._reach(context) * element_bytes
 
     def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
-        """Projections, their normed copies, log-sum-exp, gate, and output before and after it."""
+        """Projections, what attention reads beside them, output, gate, gated output, statistics."""
         queries, gate, keys, values = self._parts()
-        normed = (queries + keys) * (self.qk_norm != "none")
-        outputs = self._outputs() * (1 + (self.output_gate != "none"))
-        kept = queries + outputs + 2 * gate + keys + values + normed
-        return element_bytes * kept + 4 * self.num_heads
+        is_normed_first = self.qk_norm in ("head", "all_heads")
+        is_clipped = self.clip is not None and (is_normed_first or not self.rotary_dim)
+        copies = (is_normed_first or self.rotary_dim > 0) + (self.qk_norm == "weightless") + is_clipped
+        # Nothing reads the projections again where all parts are copies.
+        is_copied = self.value_scale != 1.0 and self.rotary_dim > 0 and not is_normed_first
+        is_read = self.clip is not None or gate > 0 or not is_copied
+        kept = sum(self._parts()) * is_read + copies * (queries + keys)
+        kept += (queries * (not copies) + 1) * (self.temperature > 0)
+        kept += values * (self.value_scale != 1.0 or self.clip is not None)
+        kept += self._outputs() * (1 + (self.output_gate != "none")) + gate
+        rows = {"none": 0, "all_heads": 2}.get(self.qk_norm, self.num_heads + self.num_key_heads)
+        return element_bytes * kept + 4 * (self.num_heads + rows + (self.chunk is not None))
 
     def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Heads are the unit; a key head is shared by its group of query heads."""

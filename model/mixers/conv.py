@@ -37,8 +37,8 @@ class ConvConfig(MixerConfig):
         return (self.conv_width - 1) * self.num_channels * element_bytes
 
     def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
-        """Both gates, the input, its product with the first gate, and the convolution."""
-        return 5 * self.num_channels * element_bytes
+        """Both gates, the input, its product with the first gate, the convolution, its gated output."""
+        return 6 * self.num_channels * element_bytes
 
     def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Channels are the unit: none meets another between the projections."""

@@ -46,6 +46,13 @@ class CsaConfig(SharedKeyConfig):
         chosen = min(self.index_top_k, entries)
         return index + 4 * self.num_heads * self.head_dim * chosen + 12 * (self.head_dim + self.index_dim)
 
+    def _extra_bytes(self, element_bytes: int) -> int:
+        learning = (self.head_dim, self.index_dim) if self.index_loss else (self.head_dim,)
+        entries = sum(self._entry_bytes(dim, element_bytes) for dim in learning) // self.compression
+        index = self.index_heads * (self.index_dim + 1) if self.index_loss else 0
+        choice = 4 * (self.window + self.index_top_k)
+        return element_bytes * (4 * sum(learning) + index) + entries + choice
+
     def cache_bytes(self, context: int, *, element_bytes: int = 2) -> int:
         """Keys of the window, entries and index keys, and the compressors' inputs of two windows."""
         both, window = self.head_dim + self.index_dim, self.head_dim * min(self.window, context)

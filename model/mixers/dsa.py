@@ -85,12 +85,23 @@ class DsaConfig(LatentConfig):
         return latents + self.index_dim * kept * element_bytes
 
     def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
-        """Those of the attention, queries and outputs in the space of the latent, index parts, the choice."""
-        inside = self.num_heads * (2 * self.latent_dim + self.shared_key_dim)
-        index = 2 * self.index_heads * self.index_dim + 2 * sum(self._index_parts())
-        index = index if self.index == "own" else 0
-        latents = super().activation_bytes(width, element_bytes=element_bytes)
-        return latents + element_bytes * (inside + index) + 12 * self.top_k
+        """What reading keeps, queries, keys and output in the space of the latent, output, indexer."""
+        index = self._index_bytes(element_bytes) if self.index == "own" else 0
+        if self.index_stage == "dense":
+            return super().activation_bytes(width, element_bytes=element_bytes) + index
+        shared = self.latent_dim + self.shared_key_dim
+        kept = (self.num_heads + 1) * shared + self.num_heads * (self.latent_dim + self.value_dim)
+        choice = 0 if self.index == "shared" else 8 * (self.top_k + self.index_pool - 1)
+        return self._read_bytes(element_bytes) + element_bytes * kept + 4 * self.num_heads + choice + index
+
+    def _index_bytes(self, element_bytes: int) -> int:
+        """Queries, weights and keys of the indexer; the keys' norm and pooling are in float32."""
+        kept = self.index_heads * (self.index_dim + 1) + self.index_dim // self.index_pool
+        normed = 4 * self.index_dim + 8
+        if self.index_pool == 1:
+            return element_bytes * kept + normed
+        kept += sum(self._index_parts()) + self.index_dim
+        return element_bytes * kept + normed + 8 * self.index_dim + 8
 
     @property
     def losses(self) -> tuple[str, ...]:

@@ -74,9 +74,14 @@ class GdnConfig(MixerConfig):
         return state + (self.conv_width - 1) * self._mixed() * element_bytes
 
     def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
-        """Convolution in and out, output, gate, normed output, and the triangular solve of each chunk."""
-        values, gate = self._parts()[2:4]
-        return element_bytes * (2 * self._mixed() + 2 * values + gate) + self.num_value_heads * (8 + 2 * 64)
+        """Projections, convolution, unit keys and queries, betas, decays, output before and after its norm,
+        and two matrices of each chunk of 64 tokens.
+        """
+        keys, _, values, *_ = self._parts()
+        heads = self.num_value_heads
+        kept = sum(self._parts()) + self._mixed() + 2 * keys + 2 * values + heads + 2 * 64 * heads
+        rows = 2 * self.num_key_heads + heads
+        return element_bytes * kept + 4 * rows + heads * (8 + (12 if self.has_decay else element_bytes))
 
     def cut_activation_bytes(self, *, element_bytes: int = 2) -> int:
         """What each token reads of the state that enters its chunk."""

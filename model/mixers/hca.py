@@ -36,6 +36,12 @@ class HcaConfig(SharedKeyConfig):
         seen = 4 * self.num_heads * self.head_dim * context / (2 * self.compression)
         return seen + 6 * self.head_dim
 
+    def _extra_bytes(self, element_bytes: int) -> int:
+        if self.compression is None:
+            return 0
+        entries = self._entry_bytes(self.head_dim, element_bytes) // self.compression
+        return 2 * self.head_dim * element_bytes + entries + 12
+
     def cache_bytes(self, context: int, *, element_bytes: int = 2) -> int:
         """Keys of the window, entries, and the compressor's inputs of the window that is not complete."""
         size = self.head_dim * element_bytes

@@ -68,11 +68,15 @@ class KdaConfig(MixerConfig):
         return state + (self.conv_width - 1) * sum(self._parts()[:3]) * element_bytes
 
     def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
-        """Convolutions in and out, output, gate, normed output, decays in float32, the triangular solve."""
+        """Projections, convolution, unit keys and queries, betas, gate, output before and after its norm, two
+        matrices of each chunk of 64 tokens, and decays three times in float32.
+        """
         keys, _, values, heads = self._parts()
-        mixed = sum(self._parts()[:3])
-        thin = self.decay_rank + self.gate_rank
-        return element_bytes * (2 * mixed + 3 * values + keys + thin) + 4 * keys + heads * (8 + 2 * 64)
+        kept = (
+            sum(self._parts()) + sum(self._parts()[:3]) + 2 * keys + heads + self.decay_rank + self.gate_rank
+        )
+        kept += 3 * values + 2 * 64 * heads
+        return element_bytes * kept + 12 * keys + 4 * keys // 64 + 12 * heads
 
     def cut_activation_bytes(self, *, element_bytes: int = 2) -> int:
         """What each token reads of the state that enters its chunk."""

@@ -75,11 +75,19 @@ class LightningConfig(MixerConfig):
         return 4 * self.num_heads * self.key_dim * self.value_dim
 
     def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
-        """Projections before and after SiLU and rotary, output, normed output, gate, decays in float32."""
-        keys, _, values, gate, _ = self._parts()
-        copies = 1 + self.has_silu
-        mixed = copies * (2 * keys + values) + 2 * keys * (self.rotary_dim > 0)
-        return element_bytes * (mixed + 2 * values + 2 * gate) + 4 * self._decay_biases()
+        """Projections, their parts after SiLU and rotary, output before and after its norm, one matrix of
+        each chunk of 64 tokens, and decays in float32.
+        """
+        keys, _, values, *_ = self._parts()
+        heads = self.num_heads
+        kept = sum(self._parts()) + (2 * keys + values) * self.has_silu + 2 * keys * (self.rotary_dim > 0)
+        # Unless rotary makes a copy of the queries, the scale does.
+        kept += keys * (self.has_scale and self.rotary_dim == 0) + 2 * values + 64 * heads
+        rows = 1 if self.norm == "all_heads" else heads
+        sums = 8 * heads
+        if self.decay == "channel":
+            kept, sums = kept + self.decay_rank, 4 * keys // 64
+        return element_bytes * kept + 4 * rows + sums + 12 * self._decay_biases()
 
     def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Heads are the unit; the narrow half of a low-rank decay is copied."""

@@ -62,8 +62,13 @@ class MambaConfig(MixerConfig):
         return self.num_channels * (4 * self.state_dim + (self.conv_width - 1) * element_bytes)
 
     def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
-        """Convolution in and out, gate, output, gated output, and steps in float32."""
-        return element_bytes * (5 * self.num_channels + 2 * sum(self._inner())) + 8 * self.num_channels
+        """Projections, convolution, output, gate, gated output, and in float32 what the scan reads.
+
+        The scan also keeps the state that enters each chunk of 16 tokens.
+        """
+        kept = 6 * self.num_channels + sum(self._inner()) + self.dt_rank * self.has_inner_norm
+        scan = 3 * self.num_channels + 2 * self.state_dim + self.num_channels * self.state_dim // 16
+        return element_bytes * kept + 4 * (scan + 3 * self.has_inner_norm)
 
     def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Channels are the unit; what all channels share, between them, is summed and copied."""

@@ -75,10 +75,11 @@ class Mamba2Config(MixerConfig):
         return state + (self.conv_width - 1) * self._mixed() * element_bytes
 
     def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
-        """Convolution in and out, values times steps, output, gate, normed output, steps, chunk states."""
-        values = self._parts()[0]
-        states = 4 * values * self.key_dim // 128
-        return element_bytes * (2 * self._mixed() + 4 * values) + 8 * self.num_heads + states
+        """Projections, convolution, values times steps, output before and after its norm, one matrix of each
+        chunk of 64 tokens, and steps and decays in float32.
+        """
+        kept = sum(self._parts()) + self._mixed() + 3 * self._parts()[0] + 64 * self.num_heads
+        return element_bytes * kept + 24 * self.num_heads + 4 * self.num_key_heads
 
     def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Heads are the unit; a key head is shared by its group of heads, whose norm is one."""

@@ -49,9 +49,11 @@ class MobaConfig(GroupedQueryConfig):
         return (2 * keys * context + keys * (context // self.block)) * element_bytes
 
     def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
-        """Projections, output, log-sum-exp and the chosen blocks."""
-        queries, keys, values = self._parts()
-        return element_bytes * (2 * queries + keys + values) + self.num_heads * (4 + 8 * self.num_blocks)
+        """Projections, rotated queries and keys, output, log-sum-exp, chosen blocks and who chose them."""
+        queries, keys, _ = self._parts()
+        kept = sum(self._parts()) + (queries + keys) * (self.rotary_dim > 0) + queries
+        # The block of the query itself is always seen, and not chosen.
+        return element_bytes * kept + self.num_heads * (4 + 16 * (self.num_blocks - 1)) + 4
 
     def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Heads are the unit; a key head is shared by its group of query heads."""

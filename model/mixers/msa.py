@@ -63,11 +63,15 @@ class MsaConfig(GroupedQueryConfig):
         return (2 * self._parts()[1] + self.index_dim) * context * element_bytes
 
     def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
-        """Projections, normed copies, output, log-sum-exp, chosen blocks and their best index keys."""
-        queries, keys, values = self._parts()
+        """Projections, normed copies, output, statistics, chosen blocks, their best index keys and scores."""
+        queries, keys, _ = self._parts()
         index = (self.num_key_heads + 1) * self.index_dim
-        chosen = self.num_key_heads * self.num_blocks * (16 + element_bytes * self.index_dim)
-        return element_bytes * (3 * queries + 2 * keys + values + 2 * index) + 4 * self.num_heads + chosen
+        kept = sum(self._parts()) + 2 * queries + keys + 2 * index
+        rows = 2 * self.num_heads + 2 * self.num_key_heads + 1
+        # By index into the row: the choice, the lists of the blocks, and the best keys.
+        lists = 8 * (2 * self.num_blocks - 1 - self.num_local_blocks + self.num_blocks)
+        best = self.num_blocks * (element_bytes * self.index_dim + 10)
+        return element_bytes * kept + 4 * (rows + 1) + self.num_key_heads * (lists + best)
 
     def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Heads are the unit; a key head and its index head are shared by a group of query heads."""

@@ -98,11 +98,19 @@ class NsaConfig(GroupedQueryConfig):
         return size * (context + context // self.entry_stride + window + pending)
 
     def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
-        """Projections, the outputs of the branches with their log-sum-exp, entries and chosen blocks."""
-        values = self.num_heads * self.value_dim
-        entries = self._parts()[1] * 2 * self.entry_length // self.entry_stride
-        chosen = 8 * self.num_key_heads * self.num_blocks
-        return element_bytes * (sum(self._parts()) + 4 * values + entries) + 12 * self.num_heads + chosen
+        """Projections, rotated queries and keys, the branches' outputs and gates, their sum, what compression
+        keeps and the chosen blocks.
+        """
+        # Keys are compressed as windows of their own.
+        rotated = self._parts()[0] + max(1, self.num_branches - 1) * self._parts()[1]
+        rotated *= self.rotary_dim > 0
+        kept = sum(self._parts()) + rotated + 4 * self.num_heads * self.value_dim + 3 * self.num_heads
+        dims = self.key_dim + self.value_dim
+        entry = self.entry_length * dims + 4 * self.compressor_hidden + dims
+        entry = dims if self.compressor == "mean" else entry
+        kept += self.num_key_heads * entry // self.entry_stride
+        chosen = 16 * self.num_key_heads * (self.num_blocks - 1)
+        return element_bytes * kept + 12 * (self.num_heads + 1) + chosen
 
     def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Heads are the unit; a key head and its compressor are shared by a group of query heads."""

@@ -66,10 +66,13 @@ class SsaConfig(GroupedQueryConfig):
         return (2 * keys * context + keys * (context // self.block)) * element_bytes
 
     def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
-        """Projections, both outputs before and after the gate, log-sum-exps and the chosen blocks."""
-        queries, keys, values, gates = self._parts()
-        chosen = 8 * self.num_key_heads * self.num_blocks
-        return element_bytes * (5 * queries + keys + values + gates) + 8 * self.num_heads + chosen
+        """Projections, rotated queries and keys, both outputs before and after the gate, chosen blocks."""
+        queries, keys, _, gates = self._parts()
+        kept = sum(self._parts()) + (queries + keys) * (self.rotary_dim > 0) + gates + 4 * queries
+        chosen = 16 * self.num_key_heads * (self.num_blocks - 1)
+        # They are compared in float32.
+        wide = 4 * queries if element_bytes < 4 else 0
+        return element_bytes * kept + wide + 8 * self.num_heads + chosen + 4
 
     def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """Heads are the unit; a key head is shared by its group of query heads."""
@@ -143,7 +146,7 @@ class Ssa(Mixer):
 
 def _apart(full: Float[Tensor, "B T H V"], sparse: Float[Tensor, "B T H V"]) -> Float[Tensor, ""]:
     """Smooth L1 of each stream to the other at rest: mean over heads and dims, sum over tokens."""
-    full, sparse = full.float() if full.dtype.itemsize < 4 else full, sparse.to(full.dtype)
+    full = full.float() if full.dtype.itemsize < 4 else full
     both = smooth_l1_loss(full, sparse.detach(), reduction="sum")
     both = both + smooth_l1_loss(sparse, full.detach(), reduction="sum")
     return both / (full.shape[2] * full.shape[3])

@@ -43,6 +43,10 @@ class ZigzagConfig(LatentConfig):
         kept = min(context, (self.first_blocks + self.recent_blocks) * self.block)
         return super().cache_bytes(kept, element_bytes=element_bytes)
 
+    def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
+        """Those of the attention, and three places of each query in the blocks."""
+        return super().activation_bytes(width, element_bytes=element_bytes) + 12
+
 
 class Zigzag(LatentMixer):
     """Softmax attention in whole blocks of the document: its first ones, and those up to the query's own."""

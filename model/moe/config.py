@@ -75,11 +75,31 @@ class MoeConfig(Config):
             shared=shared + width * self.has_shared_gate,
         )
 
-    def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
-        """Bytes per token that a training step keeps for backward when the load is even."""
-        routed = self.top_k * (width + (self.activation.factors + 1) * self.hidden)
+    def activation_bytes(self, width: int, *, element_bytes: int = 2, is_dispatched: bool = False) -> int:
+        """Bytes per token that a training step keeps for backward when the load is even.
+
+        is_dispatched: whether experts are on several ranks, which keeps the rows that came and went.
+        """
         shared = (self.shared_activation.factors + 1) * self.shared_hidden
-        return element_bytes * (routed + shared) + 10 * self.num_choices
+        shared += (width + 1) * self.has_shared_gate
+        rows = self.activation.factors * self.hidden
+        sorting = 8
+        if is_dispatched:
+            # One row for each choice; the order of the choices, and the expert of each row that came.
+            rows, sorting = rows + 2 * width + 2, sorting + 16
+        zero = (self.top_k + element_bytes) * (self.num_zero_experts > 0)
+        routed = self.top_k * (element_bytes * rows + sorting)
+        return element_bytes * shared + routed + zero + self._router_bytes(max(4, element_bytes))
+
+    def _router_bytes(self, wide: int) -> int:
+        """Scores and what they were made of, the choice, its weights, and the sums that divide them."""
+        scores = {"softmax_of_chosen": 2, "sqrt_softplus": 3}.get(self.score, 1)
+        scores += self.z_loss > 0 and self.score in ("softmax", "sigmoid")
+        weights = 1 if self.score == "softmax_of_chosen" or not self.has_normalized_weights else 2
+        weights += self.score == "softmax_of_chosen"
+        sums = 2 + (self.z_loss > 0)
+        sums += self.has_normalized_weights and self.score != "softmax_of_chosen"
+        return wide * (scores * self.num_choices + weights * self.top_k + sums) + 8 * self.top_k
 
 
 class MoeParams(NamedTuple):

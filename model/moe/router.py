@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.functional import linear, softplus
+from torch.nn.functional import softplus
 
-from model.linear import Initial
+from model.linear import Initial, wide_linear
 from model.moe.config import MoeConfig
 
 
@@ -101,7 +101,8 @@ class Router(nn.Module):
         """Logits and scores [B T E], and the experts [B T k] of each token."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         bias = None if self.logit_bias is None else self.logit_bias.to(dtype)
-        logits = linear(x.to(dtype), self.weight.to(dtype), bias)
+        logits = wide_linear(x, self.weight.to(dtype))
+        logits = logits if bias is None else logits + bias
         scores = scores_of(logits, self.config)
         return logits, scores, self.table[tokens] if self.is_hashed else self._top(scores, logits)
 

@@ -70,12 +70,12 @@ def test_what_is_computed_again_leaves_its_input_and_its_choices(
 def test_a_selection_leaves_the_rest_as_it_was() -> None:
     none, feed = (of_two_layers("attn", "dense", regions)[0] for regions in ([], ["dense"]))
     whole, rest = (planned("attn", "dense", regions) for regions in ([], ["dense"]))
-    # Plain torch also keeps the activated gates, which the kernels compute again; a number for each row of a
-    # norm, of the stream or of one of six heads; and one plus the weights of norms, whatever the tokens.
-    gates, head_rows, row = 48 * FLOAT, 6 * FLOAT, FLOAT
+    # Plain torch also keeps the activated gates, which the kernels compute again, and one plus the weights of
+    # norms, whatever the tokens.
+    gates = 48 * FLOAT
     head_weights, weights = (width * FLOAT / (ROWS * LENGTH) for width in (2 * 8, 32))
-    assert none == 2 * (whole + gates + head_rows + head_weights + 2 * (row + weights))
-    assert feed == 2 * (rest + head_rows + head_weights + row + weights)
+    assert none == 2 * (whole + gates + head_weights + 2 * weights)
+    assert feed == 2 * (rest + head_weights + weights)
 
 
 def test_a_cut_row_keeps_what_tokens_read_of_the_state_before() -> None:

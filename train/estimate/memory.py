@@ -60,10 +60,17 @@ class Kept(NamedTuple):
 
 
 def kept_bytes(
-    config: Architecture, names: Layer, regions: Collection[str], *, element_bytes: int, is_cut: bool = False
+    config: Architecture,
+    names: Layer,
+    regions: Collection[str],
+    *,
+    element_bytes: int,
+    is_cut: bool = False,
+    is_dispatched: bool = False,
 ) -> Kept:
-    """What a layer keeps if backward computes `regions` again; regions and is_cut as elsewhere."""
-    halves = half_bytes(config, names, element_bytes=element_bytes, is_cut=is_cut)
+    """What a layer keeps if backward computes `regions` again; the other arguments as in `half_bytes`."""
+    spread = {"is_cut": is_cut, "is_dispatched": is_dispatched}
+    halves = half_bytes(config, names, element_bytes=element_bytes, **spread)
     # Of what is computed again the input stays, and the experts that a learned router chose, as int64.
     choice = 0 if names.ffn in (DENSE, HASH, NONE) else 8 * config.moe.top_k
     if FULL in regions:
@@ -212,6 +219,7 @@ def _activations(config: RunConfig, degrees: Degrees, share: Share) -> tuple[int
                 config.parallel.recomputed,
                 element_bytes=_BYTES[config.precision.compute],
                 is_cut=degrees.cp > 1,
+                is_dispatched=degrees.ep > 1,
             )
             for layer in stage
         ]
