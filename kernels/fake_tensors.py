@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
@@ -53,7 +54,9 @@ def _results(
     function: Callable[..., Any], leaves: tuple[Any, ...], spec: TreeSpec, has_grad: bool
 ) -> tuple[list[Any], TreeSpec]:
     """The results on the meta device, tensors as their metadata. Layers that are alike ask for the same."""
-    with _disable_current_modes(), torch.set_grad_enabled(has_grad):
+    # Whoever counts what is saved for backward is not to count this run, which is made once for all calls.
+    unseen = saved_tensors_hooks(lambda x: x, lambda x: x)
+    with _disable_current_modes(), torch.set_grad_enabled(has_grad), unseen:
         inputs = [
             leaf.made("meta").requires_grad_(leaf.requires_grad) if isinstance(leaf, _TensorMeta) else leaf
             for leaf in leaves
