@@ -74,8 +74,16 @@ PIPELINES = {
 }
 
 
+RECOMPUTED = {
+    "whole blocks recomputed": ("parallel.ep=2", "parallel.recompute=full"),
+    "halves recomputed, the rest offloaded": (
+        *("parallel.tp=2", "parallel.ep=2", "parallel.offload=activations"),
+        "parallel.recompute=hca kda moe",
+    ),
+}
 RUNS = {
     **LAYOUTS,
+    **RECOMPUTED,
     **{f"many {layout}": (*MANY, *keys) for layout, keys in (LAYOUTS | PIPELINES).items()},
 }
 
