@@ -30,6 +30,16 @@ def test_rises_to_the_peak_and_falls_to_the_floor(schedule, steps: int) -> None:
         assert math.isclose(max(factors), 1.0)
 
 
+@given(schedule=schedules, steps=st.integers(1, 200))
+def test_says_where_the_peak_or_a_part_of_the_decay_is_missing(schedule, steps: int) -> None:
+    peak = max(schedule.factor(step, steps) for step in range(steps))
+    falls = range(schedule.warmup_steps, steps)
+    is_short = peak < 1 - 1e-9 or not falls
+    if isinstance(schedule, WsdConfig):
+        is_short |= len(falls) < round(schedule.decay_fraction * steps)
+    assert bool(schedule.cautions(steps)) == is_short
+
+
 def test_shapes_are_the_published_ones() -> None:
     wsd = WsdConfig(kind="wsd", warmup_steps=10, decay_fraction=0.4, floor=0.1)
     assert wsd.factor(0, 100) == 0.1

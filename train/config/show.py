@@ -14,6 +14,7 @@ def show_config(config: RunConfig, world_size: int) -> None:
     degrees = config.parallel.degrees(world_size)
     optim, train, (_, micro) = config.optim, config.train, config.rank_rows(degrees.batch)
     kinds = kind_of(optim), kind_of(config.schedule)
+    cautions = config.schedule.cautions(train.steps)
     print_table(
         "Run",
         {
@@ -26,6 +27,7 @@ def show_config(config: RunConfig, world_size: int) -> None:
             "optimizer": f"{kinds[0]}, lr {optim.lr:g}, {kinds[1]}, clip {optim.clip_norm:g}",
             "precision": f"{config.precision.compute}, weights {config.precision.parameters}",
             "ranks": config.parallel.describe(world_size),
+            **({"caution": "\n".join(cautions)} if cautions else {}),
         },
     )
 

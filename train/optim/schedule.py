@@ -25,6 +25,17 @@ class ScheduleConfig(Config, ABC):
             return (step + 1) / self.warmup_steps
         return self.after_warmup(step, steps)
 
+    def cautions(self, steps: int) -> list[str]:
+        """What of the schedule does not happen as its keys say in a run of `steps` steps, one line each."""
+        if self.warmup_steps < steps:
+            return []
+        peak = steps / self.warmup_steps
+        reached = f"the rate ends at {peak:.0%} of optim.lr" if peak < 1 else "the rate never falls"
+        return [
+            f"schedule.warmup_steps={self.warmup_steps} leaves nothing of train.steps={steps}: {reached}; "
+            f"lower schedule.warmup_steps or raise train.steps"
+        ]
+
     @abstractmethod
     def after_warmup(self, step: int, steps: int) -> float:
         """The same for a step at or after `warmup_steps`."""
