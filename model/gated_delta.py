@@ -22,8 +22,8 @@ class Decay(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(heads))
         # Rates of 1 to 16 and steps of dt_min to dt_max spread the memory over 1 to 1000 tokens.
         self.initial = {
-            "A_log": Initial("log_of_uniform", 1.0, 16.0),
-            "dt_bias": Initial("inverse_softplus_of_log_uniform", dt_min, dt_max),
+            "A_log": Initial("log_of_uniform", 1.0, 16.0, is_float32=True),
+            "dt_bias": Initial("inverse_softplus_of_log_uniform", dt_min, dt_max, is_float32=True),
         }
 
     def forward(self, x: Float[Tensor, "B T H"]) -> Float[Tensor, "B T H"]:

@@ -22,6 +22,12 @@ def initial_values(model: nn.Module) -> dict[str, Initial]:
     return found
 
 
+def float32_names(model: nn.Module) -> set[str]:
+    """The parameters that no cast narrows, as they declare, and the buffers, which move by small steps."""
+    names = {name for name, initial in initial_values(model).items() if initial.is_float32}
+    return names | {name for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+
+
 def sample(name: str, initial: Initial, shape: torch.Size, seed: int) -> Tensor:
     """The first value of one parameter, float32, on the CPU."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()

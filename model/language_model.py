@@ -1,6 +1,6 @@
 """The language model: embedding, blocks, norm, head, and MTP modules."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kernels.cross_entropy import LossOptions
 from model.block import AuxOutputs, Block, Carry
 from model.config import Architecture
+from model.initial import float32_names
 from model.layout import DENSE, NONE, Layer
 from model.linear import Initial
 from model.mixer import Sequence
@@ -96,6 +97,20 @@ class ModelPart(nn.Module):
         self.head = LMHead(*size) if self.is_last and not shape.has_tied_embeddings else None
         offset = range(shape.mtp.depth if self.is_last else 0)
         self.mtp = nn.ModuleList(MTPModule(config, index) for index in offset)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ModelPart":
+        """Every cast and move of torch's goes through here; what is declared float32 is never narrowed."""
+        tensors = dict(self.named_parameters()) | dict(self.named_buffers())
+        kept = [tensors[name] for name in float32_names(self)]
+        ids = {id(x) for tensor in kept for x in (tensor, tensor.grad)}
+
+        def widened(x: Tensor) -> Tensor:
+            y = fn(x)
+            if id(x) not in ids or y.dtype == x.dtype:
+                return y
+            return x.to(y.device, torch.promote_types(y.dtype, torch.float32))
+
+        return super()._apply(widened, recurse)
 
     def part_loss(
         self, stream: Float[Tensor, "B P *n D"] | None, targets: Int[Tensor, "B T"], sequence: Sequence

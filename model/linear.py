@@ -17,8 +17,10 @@ from model.tensor_shards import ALL_HEADS, HeadShards
 
 
 class Initial(NamedTuple):
-    """How a parameter starts, and whether weight decay is for it: for matrices of products, and nothing else.
+    """How a parameter starts, and how it is treated.
 
+    is_decayed: weight decay is for matrices of products, and nothing else. is_float32: no cast narrows it; a
+    rounded rate, sink or gate changes a model more than a rounded matrix.
     normal: mean `a`, standard deviation `b`. constant: `a`. uniform: U(a, b). log_of_uniform: log U(a, b).
     inverse_softplus_of_log_uniform: y with softplus(y) = exp(U(log a, log b)).
     """
@@ -27,6 +29,7 @@ class Initial(NamedTuple):
     a: float
     b: float = 0.0
     is_decayed: bool = False
+    is_float32: bool = False
 
     def sample(self, shape: torch.Size, generator: torch.Generator) -> Float[Tensor, "..."]:
         """Values in float32 on the generator's device."""

@@ -101,9 +101,9 @@ class Hyper(Residual):
         self.scale = nn.Parameter(torch.empty(3))
         # The scales start small, so that at first every token sees the same connections.
         self.initial = {
-            "weight": Initial("normal", 0.0, (streams * width) ** -0.5, is_decayed=True),
-            "bias": Initial("normal", 0.0, 0.1),
-            "scale": Initial("constant", 0.1),
+            "weight": Initial("normal", 0.0, (streams * width) ** -0.5, is_decayed=True, is_float32=True),
+            "bias": Initial("normal", 0.0, 0.1, is_float32=True),
+            "scale": Initial("constant", 0.1, is_float32=True),
         }
 
     def read(self, stream: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -161,9 +161,9 @@ class Collapse(nn.Module):
             self.bias = nn.Parameter(torch.empty(streams))
             self.scale = nn.Parameter(torch.empty(1))
             self.initial = {
-                "weight": Initial("normal", 0.0, (streams * width) ** -0.5, is_decayed=True),
-                "bias": Initial("normal", 0.0, 0.1),
-                "scale": Initial("constant", 0.1),
+                "weight": Initial("normal", 0.0, (streams * width) ** -0.5, is_decayed=True, is_float32=True),
+                "bias": Initial("normal", 0.0, 0.1, is_float32=True),
+                "scale": Initial("constant", 0.1, is_float32=True),
             }
 
     def forward(self, stream: Float[Tensor, "B T n D"]) -> Float[Tensor, "B T D"]:

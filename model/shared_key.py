@@ -128,7 +128,7 @@ class Compressor(nn.Module):
         self.in_proj = Linear(width, 2 * channels, init_std)
         self.bias = nn.Parameter(torch.empty(size, channels))
         self.norm = RMSNorm(dim, config.norm_eps, is_zero_centered=False)
-        self.initial = {"bias": Initial("constant", 0.0)}
+        self.initial = {"bias": Initial("constant", 0.0, is_float32=True)}
 
     def forward(self, x: Float[Tensor, "B T D"], made: Compression) -> Float[Tensor, "B N K"]:
         """Entries by slot of whole rows; an entry stands at the position of its window's first token."""
@@ -161,7 +161,7 @@ class SharedKeyMixer(Mixer):
         groups, rank = config.output_groups, config.output_rank
         self.group_proj = Linear(size // groups, groups * rank, init_std)
         self.out_proj = Linear(groups * rank, width, out_std)
-        self.initial = {"sinks": Initial("constant", 0.0)}
+        self.initial = {"sinks": Initial("constant", 0.0, is_float32=True)}
 
     def _read(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The query latent, rotated queries [B T H K] and the rotated key [B T K]."""

@@ -20,7 +20,9 @@ class ExportCommand(Config):
     model_type: str | None = Field(
         default=None, description="the family to write as, or weft; null is the first that fits"
     )
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the written weights")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of the written weights, but for those that stay float32"
+    )
     shard_gb: float = Field(default=5.0, gt=0, description="most of a file of weights, 10^9 bytes")
 
 
@@ -46,9 +48,13 @@ def main(arguments: list[str]) -> None:
     from train.eval.restored import load_model
 
     model, step = load_model(command.run, config)
-    model.to(getattr(torch, command.dtype))
-    shard_bytes = int(command.shard_gb * 1e9)
-    written = save_pretrained(model, command.to, model_type=command.model_type, shard_bytes=shard_bytes)
+    written = save_pretrained(
+        model,
+        command.to,
+        model_type=command.model_type,
+        dtype=getattr(torch, command.dtype),
+        shard_bytes=int(command.shard_gb * 1e9),
+    )
     print(f"wrote step {step} of {command.run} to {command.to} as {written}")
 
 

@@ -23,7 +23,8 @@ class Conversion(Config):
         description="of export: the family to write as; null is the first that fits",
     )
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = Field(
-        default=None, description="of the written weights; null leaves them as they are"
+        default=None,
+        description="of the written weights, but for those that stay float32; null keeps all as they are",
     )
     shard_gb: float = Field(default=5.0, gt=0, description="most of a file of weights, 10^9 bytes")
 

@@ -1,13 +1,14 @@
 """From one form of checkpoint to another, without ever holding the model."""
 
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from conf.errors import CheckpointError
-from model.hf.files import SHARD_BYTES, shortened, write_directory
+from model.hf.files import DTYPES, SHARD_BYTES, shortened, write_directory
 from model.hf.own import ORIGIN, OWN
 from model.hf.pieces import Mapped
 from model.hf.pretrained import Opened, family_for, full_config, open_pretrained, state_of
@@ -24,8 +25,8 @@ def convert(
     """Writes the checkpoint in `source` to `target` as a family of the hub, or as our own; gives its name.
 
     `model_type` as in `save_pretrained`, but None takes the family that our own form was made from. A `dtype`
-    of None keeps every tensor's own. Memory holds one shard of the target and one tensor of ours, such as all
-    experts of a layer.
+    of None keeps every tensor's own; another one leaves in float32 what must stay so. Memory holds one shard
+    of the target and one tensor of ours, such as all experts of a layer.
 
     Raises CheckpointError as `open_pretrained` and `save_pretrained` do, StorageError.
     """
@@ -35,7 +36,8 @@ def convert(
     if family is OWN:
         fields |= {ORIGIN: opened.hub.config.get(ORIGIN, opened.family.model_type)}
     mapped = Mapped(family.pieces(config), state_of(opened.model))
-    ours = _Ours(opened, dtype)
+    ours = _Ours(opened)
+    kept = family.float32_of(mapped, opened.model) | opened.family.float32_of(opened.mapped, opened.model)
     lost = [name for name in mapped.uncovered if bool(ours[name].any())]
     if lost:
         raise CheckpointError(f"{family.model_type} has no place for {shortened(lost)}, which are not zero")
@@ -43,9 +45,9 @@ def convert(
     def tensors() -> Iterator[tuple[str, Tensor]]:
         # Those made of one tensor of ours follow each other.
         for name in sorted(mapped.by_theirs, key=lambda name: (mapped.by_theirs[name][0].ours, name)):
-            yield name, mapped.write(name, ours)
+            yield name, mapped.write(name, ours, dtype, kept)
         for name, original in family.copies(config).items():
-            yield name, mapped.write(original, ours)
+            yield name, mapped.write(original, ours, dtype, kept)
         yield from family.derived(config)
 
     with torch.no_grad():
@@ -57,9 +59,10 @@ def convert(
 class _Ours(dict[str, Tensor]):
     """Our tensors by name, made when asked for; the last one is kept."""
 
-    def __init__(self, opened: Opened, dtype: torch.dtype | None) -> None:
+    def __init__(self, opened: Opened) -> None:
         super().__init__()
-        self.opened, self.dtype = opened, dtype
+        self.opened = opened
+        self.forms = opened.hub.forms()
         self.shapes = {name: tensor.shape for name, tensor in state_of(opened.model).items()}
         self.sources = opened.mapped.by_ours()
 
@@ -71,15 +74,12 @@ class _Ours(dict[str, Tensor]):
     def _made(self, name: str) -> Tensor:
         if name in self.opened.mapped.uncovered:
             return self._reset(name)
-        tensor = None
+        dtypes = [DTYPES[self.forms[theirs][1]] for theirs in self.sources[name]]
+        tensor = torch.empty(self.shapes[name], dtype=reduce(torch.promote_types, dtypes))
         for theirs, pieces in self.sources[name].items():
             value = self.opened.hub.tensor(theirs)
-            if tensor is None:
-                keeps = self.dtype is None or not value.is_floating_point()
-                tensor = torch.empty(self.shapes[name], dtype=value.dtype if keeps else self.dtype)
             for piece in pieces:
                 piece.ours_view(tensor).copy_(piece.theirs_view(value))
-        assert tensor is not None, name
         return tensor
 
     def _reset(self, name: str) -> Tensor:

@@ -15,7 +15,9 @@ from conf.errors import CheckpointError
 from conf.known_keys import did_you_mean
 from model.config import Architecture
 from model.hf.fields import Fields, shown
-from model.hf.pieces import Piece
+from model.hf.pieces import Mapped, Piece
+from model.initial import float32_names
+from model.language_model import LanguageModel
 
 
 def _nothing(_: Any) -> list[Any]:
@@ -62,6 +64,7 @@ class Family:
     left_out: patterns of tensors of other parts, such as a vision tower; {beyond} is the index of any layer
     behind the last. Loading says how many it leaves out.
     is_second: another family holds the same models; this one is written when it is asked for.
+    float32: patterns of further tensors that the published checkpoints hold in float32 beside all others.
     instead: other pieces of some of our tensors, such as fused experts. A tensor is read by the first that a
     directory has all names of; it is written by `pieces`.
     """
@@ -83,6 +86,7 @@ class Family:
     nested: Nested | None = None
     left_out: tuple[str, ...] = ()
     is_second: bool = False
+    float32: tuple[str, ...] = ()
     instead: tuple[Callable[[Architecture], Iterable[Piece]], ...] = ()
 
     def leaves_out(self, config: Architecture, names: Iterable[str]) -> set[str]:
@@ -91,6 +95,17 @@ class Family:
         beyond = "|".join(str(depth + mtp) for mtp in range(MAX_MTP_DEPTH))
         patterns = [pattern.replace("{beyond}", f"(?:{beyond})") for pattern in self.left_out]
         return {name for name in names if any(re.fullmatch(pattern, name) for pattern in patterns)}
+
+    def float32_of(self, mapped: Mapped, model: LanguageModel) -> set[str]:
+        """Those of our tensors that no cast narrows: declared by the model, or float32 in this family."""
+        pattern = "|".join(self.float32)
+        found = {
+            piece.ours
+            for name, parts in mapped.by_theirs.items()
+            if self.float32 and re.fullmatch(pattern, name)
+            for piece in parts
+        }
+        return found | float32_names(model)
 
     def pieces_found(self, config: Architecture, names: Collection[str]) -> Iterator[Piece]:
         """Where every tensor stands in a directory with these names."""

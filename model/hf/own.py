@@ -22,11 +22,8 @@ def _read(fields: Fields) -> list[str]:
 
 
 def _write(config: Architecture) -> dict[str, Any]:
-    tree = config.model_dump(mode="json")
-    mtp = config.model.mtp
-    used = {layer.mixer for layer in config.layers} | ({mtp.mixer} if mtp.depth else set())
-    tree["mixer"] = {name: entry for name, entry in tree["mixer"].items() if name in used}
-    return {"architecture": tree}
+    # Mixers of no layer too: families read fields that several mixers share from one of them.
+    return {"architecture": config.model_dump(mode="json")}
 
 
 def _pieces(config: Architecture) -> Iterator[Piece]:

@@ -4,7 +4,8 @@ A piece pairs a view of one of our tensors with a view of one of theirs; copying
 way exports. Views only: reshaping, slicing and transposing, so nothing is computed and nothing is kept twice.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -105,11 +106,23 @@ class Mapped:
                 found.setdefault(piece.ours, {}).setdefault(name, []).append(piece)
         return found
 
-    def write(self, name: str, ours: Mapping[str, Tensor]) -> Tensor:
-        """One of their tensors, made from ours."""
+    def write(
+        self,
+        name: str,
+        ours: Mapping[str, Tensor],
+        dtype: torch.dtype | None = None,
+        float32: Collection[str] = (),
+    ) -> Tensor:
+        """One of their tensors, made from ours, whose widest dtype it has, or `dtype` if that is given.
+
+        Of tensors of ours that `float32` names it has float32 at least.
+        """
         parts = self.by_theirs[name]
-        first = ours[parts[0].ours]
-        theirs = torch.empty(self.shapes[name], dtype=first.dtype)
+        widest = reduce(torch.promote_types, [ours[part.ours].dtype for part in parts])
+        if dtype is not None and widest.is_floating_point:
+            is_kept = any(part.ours in float32 for part in parts)
+            widest = torch.promote_types(dtype, torch.float32) if is_kept else dtype
+        theirs = torch.empty(self.shapes[name], dtype=widest)
         for piece in parts:
             piece.theirs_view(theirs).copy_(piece.ours_view(ours[piece.ours]))
         return theirs

@@ -13,7 +13,7 @@ from conf.errors import CheckpointError, ConfigError
 from model.config import Architecture
 from model.hf.family import Family, families, family_of
 from model.hf.fields import Fields
-from model.hf.files import CONFIG, PLAIN_DTYPES, SHARD_BYTES, HubDirectory, shortened, write_directory
+from model.hf.files import CONFIG, DTYPES, SHARD_BYTES, HubDirectory, shortened, write_directory
 from model.hf.own import OWN
 from model.hf.pieces import Mapped
 from model.language_model import LanguageModel
@@ -71,10 +71,17 @@ def open_pretrained(directory: str | Path, dtype: torch.dtype = torch.float32) -
 def load_pretrained(directory: str | Path, dtype: torch.dtype = torch.float32) -> LanguageModel:
     """The model in a directory of the hub or of our own, its weights in `dtype`. Reads one tensor at a time.
 
+    What must stay float32 does (`Initial.is_float32`, `Family.float32`).
+
     Raises CheckpointError, before anything is loaded, for all that `open_pretrained` refuses.
     """
-    hub, _, model, mapped = open_pretrained(directory, dtype)
-    model.to(dtype).to_empty(device="cpu")
+    hub, family, model, mapped = open_pretrained(directory, dtype)
+    kept = family.float32_of(mapped, model)
+    model.to(dtype)
+    for name, parameter in model.named_parameters():
+        if name in kept:
+            parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
+    model.to_empty(device="cpu")
     for module in model.modules():
         if next(module.buffers(recurse=False), None) is not None:
             module.reset_buffers()  # pyright: ignore[reportCallIssue]
@@ -91,11 +98,13 @@ def save_pretrained(
     directory: str | Path,
     *,
     model_type: str | None = None,
+    dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> str:
     """Writes the model as a hub directory that transformers opens; gives the name of its family.
 
     `model_type` picks among families that can hold the architecture; None takes the first; weft is our own.
+    A `dtype` of None keeps that of every tensor; another one leaves in float32 what must stay so.
 
     Raises CheckpointError when the directory exists, or no family holds the architecture or a buffer that is
     not zero, StorageError.
@@ -106,17 +115,17 @@ def save_pretrained(
     lost = [name for name in mapped.uncovered if bool(ours[name].any())]
     if lost:
         raise CheckpointError(f"{family.model_type} has no place for {shortened(lost)}, which are not zero")
-    dtype = next(model.parameters()).dtype
+    kept, said = family.float32_of(mapped, model), dtype or next(model.parameters()).dtype
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name in sorted(mapped.by_theirs):
-            yield name, mapped.write(name, ours)
+            yield name, mapped.write(name, ours, dtype, kept)
         for name, source in family.copies(model.config).items():
-            yield name, mapped.write(source, ours)
+            yield name, mapped.write(source, ours, dtype, kept)
         yield from family.derived(model.config)
 
     with torch.no_grad():
-        write_directory(Path(directory), full_config(family, config, dtype), tensors(), shard_bytes)
+        write_directory(Path(directory), full_config(family, config, said), tensors(), shard_bytes)
     return family.model_type
 
 
@@ -233,7 +242,7 @@ def _refuse_forms(hub: HubDirectory, mapped: Mapped, forms: dict[str, tuple[tupl
     ]
     if wrong:
         raise CheckpointError(f"{hub.path}: misshaped tensors: {shortened(wrong)}")
-    wrong = [f"{name} ({forms[name][1]})" for name in mapped.shapes if forms[name][1] not in PLAIN_DTYPES]
+    wrong = [f"{name} ({forms[name][1]})" for name in mapped.shapes if forms[name][1] not in DTYPES]
     if wrong:
         raise CheckpointError(
             f"{hub.path}: tensors that are in no plain floating-point format: {shortened(wrong)}; "

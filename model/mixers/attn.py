@@ -145,7 +145,7 @@ class Attn(Mixer):
                 RMSNorm(dim, config.norm_eps, is_zero_centered=is_zero_centered) for dim in config._normed()
             )
         self.sinks = nn.Parameter(torch.empty(config.num_heads)) if config.has_sinks else None
-        self.initial = {"sinks": Initial("constant", 0.0)} if config.has_sinks else {}
+        self.initial = {"sinks": Initial("constant", 0.0, is_float32=True)} if config.has_sinks else {}
 
     def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"]:
         """Queries see the keys of their own document, up to themselves and inside the window or chunk."""

@@ -154,7 +154,7 @@ class Dsa(LatentMixer):
         self.index_norm = LayerNorm(config.index_dim, config.index_eps, has_bias=True)
         if config.index_pool > 1:
             self.index_places = nn.Parameter(torch.empty(config.index_pool, config.index_dim))
-            self.initial = {"index_places": Initial("constant", 0.0)}
+            self.initial = {"index_places": Initial("constant", 0.0, is_float32=True)}
 
     def forward(
         self,

@@ -118,9 +118,12 @@ class ChannelDecay(nn.Module):
         self.bound = config.decay_bound if config.decay == "bounded_sigmoid" else None
         self.A_log = nn.Parameter(torch.empty(config.num_heads))
         self.dt_bias = nn.Parameter(torch.empty(config.num_heads * config.key_dim))
-        rates = Initial("log_of_uniform", 1.0, 16.0) if self.bound is None else Initial("constant", 0.0)
-        steps = Initial("inverse_softplus_of_log_uniform", config.dt_min, config.dt_max)
-        self.initial = {"A_log": rates, "dt_bias": steps}
+        kind, low, high = ("log_of_uniform", 1.0, 16.0) if self.bound is None else ("constant", 0.0, 0.0)
+        steps = ("inverse_softplus_of_log_uniform", config.dt_min, config.dt_max)
+        self.initial = {
+            "A_log": Initial(kind, low, high, is_float32=True),
+            "dt_bias": Initial(*steps, is_float32=True),
+        }
 
     def forward(self, x: Float[Tensor, "B T HK"]) -> Float[Tensor, "B T H K"]:
         """At most zero."""

@@ -133,7 +133,7 @@ class GateDecay(nn.Module):
         super().__init__()
         self.temper = temper
         self.bias = nn.Parameter(torch.empty(size))
-        self.initial = {"bias": Initial("constant", 0.0)}
+        self.initial = {"bias": Initial("constant", 0.0, is_float32=True)}
 
     def forward(self, x: Float[Tensor, "B T X"]) -> Float[Tensor, "B T X"]:
         """At most zero. Gated linear attention, arXiv 2312.06635, section 4.4."""

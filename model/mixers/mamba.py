@@ -113,8 +113,8 @@ class ChannelStep(nn.Module):
         self.A_log = nn.Parameter(torch.empty(channels, state_dim))
         self.dt_bias = nn.Parameter(torch.empty(channels))
         self.initial = {
-            "A_log": LogOfIndex("log_of_index", 0.0),
-            "dt_bias": Initial("inverse_softplus_of_log_uniform", dt_min, dt_max),
+            "A_log": LogOfIndex("log_of_index", 0.0, is_float32=True),
+            "dt_bias": Initial("inverse_softplus_of_log_uniform", dt_min, dt_max, is_float32=True),
         }
 
     def forward(self, x: Float[Tensor, "B T X"]) -> tuple[Float[Tensor, "B T X"], Float[Tensor, "X K"]]:
@@ -140,7 +140,7 @@ class Mamba(Mixer):
         self.dt_proj = Linear(rank, channels, rank**-0.5)
         self.step = ChannelStep(channels, states, config.dt_min, config.dt_max)
         self.skip = nn.Parameter(torch.empty(channels))
-        self.initial = {"skip": Initial("constant", 1.0)}
+        self.initial = {"skip": Initial("constant", 1.0, is_float32=True)}
         self.out_proj = Linear(channels, width, out_std)
 
     def forward(self, x: Float[Tensor, "B T D"], sequence: Sequence) -> Float[Tensor, "B T D"]:

@@ -115,8 +115,8 @@ class Step(nn.Module):
         self.A_log = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.initial = {
-            "A_log": Initial("log_of_uniform", 1.0, 16.0),
-            "dt_bias": Initial("inverse_softplus_of_log_uniform", dt_min, dt_max),
+            "A_log": Initial("log_of_uniform", 1.0, 16.0, is_float32=True),
+            "dt_bias": Initial("inverse_softplus_of_log_uniform", dt_min, dt_max, is_float32=True),
         }
 
     def forward(self, x: Float[Tensor, "B T H"]) -> tuple[Float[Tensor, "B T H"], Float[Tensor, "B T H"]]:
@@ -171,7 +171,7 @@ class Mamba2(Mixer):
         self.conv = ShortConvolution(config._mixed(), config.conv_width, has_bias=config.has_conv_bias)
         self.step = Step(config.num_heads, config.dt_floor, config.dt_min, config.dt_max)
         self.skip = nn.Parameter(torch.empty(config.num_heads))
-        self.initial = {"skip": Initial("constant", 1.0)}
+        self.initial = {"skip": Initial("constant", 1.0, is_float32=True)}
         self.out_norm = GatedGroupNorm(config.num_key_heads, values, config.norm_eps)
         self.out_proj = Linear(values, width, out_std)
 

@@ -174,6 +174,7 @@ TEXT = Family(
     read_more=read_more,
     write_more=write_more,
     aliases={"num_local_experts": "n_routed_experts"},
+    float32=(r".*conv1d\.weight",),
 )
 FAMILIES = (
     inside(

@@ -126,6 +126,7 @@ FAMILIES = (
             "moe_intermediate_size": "expert_ffn_hidden_size",
         },
         surplus=surplus,
+        float32=(r".*\.router\.classifier\.weight",),
         # The config.json does not say what the MTP module is made of.
         left_out=(r"model\.mtp\..*",),
     ),

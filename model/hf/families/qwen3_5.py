@@ -104,6 +104,7 @@ TEXT = Family(
     mtp=r"mtp\..*",
     # Qwen3-Next's numbers in another order.
     is_second=True,
+    float32=(r".*linear_attn\.norm\.weight",),
     instead=(other_experts,),
 )
 WHOLE = inside(
