@@ -95,6 +95,17 @@ class Loader:
         """The tokenizer that wrote the tokens."""
         return load_tokenizer(self.directory / TOKENIZER)
 
+    def describe(self) -> str:
+        """What an epoch of the corpora leaves out, for people."""
+        left_out = {self._names[index]: packing.left_out for index, packing in self._packings.items()}
+        tokens = sum(self.card.corpora[name].tokens for name in left_out)
+        most = max(left_out, key=lambda name: left_out[name] / self.card.corpora[name].tokens)
+        share = left_out[most] / self.card.corpora[most].tokens
+        return (
+            f"data: {tokens:,} tokens in windows of {self.sequence_length:,}; an epoch leaves out "
+            f"{sum(left_out.values()):,}, the next one others (at most {share:.1%} of a corpus, {most})"
+        )
+
     def consumed(self, cursor: int) -> dict[str, int]:
         """Sequences of each corpus before `cursor`, to begin the next stage with."""
         return self._mixture.consumed(cursor)
@@ -133,7 +144,7 @@ class Loader:
             packing = self._packings[corpus_id]
             window_ids = packing.window_ids(turns[chosen])
             windows = packing.read(window_ids)
-            self._check_ids(packing.file, windows, window_ids * self.sequence_length)
+            self._check_ids(packing.file, windows, packing.positions(window_ids))
             tokens[chosen], starts[chosen] = windows
             sample_ids[chosen] = corpus_id << _WINDOW_BITS | window_ids
         return _make_batch(Windows(tokens, starts), sample_ids)

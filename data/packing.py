@@ -26,15 +26,17 @@ class Windows(NamedTuple):
 class Packing:
     """The windows of one token file: T + 1 tokens each, T apart, so that every token is a target once.
 
-    Up to T tokens at the end of the stream that fill no window are left out. In every epoch each window
-    comes once, in an order that is a pure function of (seed, corpus, epoch).
+    Each epoch leaves out the `left_out` tokens, fewer than T, that fill no window: those at the end in the
+    first, third and so on, and those at the beginning in the others. So two epochs learn every token. In
+    every epoch each window comes once, in an order that is a pure function of (seed, corpus, epoch).
     """
 
     def __init__(self, file: TokenFile, sequence_length: int, seed: int, corpus_id: int) -> None:
         """Raises DataError when the file has no whole window."""
         self.file = file
         self.sequence_length = sequence_length
-        self.num_windows = (file.num_tokens - 1) // sequence_length
+        # The first token of the stream is no target.
+        self.num_windows, self.left_out = divmod(max(0, file.num_tokens - 1), sequence_length)
         self._seed = seed
         self._corpus_id = corpus_id
         if self.num_windows < 1:
@@ -44,16 +46,25 @@ class Packing:
             )
 
     def window_ids(self, turns: np.ndarray) -> np.ndarray:
-        """The window for each turn of the corpus, int64: turns 0 to num_windows - 1 are the first epoch."""
+        """The window for each turn of the corpus, int64: turns 0 to num_windows - 1 are the first epoch.
+
+        Ids from num_windows on are those of windows that begin `left_out` tokens later.
+        """
         epochs, window_indices = np.divmod(turns, self.num_windows)
         keys = np.full(turns.shape, self._seed, np.uint64)
         for part in (np.full(turns.shape, self._corpus_id, np.uint64), epochs.astype(np.uint64)):
             keys = _mix(keys ^ _mix(part * _GOLDEN))
-        return permute(window_indices, self.num_windows, keys)
+        begins_late = (epochs % 2 == 1) & (self.left_out > 0)
+        return permute(window_indices, self.num_windows, keys) + begins_late * self.num_windows
+
+    def positions(self, window_ids: np.ndarray) -> np.ndarray:
+        """The token at which each window begins, int64."""
+        late, window_indices = np.divmod(window_ids, self.num_windows)
+        return window_indices * self.sequence_length + late * self.left_out
 
     def read(self, window_ids: np.ndarray) -> Windows:
         """The windows with these ids, in this order."""
-        return read_windows(self.file, window_ids * self.sequence_length, self.sequence_length)
+        return read_windows(self.file, self.positions(window_ids), self.sequence_length)
 
 
 def read_windows(file: TokenFile, starts: np.ndarray, sequence_length: int) -> Windows:

@@ -24,16 +24,16 @@ from model.tensor_shards import UnshardedVocab, VocabShards
 class Losses(NamedTuple):
     """Sums, not means: whoever knows the global counts divides.
 
-    cross_entropy is summed over targets, in nats. mtp is that of the MTP modules, coefficient
-    included. logit_z, summed over targets, is what large logits cost: a number without a gradient, which is
-    in the gradient of the losses that the logits were made for. auxiliary are the other losses by name,
+    cross_entropy is summed over targets, in nats; mtp is that of each MTP module, over its own targets.
+    logit_z, of the head and then of each MTP module, is what large logits cost: numbers without a gradient,
+    which is in that of the losses that the logits were made for. auxiliary are the other losses by name,
     summed over tokens and layers, coefficients included. load [layers E] and entropy [layers] are those of
     the mixtures of experts, detached.
     """
 
     cross_entropy: Float[Tensor, ""]
-    mtp: Float[Tensor, ""]
-    logit_z: Float[Tensor, ""]
+    mtp: Float[Tensor, "P"]
+    logit_z: Float[Tensor, "P1"]
     auxiliary: dict[str, Float[Tensor, ""]]
     load: Float[Tensor, "M E"]
     entropy: Float[Tensor, "M"]
@@ -121,12 +121,13 @@ class ModelPart(nn.Module):
         load and entropy have rows for this part's mixtures of experts alone.
         """
         stream, outputs = self._run(stream, sequence)
+        depth = self.config.model.mtp.depth
         if not self.is_last:
             zero = stream.new_zeros((), dtype=torch.promote_types(stream.dtype, torch.float32))
-            return stream, Losses(zero, zero, zero, *_collected(outputs, zero))
+            mtp, logit_z = zero.expand(depth), zero.expand(1 + depth)
+            return stream, Losses(zero, mtp, logit_z, *_collected(outputs, zero))
         x = self._close(stream)
-        cross_entropy, logit_z = self._cross_entropy(x, targets)
-        mtp = cross_entropy.new_zeros(())
+        predictions = [self._cross_entropy(x, targets)]
         for offset, module in enumerate(self.mtp, 1):
             assert isinstance(module, MTPModule), f"{type(module)=}"
             if sequence.shifted:
@@ -135,11 +136,11 @@ class ModelPart(nn.Module):
                 shifted = shift_rows(sequence.tokens, targets, sequence.document, offset)
             x, aux = module(x, self._embed(shifted.tokens), sequence)
             outputs.append(aux)
-            further, z = self._cross_entropy(x, shifted.targets)
-            mtp, logit_z = mtp + further, logit_z + z
-        coefficient = self.config.model.mtp.coefficient / max(1, len(self.mtp))
-        mtp = mtp * coefficient
-        return None, Losses(cross_entropy, mtp, logit_z, *_collected(outputs, cross_entropy))
+            predictions.append(self._cross_entropy(x, shifted.targets))
+        (cross_entropy, *mtp), logit_z = zip(*predictions, strict=True)
+        ahead = torch.stack(mtp) if mtp else cross_entropy.new_zeros(0)
+        collected = _collected(outputs, cross_entropy)
+        return None, Losses(cross_entropy, ahead, torch.stack(logit_z), *collected)
 
     def _cross_entropy(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         form = LossOptions(self.config.model.logit_cap, self.config.model.z_loss)

@@ -19,7 +19,7 @@ from model.language_model import LanguageModel, Losses
 from parallel.apply import Parallel
 from parallel.config.zero import BUCKET, ZeroConfig
 from parallel.mesh.world import World
-from parallel.micro_batches import Denominators, MicroBatch, added, objective_of
+from parallel.micro_batches import Denominators, MicroBatch, added, objective_of, undivided
 from parallel.shard.shard_view import GlobalShardView
 
 # The optimizer's state of a tensor before its first update.
@@ -191,7 +191,8 @@ class Engine:
         """This rank's share of the summed cross-entropy, without gradients and without dropout."""
         was_training = self._engine.training
         self._engine.eval()
-        _, losses = self._engine(batch, Denominators(batch.targets.new_ones(()), 1))
+        depth = self._engine.module.model.config.model.mtp.depth
+        _, losses = self._engine(batch, undivided(batch, depth))
         self._engine.train(was_training)
         return losses.cross_entropy
 

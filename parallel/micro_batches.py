@@ -7,8 +7,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from data.loader import Batch
+from kernels.cross_entropy import IGNORED
 from model.language_model import LanguageModel, Losses
 from model.mixer import Sequence
+from model.mtp import shift_rows
 from parallel.shard.fsdp import reduce_over_copies
 
 
@@ -20,10 +23,14 @@ class MicroBatch(NamedTuple):
 
 
 class Denominators(NamedTuple):
-    """What the losses are divided by: targets and tokens of the whole global batch."""
+    """What the losses of the whole global batch are divided by.
 
-    targets: Int[Tensor, ""]
+    targets: of the head, then of each MTP module, whose mean loss counts `mtp_coefficient` times.
+    """
+
+    targets: Int[Tensor, "P1"]
     tokens: int
+    mtp_coefficient: float
 
 
 @runtime_checkable
@@ -69,10 +76,25 @@ class WholeModel:
 def objective_of(losses: Losses, denominators: Denominators) -> Float[Tensor, ""]:
     """What backward starts from: every loss over its global count."""
     targets = denominators.targets.clamp(min=1)
-    objective = (losses.cross_entropy + losses.mtp + losses.logit_z) / targets
+    objective = (losses.cross_entropy + losses.logit_z[0]) / targets[0]
+    if len(losses.mtp):
+        ahead = ((losses.mtp + losses.logit_z[1:]) / targets[1:]).mean()
+        objective = objective + ahead * denominators.mtp_coefficient
     for part in losses.auxiliary.values():
         objective = objective + part / denominators.tokens
     return objective
+
+
+def undivided(batch: MicroBatch, mtp_depth: int) -> Denominators:
+    """Those of losses that are read as sums."""
+    return Denominators(batch.targets.new_ones(1 + mtp_depth), 1, 0.0)
+
+
+def count_targets(batch: Batch, mtp_depth: int) -> Int[Tensor, "P1"]:
+    """The targets of the head in whole rows, then those of each MTP module."""
+    rows = batch.tokens, batch.targets, batch.document
+    shifted = [shift_rows(*rows, offset).targets for offset in range(1, mtp_depth + 1)]
+    return torch.stack([(targets != IGNORED).sum() for targets in (batch.targets, *shifted)])
 
 
 def added(total: Losses | None, losses: Losses) -> Losses:

@@ -22,7 +22,7 @@ from model.language_model import Losses, ModelPart, loss_names
 from model.layout import DENSE, MOE, NONE
 from parallel.config.pipeline import PipelinePlan, plan_violations
 from parallel.mesh.axes import Axis
-from parallel.micro_batches import Denominators, MicroBatch, added, objective_of
+from parallel.micro_batches import Denominators, MicroBatch, added, objective_of, undivided
 from parallel.pipeline.schedules import build_schedule
 
 
@@ -192,7 +192,6 @@ class Pipeline:
         home = {stage: rank for rank in range(self.plan.degree) for stage in self.plan.stages_of(rank)}
         shape = (batch.targets.shape[0], batch.targets.shape[1])
         total = torch.zeros((), dtype=_at_least_float32(self.stages[0].dtype), device=self._device)
-        nothing = Denominators(torch.ones((), dtype=torch.long, device=self._device), 1)
         stream = None
         for index, stage in zip(self.plan.stages_of(self._axis.rank), self.stages, strict=True):
             if index and home[index - 1] != self._axis.rank:
@@ -200,7 +199,7 @@ class Pipeline:
                 dist.recv(stream, self._axis.ranks[home[index - 1]], self._axis.group)
             was_training = stage.training
             stage.eval()
-            stage.begin([batch], nothing)
+            stage.begin([batch], undivided(batch, stage.config.model.mtp.depth))
             stream = stage(stream, micro_batch_index=torch.zeros(1, dtype=torch.long))
             total += stage.end().cross_entropy
             stage.train(was_training)

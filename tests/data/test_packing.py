@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -100,14 +101,33 @@ def test_windows_cover_the_stream_and_mark_documents(
             Packing(file, sequence_length, 0, 0)
         return
     packing = Packing(file, sequence_length, 0, 0)
-    windows = packing.read(np.arange(packing.num_windows))
+    ids = np.sort(packing.window_ids(np.arange(packing.num_windows)))
+    windows = packing.read(ids)
     first_tokens = {sum(lengths[:number]) for number, length in enumerate(lengths) if length}
     for row in range(packing.num_windows):
         token_ids = list(range(row * sequence_length, (row + 1) * sequence_length + 1))
         assert windows.tokens[row].tolist() == token_ids  # a token is its own position
         marks = [token in first_tokens and column > 0 for column, token in enumerate(token_ids)]
         assert windows.starts[row].tolist() == marks
-    assert total - packing.num_windows * sequence_length - 1 < sequence_length
+
+
+@given(SEEDS, st.integers(2, 200), st.integers(1, 199))
+def test_two_epochs_learn_every_token_and_one_leaves_out_less_than_a_window(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, total: int, sequence_length: int
+) -> None:
+    file = file_of(tmp_path_factory.mktemp("epochs"), [total])
+    packing = Packing(file, min(sequence_length, total - 1), seed, 0)
+    count, learned = packing.num_windows, []
+    for epoch in range(4):
+        windows = packing.read(packing.window_ids(np.arange(epoch * count, (epoch + 1) * count)))
+        targets = windows.tokens[:, 1:].flatten().tolist()
+        assert len(targets) == len(set(targets)) == total - 1 - packing.left_out
+        learned.append(set(targets))
+    assert packing.left_out < packing.sequence_length
+    assert all(a | b == set(range(1, total)) for a, b in pairwise(learned))
+    ids = packing.window_ids(np.arange(4 * count))
+    same_tokens = {tuple(row) for row in packing.read(np.unique(ids)).tokens.tolist()}
+    assert len(same_tokens) == len(np.unique(ids))
 
 
 def test_no_windows_are_no_rows(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def test_a_model_with_each_form_trains_every_parameter(kind: str) -> None:
     model = random_model(config, torch.float64)
     tokens = torch.randint(config.model.vocab_size, (2, 20))
     losses = model.loss(tokens, tokens.roll(-1, 1))
-    (losses.cross_entropy + losses.mtp + sum(losses.auxiliary.values())).backward()
+    (losses.cross_entropy + losses.mtp.sum() + sum(losses.auxiliary.values())).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name

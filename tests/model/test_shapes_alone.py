@@ -22,7 +22,7 @@ def results(dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
     ids = torch.randint(config.model.vocab_size, (2, 40))
     position = torch.arange(40).expand(2, -1).contiguous()
     losses = model.loss(ids, ids.roll(-1, 1), Sequence(position, torch.zeros_like(ids), ids, 0.3))
-    (losses.cross_entropy + losses.mtp + sum(losses.auxiliary.values())).backward()
+    (losses.cross_entropy + losses.mtp.sum() + sum(losses.auxiliary.values())).backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return losses.parts(), grads
 

@@ -87,7 +87,7 @@ def test_a_small_system_learns_with_every_parameter(name: str) -> None:
     for step in range(4):
         parts = model.loss(ids, ids.roll(-1, 1), Sequence(position, document, ids, step / 4))
         optimizer.zero_grad()
-        ((parts.cross_entropy + parts.mtp + sum(parts.auxiliary.values())) / 96).backward()
+        ((parts.cross_entropy + parts.mtp.sum() + sum(parts.auxiliary.values())) / 96).backward()
         seen |= {key for key, p in model.named_parameters() if p.grad is not None and p.grad.any()}
         optimizer.step()
         losses.append(parts.cross_entropy.item())

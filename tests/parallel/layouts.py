@@ -90,9 +90,29 @@ class Result(NamedTuple):
     grads: dict[str, Tensor]
 
 
-def objective_of(losses: Losses, targets: int) -> Tensor:
+def targets_of(targets: Tensor, document: Tensor, ahead: int) -> int:
+    """How many tokens have one of their own document `1 + ahead` later, counted one by one."""
+    rows = zip(document.tolist(), targets.tolist(), strict=True)
+    return sum(
+        target[index + ahead] != -100 and row[index + ahead] == row[index]
+        for row, target in rows
+        for index in range(len(row) - ahead)
+    )
+
+
+def denominators_of(batch: Batch, config: Architecture) -> Denominators:
+    """The counts of a global batch."""
+    mtp = config.model.mtp
+    targets = [targets_of(batch.targets, batch.document, ahead) for ahead in range(1 + mtp.depth)]
+    return Denominators(torch.tensor(targets), batch.tokens.numel(), mtp.coefficient)
+
+
+def objective_of(losses: Losses, batch: Batch, config: Architecture) -> Tensor:
     """The number whose gradient a step takes."""
-    total = (losses.cross_entropy + losses.mtp + losses.logit_z) / targets
+    counts, mtp = denominators_of(batch, config).targets.tolist(), config.model.mtp
+    total = (losses.cross_entropy + losses.logit_z[0]) / counts[0]
+    for ahead, loss in enumerate(losses.mtp, 1):
+        total = total + mtp.coefficient / mtp.depth * (loss + losses.logit_z[ahead]) / counts[ahead]
     return total + sum(losses.auxiliary.values(), total.new_zeros(())) / (ROWS * TOKENS)
 
 
@@ -111,7 +131,7 @@ def alone(config: Architecture) -> Result:
     batch = batch_of(config.model.vocab_size)
     sequence = Sequence(batch.position, batch.document, batch.tokens, uniform=UNIFORM)
     losses = model.loss(batch.tokens, batch.targets, sequence)
-    objective_of(losses, int((batch.targets != -100).sum())).backward()
+    objective_of(losses, batch, config).backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return Result(named(losses), grads)
 
@@ -171,10 +191,11 @@ def on_rank(
     built, world = build(config, degrees, rank, keys, backend)
     break_it(built, fault)
     batch = batch_of(config.model.vocab_size)
-    denominators = Denominators((batch.targets != -100).sum(), batch.tokens.numel())
+    denominators = denominators_of(batch, config)
     own = slice(world.axes.batch.rank, None, world.axes.batch.size)
     rows = [part[own].split(micro_of(degrees)) for part in batch]
-    batches = [cut_rows(Batch(*parts), world.axes.cp, uniform=UNIFORM) for parts in zip(*rows, strict=True)]
+    options = {"uniform": UNIFORM, "mtp_depth": config.model.mtp.depth}
+    batches = [cut_rows(Batch(*parts), world.axes.cp, **options) for parts in zip(*rows, strict=True)]
     losses = built.runner.step(batches, denominators)
     if fault != "gradients of copies":
         built.sum_shared_gradients(world.axes)

@@ -25,7 +25,6 @@ from model.mixer import Sequence
 from parallel.block.compile import Backend, Fuser, describe, fused_methods
 from parallel.config.degrees import Degrees
 from parallel.context.sharding import cut_rows
-from parallel.micro_batches import Denominators
 from tests.parallel.layouts import (
     Result,
     alone,
@@ -34,6 +33,7 @@ from tests.parallel.layouts import (
     assembled,
     batch_of,
     build,
+    denominators_of,
     named,
     objective_of,
     on_rank,
@@ -89,7 +89,7 @@ def backward(model: LanguageModel, batch: Batch, draw: float) -> Result:
     model.zero_grad()
     sequence = Sequence(batch.position, batch.document, batch.tokens, draw)
     losses = model.loss(batch.tokens, batch.targets, sequence)
-    objective_of(losses, int((batch.targets != -100).sum())).backward()
+    objective_of(losses, batch, model.config).backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return Result(named(losses), grads)
 
@@ -296,7 +296,7 @@ def narrow_rank(rank: int, size: int, config: Architecture) -> tuple[float, floa
             built, world = build(config, degrees, rank, keys, GRAPHS, dtypes)
             batch = batch_of(config.model.vocab_size)
             rows = Batch(*(part[rank::size] for part in batch))
-            counts = Denominators((batch.targets != -100).sum(), batch.tokens.numel())
+            counts = denominators_of(batch, config)
             losses = built.runner.step([cut_rows(rows, world.axes.cp, uniform=0.3)], counts)
             assert bool(keys) == (graphs() > 0)
             alone = (isinstance(fused.owner, FSDPModule) for fused in fused_methods(built.modules()))

@@ -44,7 +44,7 @@ def test_more_layouts_equal_one_process(layout: str) -> None:
 
 
 def check(degrees: Degrees, schedule: ScheduleName) -> None:
-    config = architecture_of()
+    config = architecture_of(["model.mtp.depth=2", "model.mtp.coefficient=0.7", "model.z_loss=0.1"])
     reference = alone(config)
     ranks = run_world(degrees.size, on_rank, config, degrees, "", {"pp_schedule": schedule}, timeout=400)
     assert not wrong_parts(assembled(reference, ranks), reference)

@@ -2,7 +2,7 @@
 
 from functools import cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import pytest
 import torch
@@ -31,6 +31,7 @@ from parallel.pipeline.runner import Pipeline, Stage, build_stages
 from parallel.pipeline.schedules import Action, action_order
 from parallel.shard.fsdp import apply_fsdp
 from tests.architectures import random_model, randomise, small_architecture
+from tests.parallel.layouts import targets_of
 from tests.worlds import run_world
 
 TOKENS = 14
@@ -91,9 +92,14 @@ def batches_of(config: Architecture, count: int) -> list[MicroBatch]:
     return batches
 
 
-def denominators_of(batches: list[MicroBatch]) -> Denominators:
-    targets = torch.stack([(batch.targets != IGNORED).sum() for batch in batches]).sum()
-    return Denominators(targets, sum(batch.targets.numel() for batch in batches))
+def denominators_of(batches: list[MicroBatch], config: Architecture) -> Denominators:
+    mtp = config.model.mtp
+    targets = [
+        sum(targets_of(batch.targets, cast(Tensor, batch.sequence.document), ahead) for batch in batches)
+        for ahead in range(1 + mtp.depth)
+    ]
+    tokens = sum(batch.targets.numel() for batch in batches)
+    return Denominators(torch.tensor(targets), tokens, mtp.coefficient)
 
 
 def seeded(config: Architecture) -> LanguageModel:
@@ -107,7 +113,7 @@ def alone(name: str, count: int) -> tuple[Losses, dict[str, Tensor]]:
     total = None
     for batch in batches:
         losses = model.loss(batch.sequence.tokens, batch.targets, batch.sequence)
-        objective_of(losses, denominators_of(batches)).backward()
+        objective_of(losses, denominators_of(batches, architecture(name))).backward()
         total = added(total, losses)
     assert total is not None
     return total, {key: part.grad for key, part in model.named_parameters() if part.grad is not None}
@@ -188,11 +194,11 @@ def pipelined(rank: int, size: int, name: str, runs: list[Run]) -> list[Found]:
         pipeline = Pipeline(stages, axis, plan, (2, TOKENS), torch.device("cpu"))
         break_in(stages, pipeline, broken)
         batches = batches_of(config, plan.micro_batches)
-        pipeline.step(batches, denominators_of(batches))
+        pipeline.step(batches, denominators_of(batches, config))
         order = record(pipeline)
         for stage in stages:
             stage.zero_grad()
-        losses = pipeline.step(batches, denominators_of(batches))
+        losses = pipeline.step(batches, denominators_of(batches, config))
         grads = [
             (key, parameter.grad, is_copy(key, stage))
             for stage in stages
@@ -304,7 +310,7 @@ def test_every_mixer_lets_backward_be_split(layout: str) -> None:
         found = []
         for is_split in (False, True):
             stage.zero_grad()
-            stage.begin([batch], denominators_of([batch]))
+            stage.begin([batch], denominators_of([batch], config))
             generator = torch.Generator().manual_seed(1)
             shape = (2, TOKENS, config.model.width)
             stream = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
@@ -334,7 +340,7 @@ def sharded(rank: int, size: int, name: str, runs: list[Run]) -> list[Found]:
             apply_fsdp(stage, axes, "cpu", reshard_after_forward=True)
         pipeline = Pipeline(stages, axes.pp, plan, (2, TOKENS), torch.device("cpu"))
         batches = batches_of(config, 2 * plan.micro_batches)
-        losses = pipeline.step(batches[axes.dp_shard.rank :: 2], denominators_of(batches))
+        losses = pipeline.step(batches[axes.dp_shard.rank :: 2], denominators_of(batches, config))
         grads = [
             (key, None if parameter.grad is None else parameter.grad.full_tensor(), is_copy(key, stage))
             for stage in stages
@@ -362,7 +368,7 @@ def refused(rank: int, size: int) -> None:
     for count in (1, 3):
         batches = batches_of(config, count)
         with pytest.raises(ValueError, match=r"batches: found shapes .* the pipeline runs 2 of \(2, 14\)"):
-            pipeline.step(batches, denominators_of(batches))
+            pipeline.step(batches, denominators_of(batches, config))
 
 
 def test_other_micro_batches_than_planned_are_refused() -> None:

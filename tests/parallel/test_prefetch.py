@@ -10,7 +10,6 @@ from model.config import Architecture
 from model.language_model import LanguageModel
 from parallel.config.degrees import Degrees
 from parallel.context.sharding import cut_rows
-from parallel.micro_batches import Denominators
 from parallel.rehearsal.collective_trace import CollectiveTrace
 from tests.parallel.layouts import (
     alone,
@@ -19,6 +18,7 @@ from tests.parallel.layouts import (
     assembled,
     batch_of,
     build,
+    denominators_of,
     on_rank,
 )
 from tests.worlds import run_world
@@ -50,7 +50,7 @@ def gathers(
     assert isinstance(model, LanguageModel)
     batch = batch_of(config.model.vocab_size)
     rows = type(batch)(*(part[rank::size] for part in batch))
-    counts = Denominators((batch.targets != -100).sum(), batch.tokens.numel())
+    counts = denominators_of(batch, config)
     forward: list[int] = []
     backward: list[int] = []
     with CollectiveTrace() as trace:

@@ -78,7 +78,7 @@ def step(
         batch.tokens, batch.targets, Sequence(batch.position, batch.document, batch.tokens, 0.3)
     )
     between(model)
-    objective_of(losses, int((batch.targets != -100).sum())).backward()
+    objective_of(losses, batch, model.config).backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return Result(named(losses), grads)
 

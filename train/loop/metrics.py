@@ -21,7 +21,6 @@ class Metrics(StepHook):
     def __init__(self, config: RunConfig, tracker: Tracker, world: World) -> None:
         self._tracker, self._world = tracker, world
         self._meter = Meter(config, world.device, world.size)
-        self._has_mtp = config.model.mtp.depth > 0
         self._samples = ""
 
     def before_data(self, state: TrainState) -> None:
@@ -36,7 +35,7 @@ class Metrics(StepHook):
     def after_step(self, state: TrainState, result: StepResult) -> None:
         """Logs the step. Raises StorageError."""
         seconds = self._meter.end_step()
-        metrics = step_metrics(state, result, self._samples, seconds, has_mtp=self._has_mtp)
+        metrics = step_metrics(state, result, self._samples, seconds)
         self._tracker.log(state.step, metrics | self._meter.readings(result.targets, seconds))
 
     def after_evaluation(self, state: TrainState, held_out: Evaluation) -> None:
@@ -52,9 +51,7 @@ def digest_samples(batch: Batch, world: World) -> str:
     return xxhash.xxh3_64_hexdigest(ids.numpy().tobytes())
 
 
-def step_metrics(
-    state: TrainState, result: StepResult, samples: str, seconds: float, *, has_mtp: bool
-) -> dict[str, Any]:
+def step_metrics(state: TrainState, result: StepResult, samples: str, seconds: float) -> dict[str, Any]:
     """One line of metrics.jsonl, and the panels made from it."""
     metrics: dict[str, Any] = {
         "step": state.step,
@@ -65,6 +62,7 @@ def step_metrics(
         "seconds": seconds,
         "samples": samples,
         "loss/cross_entropy": result.loss,
+        **{f"loss/mtp_{depth}": value for depth, value in enumerate(result.mtp, 1)},
         **{f"loss/{name}": value for name, value in result.auxiliary.items()},
         "optimizer/grad_norm": result.grad_norm,
         "optimizer/lr": result.lr,
@@ -72,8 +70,6 @@ def step_metrics(
         "data/tokens": state.tokens,
         "data/sequences": state.cursor,
     }
-    if has_mtp:
-        metrics["loss/mtp"] = result.mtp
     for layer, (load, entropy) in enumerate(zip(result.load, result.entropy, strict=True)):
         metrics[f"router/max_violation_{layer}"] = float(load.max() / load.mean() - 1)
         metrics[f"router/idle_experts_{layer}"] = int((load == 0).sum())

@@ -202,6 +202,8 @@ def open_data(config: RunConfig, rank: int) -> Loader:
         weights=config.data.weights,
         vocab_size=config.model.vocab_size,
     )
+    if rank == 0:
+        print(loader.describe(), flush=True)
     if config.data.verify and rank == 0:
         loader.verify()
     return loader

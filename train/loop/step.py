@@ -7,11 +7,10 @@ import xxhash
 from torch import Tensor
 
 from data.loader import Batch
-from kernels.cross_entropy import IGNORED
 from model.language_model import Losses
 from parallel.context.sharding import cut_rows
 from parallel.mesh.world import World
-from parallel.micro_batches import Denominators, MicroBatch
+from parallel.micro_batches import Denominators, MicroBatch, count_targets
 from train.config.run_config import RunConfig
 from train.loop.state import TrainState
 
@@ -19,13 +18,13 @@ from train.loop.state import TrainState
 class StepResult(NamedTuple):
     """What one step did, the same on every rank.
 
-    loss is nats per target, mtp that of the MTP modules, auxiliary the other losses by name,
-    per token, coefficients included, all over the global batch. load [layers E] counts tokens per expert,
-    entropy [layers] is nats per token.
+    loss is nats per target, mtp that of each MTP module over its own targets, auxiliary the other losses by
+    name, per token, coefficients included, all over the global batch. load [layers E] counts tokens per
+    expert, entropy [layers] is nats per token.
     """
 
     loss: float
-    mtp: float
+    mtp: list[float]
     auxiliary: dict[str, float]
     grad_norm: float
     lr: float
@@ -40,8 +39,8 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World)
     batches, denominators = split_batch(batch, config, world, state.step)
     losses = state.built.runner.step(batches, denominators)
     total = summed_over_ranks(losses, world)
-    targets, tokens = denominators
-    loss, count = float(total.cross_entropy / targets.clamp(min=1)), int(targets)
+    targets, tokens = denominators.targets.clamp(min=1), denominators.tokens
+    loss, count = float(total.cross_entropy / targets[0]), int(denominators.targets[0])
 
     lr = config.optim.lr * config.schedule.factor(state.step, config.train.steps)
     norm, is_taken = state.update(loss, lr, config.optim.clip_norm, world)
@@ -53,10 +52,10 @@ def train_step(state: TrainState, batch: Batch, config: RunConfig, world: World)
     state.skipped = 0 if is_taken else state.skipped + 1
     auxiliary = {name: float(part) / tokens for name, part in total.auxiliary.items()}
     if config.model.z_loss:
-        auxiliary["logit_z"] = float(total.logit_z) / max(1, count)
+        auxiliary["logit_z"] = float(total.logit_z[0] / targets[0])
     return StepResult(
         loss=loss,
-        mtp=float(total.mtp) / max(1, count),
+        mtp=(total.mtp / targets[1:]).tolist(),
         auxiliary=auxiliary,
         grad_norm=norm,
         lr=lr,
@@ -74,15 +73,17 @@ def split_batch(
     # Denominators are global and known before backward, so that gradients are plain sums over ranks.
     axes = world.axes
     copies = axes.pp.size * axes.sequence.size
-    targets = world.sum((batch.targets != IGNORED).sum().to(world.device)) // copies
+    mtp = config.model.mtp
+    targets = world.sum(count_targets(batch, mtp.depth).to(world.device)) // copies
     batch = to_device(batch, world.device)
     _, micro = config.rank_rows(axes.batch.size)
-    options = {"uniform": step_uniform(config.train.seed, step), "mtp_depth": config.model.mtp.depth}
+    options = {"uniform": step_uniform(config.train.seed, step), "mtp_depth": mtp.depth}
     batches = [
         cut_rows(Batch(*(part[start : start + micro] for part in batch)), axes.cp, **options)
         for start in range(0, batch.tokens.shape[0], micro)
     ]
-    return batches, Denominators(targets, config.train.global_batch * batch.tokens.shape[1])
+    tokens = config.train.global_batch * batch.tokens.shape[1]
+    return batches, Denominators(targets, tokens, mtp.coefficient)
 
 
 def summed_over_ranks(losses: Losses, world: World) -> Losses:
