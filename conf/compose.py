@@ -146,9 +146,13 @@ def hydra_overrides(overrides: Sequence[str]) -> list[str]:
             violations.append(Violation(override, f"not a key=value override: {_first_line(error)}"))
             continue
         key = parsed.key_or_group
-        if key.startswith("hydra") or parsed.is_delete():
+        is_group = "." not in key and (CONF_DIR / key).is_dir()
+        if is_group and parsed.is_delete():
+            options = ", ".join(group_options(key))
+            violations.append(Violation(override, f"a group has one of its options; choose from {options}"))
+        elif key.startswith("hydra") or parsed.is_delete():
             lines.append(override)
-        elif "." not in key and (CONF_DIR / key).is_dir():
+        elif is_group:
             violations += _unknown_options(key, _swept_options(parsed))
             lines.append(override.lstrip("+"))
         else:
@@ -185,13 +189,13 @@ def _swept_options(parsed: "Override") -> Any:
     if isinstance(value, ChoiceSweep):
         return list(value.list)
     # A pattern picks among the options that there are.
-    return None if parsed.is_sweep_override() else value
+    return [] if parsed.is_sweep_override() else value
 
 
 def _unknown_options(group: str, value: Any) -> list[Violation]:
     options = group_options(group)
     chosen = value if isinstance(value, list) else [value]
-    unknown = [str(option) for option in chosen if option is not None and str(option) not in options]
+    unknown = ["null" if option is None else str(option) for option in chosen if str(option) not in options]
     return [
         Violation(group, f"{option!r} is not one of {', '.join(options)}{did_you_mean(option, options)}")
         for option in unknown

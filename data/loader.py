@@ -103,7 +103,7 @@ class Loader:
         share = left_out[most] / self.card.corpora[most].tokens
         return (
             f"data: {tokens:,} tokens in windows of {self.sequence_length:,}; an epoch leaves out "
-            f"{sum(left_out.values()):,}, the next one others (at most {share:.1%} of a corpus, {most})"
+            f"{sum(left_out.values()):,}, the next one others (at most {share:.2%} of a corpus, {most})"
         )
 
     def consumed(self, cursor: int) -> dict[str, int]:

@@ -1,6 +1,8 @@
 """Fields of a config.json, each read once; what is left over must be harmless."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from conf.errors import CheckpointError
@@ -16,6 +18,8 @@ SILENT = frozenset(
     }
 )
 _MISSING = object()
+_COUNT = re.compile(r"(num|n|d)_\w+|\w+_(size|dim|rank|heads|layers|experts)")
+_MOST_LAYERS = 10_000
 
 
 class Fields:
@@ -29,13 +33,33 @@ class Fields:
     ) -> None:
         renamed = {(aliases or {}).get(name, name): value for name, value in values.items()}
         self._values, self._path, self._seen = renamed, path, set[str]()
+        # The field asked for last, here or in a nested object.
+        self._last = [path]
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Turns what a field of a wrong form leads to into a CheckpointError that names the field."""
+        try:
+            yield
+        except (ArithmeticError, AttributeError, LookupError, StopIteration, TypeError, ValueError) as error:
+            message = f"{self._last[0]} has a form that cannot be read ({error or type(error).__name__})"
+            raise CheckpointError(f"{message}; fetch the file again, or correct it") from error
 
     def take(self, name: str, default: Any = _MISSING) -> Any:
-        """The field, or the default where it is absent. Raises CheckpointError without either."""
+        """The field, or the default where it is absent.
+
+        Raises CheckpointError without either, and for a count or size that is none.
+        """
         self._seen.add(name)
         value = self._values.get(name, default)
         if value is _MISSING:
             raise CheckpointError(f"{self._path}: lacks {name}, which says what the model is")
+        self._last[0] = f"{self._path}: {name}"
+        is_count = isinstance(value, int | list | None) and not isinstance(value, bool)
+        if _COUNT.fullmatch(name) and not is_count:
+            raise CheckpointError(f"{self._last[0]} is {value!r}; expected a whole number")
+        if name.endswith("_layers") and isinstance(value, int) and value > _MOST_LAYERS:
+            raise CheckpointError(f"{self._last[0]} is {value}; expected {_MOST_LAYERS} at most")
         return value
 
     def expect(self, name: str, *allowed: Any) -> None:
@@ -57,7 +81,12 @@ class Fields:
 
     def node(self, name: str, aliases: Mapping[str, str] | None = None) -> "Fields":
         """A nested object, with fields of its own to read and to finish; empty where it is absent."""
-        return Fields(self.take(name, None) or {}, f"{self._path}: {name}", aliases)
+        value = self.take(name, None) or {}
+        if not isinstance(value, dict):
+            raise CheckpointError(f"{self._path}: {name} is {value!r}; expected an object")
+        found = Fields(value, f"{self._path}: {name}", aliases)
+        found._last = self._last
+        return found
 
     def finish(self) -> None:
         """Raises CheckpointError for fields that nobody asked for."""

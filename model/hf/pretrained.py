@@ -147,7 +147,8 @@ def read_config(hub: HubDirectory, family: Family) -> Architecture:
                 "dequantise them first, and drop the field"
             )
     fields = Fields(hub.config, str(hub.path / CONFIG), family.aliases)
-    overrides = family.read(fields)
+    with fields.reading():
+        overrides = family.read(fields)
     fields.finish()
     try:
         return compose(overrides, Architecture)

@@ -9,6 +9,7 @@ import pytest
 
 from tests.train.conftest import Corpus
 from tests.train.runs import log_path, metrics_of, run_to_end, spawn, train_here
+from train.config.load import load_config
 
 
 def errors_of(overrides: list[str]) -> str:
@@ -115,6 +116,24 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(corpus: Corpus, tmp_path: Pa
     assert not list((directory / "checkpoints").glob("*.tmp"))
     assert [line["step"] for line in metrics_of(directory)] == [1, 2, 3, 4]
     assert run_to_end(overrides) == 0
+
+
+def train_in_little_memory(overrides: list[str], limit: int) -> None:
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + limit, used + limit))
+    train_here(overrides)
+
+
+def test_too_little_memory_is_one_line_whose_advice_is_taken(corpus: Corpus, tmp_path: Path) -> None:
+    overrides = corpus.overrides(tmp_path / "run", "model.width=999999")
+    process = spawn(train_in_little_memory, overrides, 4 << 30)
+    process.join(120)
+    assert process.exitcode == 64
+    said = errors_of(overrides)
+    assert said.startswith("error: rank 0: out of memory: ")
+    for advised in ("train.micro_batch=1", "parallel.recompute=full"):
+        assert advised in said
+        assert load_config([*overrides, advised], 1)
 
 
 def train_with_a_poisoned_weight(overrides: list[str]) -> None:

@@ -1,10 +1,13 @@
 """What a user mistypes comes back with its key, all of it at once, with exit code 64, in seconds."""
 
+import random
 import subprocess
 import sys
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from conf.compose import group_options
 from conf.errors import ConfigError
@@ -145,3 +148,47 @@ def test_readers_of_runs_name_the_missing_run(command: str) -> None:
     assert done.returncode == 64
     assert "/nowhere" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+WRONG = (
+    *("null", "-1", "0", "1.5", "x", "''", "[]", "{}", "true", "1000000000000", "[1]", "{a:1}", "${a.b}"),
+    *("${model.width}", "a b", "1e400", "nan", "-inf", '"q\'"', "[", "}", "=", "é", "9" * 30, "0x10", "%"),
+    *("../..", "/", "~", "3*gdn", "${oc.env:HOME}", "'", "{a:[}", "a=b"),
+)
+
+
+def keys_of(tree: object, prefix: str = "") -> list[str]:
+    entries = tree.items() if isinstance(tree, dict) else ()
+    return [
+        found for name, value in entries for found in (prefix + name, *keys_of(value, f"{prefix}{name}."))
+    ]
+
+
+@pytest.mark.prove
+@settings(max_examples=300, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_wrong_overrides_are_violations_and_nothing_else(seed: int) -> None:
+    draw = random.Random(seed)
+    keys = keys_of(load_config([], 1).model_dump(mode="json"))
+    groups = (
+        "model",
+        "moe",
+        "residual",
+        "optim",
+        "schedule",
+        "parallel",
+        "cluster",
+        "recipe",
+        "layout",
+        "data",
+    )
+    overrides = []
+    for _ in range(draw.choice([1, 1, 1, 2, 3])):
+        key = draw.choice(keys) if draw.random() < 0.9 else draw.choice(groups)
+        mark = draw.choice(["+", "~", "++"]) if draw.random() < 0.1 else ""
+        overrides.append(f"{mark}{key[: -draw.choice([0, 0, 0, 1]) or None]}={draw.choice(WRONG)}")
+    try:
+        load_config(overrides, draw.choice([1, 2, 8, None]))
+    except ConfigError as error:
+        wrong = [violation for violation in error.violations if not (violation.key and violation.message)]
+        assert not wrong, overrides

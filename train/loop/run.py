@@ -25,6 +25,7 @@ from train.loop.initial_weights import start_from
 from train.loop.interrupt import PREEMPT, REQUEUE, Interrupt
 from train.loop.kernel_check import prepare_kernels
 from train.loop.metrics import Metrics
+from train.loop.out_of_memory import memory_explained
 from train.loop.report import finish
 from train.loop.state import TrainState
 from train.loop.step import StepResult, train_step
@@ -38,7 +39,8 @@ def run_checked(config: RunConfig, environment: Environment) -> None:
     """Shows a checked config and trains. Raises as `run` does."""
     if environment.rank == 0:
         show_config(config, environment.world_size)
-    run(config, environment)
+    with memory_explained(config, environment.rank):
+        run(config, environment)
 
 
 def run(config: RunConfig, environment: Environment) -> None:

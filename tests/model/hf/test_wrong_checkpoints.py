@@ -1,0 +1,125 @@
+"""Checkpoints that are wrong somewhere: one error that says where, or weights that are what they say."""
+
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from conf.errors import CheckpointError
+from model.hf.__main__ import main
+from model.hf.family import families
+from model.hf.pieces import Mapped
+from model.hf.pretrained import save_pretrained, state_of
+from tests.architectures import random_model, small_architecture
+from tests.model.hf.draws import drawn_families
+
+FAMILIES = drawn_families()
+WRONG = [
+    None,
+    -1,
+    0,
+    1.5,
+    "x",
+    "",
+    [],
+    {},
+    True,
+    10**12,
+    -(10**30),
+    [1],
+    {"a": 1},
+    "null",
+    [None],
+    "${a.b}",
+    "a,b",
+]
+Keys = tuple[Any, ...]
+
+
+@cache
+def written(name: str, root: Path) -> Path:
+    """A directory of the family, in several shards."""
+    found: list[list[str]] = []
+
+    @settings(max_examples=1, suppress_health_check=list(HealthCheck), derandomize=True)
+    @given(FAMILIES[name].overrides)
+    def draw(overrides: list[str]) -> None:
+        found.append(overrides)
+
+    draw()
+    model = random_model(small_architecture(found[0]), torch.float32)
+    with torch.no_grad():
+        for key in Mapped(families()[name].pieces(model.config), state_of(model)).uncovered:
+            model.get_buffer(key).zero_()
+        for router in model.routers():
+            if router.is_hashed:
+                router.reset_buffers()
+    save_pretrained(model, root / name, model_type=name, shard_bytes=60_000)
+    return root / name
+
+
+def paths(value: Any, path: Keys = ()) -> Iterator[Keys]:
+    """Where the values of a JSON file stand."""
+    entries = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
+    for key, entry in entries:
+        yield (*path, key)
+        yield from paths(entry, (*path, key))
+
+
+def damage_json(file: Path, draw: random.Random) -> None:
+    """One value is another one, or is not there."""
+    tree = json.loads(file.read_text())
+    *above, last = draw.choice([*paths(tree)])
+    node = tree
+    for key in above:
+        node = node[key]
+    if draw.random() < 0.2:
+        del node[last]
+    else:
+        node[last] = draw.choice(WRONG)
+    file.write_text(json.dumps(tree))
+
+
+def damage_bytes(file: Path, draw: random.Random) -> None:
+    """Cut short, some bytes of the head changed, or gone."""
+    content, kind = bytearray(file.read_bytes()), draw.randrange(3)
+    if kind == 0:
+        file.write_bytes(content[: draw.randrange(len(content))])
+    elif kind == 1:
+        for _ in range(draw.randrange(1, 4)):
+            content[draw.randrange(min(len(content), 600))] = draw.randrange(256)
+        file.write_bytes(content)
+    else:
+        file.unlink()
+
+
+@pytest.mark.prove
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(name=st.sampled_from(sorted(FAMILIES)), seed=st.integers(0, 2**32))
+def test_a_wrong_checkpoint_is_refused_in_one_line_or_read_as_it_is(
+    name: str, seed: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = tmp_path_factory.getbasetemp() / "written"
+    root.mkdir(exist_ok=True)
+    draw, path = random.Random(seed), tmp_path_factory.mktemp("wrong")
+    shutil.copytree(written(name, root), path / "hub")
+    file = draw.choice([path / "hub" / "config.json"] * 3 + sorted((path / "hub").iterdir()))
+    before = {each: each.read_bytes() for each in sorted((path / "hub").iterdir()) if each != file}
+    (damage_json if file.suffix == ".json" else damage_bytes)(file, draw)
+    # Any other error than this one fails.
+    with suppress(CheckpointError):
+        main(["import", str(path / "hub"), str(path / "ours")])
+        return
+    assert {each.name for each in path.iterdir()} == {"hub"}
+    assert {each: each.read_bytes() for each in before} == before
