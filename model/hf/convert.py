@@ -25,8 +25,9 @@ def convert(
     """Writes the checkpoint in `source` to `target` as a family of the hub, or as our own; gives its name.
 
     `model_type` as in `save_pretrained`, but None takes the family that our own form was made from. A `dtype`
-    of None keeps every tensor's own; another one leaves in float32 what must stay so. Memory holds one shard
-    of the target and one tensor of ours, such as all experts of a layer.
+    of None keeps every tensor's own; another one leaves in float32 what must stay so. The digest of the
+    tokenizer goes along. Memory holds one shard of the target and one tensor of ours, such as all experts of
+    a layer.
 
     Raises CheckpointError as `open_pretrained` and `save_pretrained` do, StorageError.
     """
@@ -52,7 +53,8 @@ def convert(
 
     with torch.no_grad():
         said = dtype or ours[next(iter(opened.mapped.by_ours()))].dtype
-        write_directory(Path(target), full_config(family, fields, said), tensors(), shard_bytes)
+        written = full_config(family, fields, said)
+        write_directory(Path(target), written, tensors(), shard_bytes, opened.hub.tokenizer_digest)
     return family.model_type
 
 

@@ -1,7 +1,8 @@
-"""Directories as on the Hugging Face hub: config.json, safetensors shards, their index."""
+"""Directories as on the Hugging Face hub: config.json, safetensors shards, their index; a digest beside."""
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,9 @@ from torch import Tensor
 from conf.errors import CheckpointError, as_storage_error
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+# A file and not a field of config.json: families refuse fields that they do not know, and what transformers
+# saves after its embeddings were changed must not keep it.
+TOKENIZER_DIGEST = "tokenizer_digest.json"
 SHARD_BYTES = 5 * 10**9
 # What a tensor may be stored as, in safetensors' words; integers are tables, such as of hashed experts.
 DTYPES = {
@@ -28,12 +32,16 @@ DTYPES = {
 
 
 class HubDirectory:
-    """A checkpoint to read: its config, and which file holds each tensor. Opening it runs no code."""
+    """A checkpoint to read: its config, and which file holds each tensor. Opening it runs no code.
+
+    tokenizer_digest is the sha256 of the tokenizer whose ids it was trained on, None where nothing says it.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError for what is missing, truncated or not safetensors."""
         self.path = path
         self.config = _read_json(path / CONFIG)
+        self.tokenizer_digest = _read_digest(path / TOKENIZER_DIGEST)
         self.shards = self._shards()
         self._shard_of: dict[str, str] | None = None
 
@@ -106,7 +114,11 @@ class HubDirectory:
 
 
 def write_directory(
-    path: Path, config: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]], shard_bytes: int
+    path: Path,
+    config: Mapping[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    shard_bytes: int,
+    tokenizer_digest: str | None = None,
 ) -> None:
     """Writes a checkpoint beside `path` and renames it, one shard in memory at a time.
 
@@ -118,6 +130,8 @@ def write_directory(
     try:
         beside.mkdir(parents=True)
         (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        if tokenizer_digest is not None:
+            (beside / TOKENIZER_DIGEST).write_text(json.dumps({"sha256": tokenizer_digest}) + "\n")
         _write_shards(beside, tensors, shard_bytes)
         beside.rename(path)
     except OSError as error:
@@ -164,6 +178,16 @@ def shortened(names: Iterable[str], limit: int = 8) -> str:
     ordered = sorted(names)
     more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
     return ", ".join(ordered[:limit]) + more
+
+
+def _read_digest(path: Path) -> str | None:
+    # Not exists(): a link that leads nowhere would pass for weights that never had a digest.
+    if not os.path.lexists(path):
+        return None
+    digest = _read_json(path).get("sha256")
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise CheckpointError(f"{path}: sha256 is {digest!r}, expected 64 digits; fetch the file again")
+    return digest
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -100,11 +100,13 @@ def save_pretrained(
     model_type: str | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    tokenizer_digest: str | None = None,
 ) -> str:
     """Writes the model as a hub directory that transformers opens; gives the name of its family.
 
     `model_type` picks among families that can hold the architecture; None takes the first; weft is our own.
     A `dtype` of None keeps that of every tensor; another one leaves in float32 what must stay so.
+    `tokenizer_digest` is the sha256 of the tokenizer whose ids the model was trained on, written beside.
 
     Raises CheckpointError when the directory exists, or no family holds the architecture or a buffer that is
     not zero, StorageError.
@@ -125,7 +127,8 @@ def save_pretrained(
         yield from family.derived(model.config)
 
     with torch.no_grad():
-        write_directory(Path(directory), full_config(family, config, said), tensors(), shard_bytes)
+        fields = full_config(family, config, said)
+        write_directory(Path(directory), fields, tensors(), shard_bytes, tokenizer_digest)
     return family.model_type
 
 

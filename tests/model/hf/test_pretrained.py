@@ -15,7 +15,7 @@ from conf.errors import CheckpointError, ConfigError
 from model.config import Architecture
 from model.hf.__main__ import main
 from model.hf.convert import convert
-from model.hf.files import HubDirectory
+from model.hf.files import TOKENIZER_DIGEST, HubDirectory
 from model.hf.pretrained import family_for, load_pretrained, save_pretrained, used
 from model.language_model import LanguageModel
 from tests.architectures import random_model, small_architecture
@@ -194,6 +194,22 @@ def test_import_and_export_give_the_same_directory(directory: Path, tmp_path: Pa
     loaded = load_pretrained(tmp_path / "ours", dtype)
     for (key, a), (_, b) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
         assert torch.equal(a, b), key
+
+
+def test_the_digest_of_the_tokenizer_goes_wherever_weights_go(directory: Path, tmp_path: Path) -> None:
+    assert HubDirectory(directory).tokenizer_digest is None
+    convert(directory, tmp_path / "none", model_type="weft")
+    assert not (tmp_path / "none" / TOKENIZER_DIGEST).exists()
+    save_pretrained(load_pretrained(directory), tmp_path / "hub2", tokenizer_digest="0f" * 32)
+    main(["import", str(tmp_path / "hub2"), str(tmp_path / "ours")])
+    main(["export", str(tmp_path / "ours"), str(tmp_path / "again"), "shard_gb=0.00001"])
+    for name in ("hub2", "ours", "again"):
+        assert HubDirectory(tmp_path / name).tokenizer_digest == "0f" * 32, name
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert HubDirectory(tmp_path / "theirs").tokenizer_digest is None
 
 
 def test_a_model_of_no_family_goes_through_our_own_form(tmp_path: Path) -> None:
