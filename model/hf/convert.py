@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from conf.errors import CheckpointError
-from model.hf.files import DTYPES, SHARD_BYTES, shortened, write_directory
+from conf.names import shortened
+from model.hf.files import DTYPES, SHARD_BYTES, write_directory
 from model.hf.own import ORIGIN, OWN
 from model.hf.pieces import Mapped
 from model.hf.pretrained import Opened, family_for, full_config, open_pretrained, state_of

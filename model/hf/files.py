@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conf.errors import CheckpointError, as_storage_error
+from conf.names import shortened
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # A file and not a field of config.json: families refuse fields that they do not know, and what transformers
@@ -171,13 +172,6 @@ def _write_shard(path: Path, number: int, shard: dict[str, Tensor]) -> dict[str,
     # It is written for its owner alone; those who may read the config may read the weights.
     (path / _shard_name(number)).chmod((path / CONFIG).stat().st_mode)
     return {name: tensor.nbytes for name, tensor in shard.items()}
-
-
-def shortened(names: Iterable[str], limit: int = 8) -> str:
-    """The first names, and how many more there are."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
-    return ", ".join(ordered[:limit]) + more
 
 
 def _read_digest(path: Path) -> str | None:

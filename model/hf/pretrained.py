@@ -10,10 +10,11 @@ from torch import Tensor
 
 from conf.compose import compose
 from conf.errors import CheckpointError, ConfigError
+from conf.names import shortened
 from model.config import Architecture
 from model.hf.family import Family, families, family_of
 from model.hf.fields import Fields
-from model.hf.files import CONFIG, DTYPES, SHARD_BYTES, HubDirectory, shortened, write_directory
+from model.hf.files import CONFIG, DTYPES, SHARD_BYTES, HubDirectory, write_directory
 from model.hf.own import OWN
 from model.hf.pieces import Mapped
 from model.language_model import LanguageModel

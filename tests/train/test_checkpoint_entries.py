@@ -1,10 +1,8 @@
 """Whatever looks like a checkpoint is read, or named: no run starts over beside one."""
 
-import ctypes
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,29 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.errors import CheckpointError
+from tests.permissions import bound_by_permissions
 from tests.train.conftest import Corpus
 from tests.train.runs import log_path, metrics_of, run_to_end
 from tests.train.states import as_bytes, make_state, names, open_store
 from train.checkpoint.entries import list_entries
 from train.checkpoint.manifest import MANIFEST
-
-# Linux's numbers: CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, and the version of the structure below.
-OVERRIDES, VERSION_3 = (1 << 1) | (1 << 2), 0x20080522
-
-
-@contextmanager
-def bound_by_permissions() -> Iterator[None]:
-    """This thread may read what its user may read, also where that user is root."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    head, held = (ctypes.c_uint32 * 2)(VERSION_3, 0), (ctypes.c_uint32 * 6)()
-    assert libc.capget(head, held) == 0, os.strerror(ctypes.get_errno())
-    less = (ctypes.c_uint32 * 6)(*held)
-    less[0] &= ~OVERRIDES
-    assert libc.capset(head, less) == 0, os.strerror(ctypes.get_errno())
-    try:
-        yield
-    finally:
-        assert libc.capset(head, held) == 0, os.strerror(ctypes.get_errno())
 
 
 def save_and_move(tmp_path: Path, step: int = 1) -> tuple[Path, Path]:

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 
 from conf.errors import CheckpointError
+from conf.names import shortened
 from data.loader import Loader
-from model.hf.files import HubDirectory, shortened
+from model.hf.files import HubDirectory
 from parallel.apply import Parallel
 from train.checkpoint.foreign_ids import Ids, compare_ids
 from train.config.run_config import RunConfig
