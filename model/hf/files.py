@@ -20,6 +20,8 @@ CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.i
 # A file and not a field of config.json: families refuse fields that they do not know, and what transformers
 # saves after its embeddings were changed must not keep it.
 TOKENIZER_DIGEST = "tokenizer_digest.json"
+# How files of weights end, read or not.
+_WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 SHARD_BYTES = 5 * 10**9
 # What a tensor may be stored as, in safetensors' words; integers are tables, such as of hashed experts.
 DTYPES = {
@@ -47,30 +49,54 @@ class HubDirectory:
         self._shard_of: dict[str, str] | None = None
 
     def _shards(self) -> dict[str, list[str]]:
-        if (self.path / INDEX).exists():
-            index = _read_json(self.path / INDEX).get("weight_map")
-            if not isinstance(index, dict):
-                raise CheckpointError(f"{self.path / INDEX}: lacks weight_map; fetch the file again")
-            shards: dict[str, list[str]] = {}
-            for name, file in index.items():
-                if not isinstance(file, str) or Path(file).name != file:
-                    raise CheckpointError(f"{self.path / INDEX}: {name} is said to be in {file!r}")
-                shards.setdefault(file, []).append(name)
-            missing = sorted(file for file in shards if not (self.path / file).exists())
-            if missing:
-                raise CheckpointError(f"{self.path}: missing {', '.join(missing)}; fetch them again")
-            return shards
+        """Names of the tensors by file; of two forms the single file, as transformers takes it."""
         if (self.path / SINGLE).exists():
             with self._open(SINGLE) as file:
-                return {SINGLE: list(file.keys())}
+                names = list(file.keys())
+            if (self.path / INDEX).exists():
+                self._refuse_other_names(set(names), set(self._index()))
+            return {SINGLE: names}
+        if not (self.path / INDEX).exists():
+            raise CheckpointError(self._without_weights())
+        shards: dict[str, list[str]] = {}
+        for name, file in self._index().items():
+            shards.setdefault(file, []).append(name)
+        missing = sorted(file for file in shards if not (self.path / file).exists())
+        if missing:
+            raise CheckpointError(f"{self.path}: missing {', '.join(missing)}; fetch them again")
+        return shards
+
+    def _index(self) -> dict[str, str]:
+        index = _read_json(self.path / INDEX).get("weight_map")
+        if not isinstance(index, dict):
+            raise CheckpointError(f"{self.path / INDEX}: lacks weight_map; fetch the file again")
+        for name, file in index.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise CheckpointError(f"{self.path / INDEX}: {name} is said to be in {file!r}")
+        return index
+
+    def _refuse_other_names(self, single: set[str], index: set[str]) -> None:
+        if single != index:
+            found = {SINGLE: single - index, INDEX: index - single}
+            alone = (f"only {file} has {shortened(names)}" for file, names in found.items() if names)
+            raise CheckpointError(
+                f"{self.path}: {SINGLE} and {INDEX} hold different weights: {'; '.join(alone)}; "
+                "delete the form that is not meant"
+            )
+
+    def _without_weights(self) -> str:
         pickles = sorted(path.name for path in self.path.glob("*.bin")) + sorted(
             path.name for path in self.path.glob("*.pt*")
         )
         if pickles:
-            raise CheckpointError(
-                f"{self.path}: holds {pickles[0]}, a pickle, which can run code; convert it to safetensors"
-            )
-        raise CheckpointError(f"{self.path}: holds neither {SINGLE} nor {INDEX}")
+            return f"{self.path}: holds {pickles[0]}, a pickle, which can run code; convert it to safetensors"
+        return f"{self.path}: holds neither {SINGLE} nor {INDEX}"
+
+    def passed_over(self) -> str:
+        """A line that names files of weights that are not read; empty when there are none."""
+        read = {*self.shards} | ({INDEX} if SINGLE not in self.shards else set())
+        found = {path.name for path in self.path.iterdir() if path.name.endswith(_WEIGHTS)} - read
+        return f"{self.path}: reads {shortened(read)}; passes over {shortened(found)}" if found else ""
 
     def _open(self, file: str) -> Any:
         try:

@@ -43,6 +43,8 @@ def open_pretrained(directory: str | Path, dtype: torch.dtype = torch.float32) -
     whole: transformers drops them; the model then has none, and says so.
     """
     hub = HubDirectory(Path(directory))
+    if line := hub.passed_over():
+        print(line)
     where = f"{hub.path / CONFIG}: model_type"
     family = family_of(every_family(), hub.config.get("model_type"), where)
     config = read_config(hub, family)

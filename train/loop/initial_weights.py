@@ -33,7 +33,7 @@ def begin(built: Parallel, config: RunConfig, loader: Loader) -> list[str]:
     )
     fresh = start_from(built, hub, config.train.fresh)
     began = f"began from {config.train.start}, {len(fresh)} parameters from their first values"
-    return [began] if line is None else [line, began]
+    return [said for said in (hub.passed_over(), line, began) if said]
 
 
 @torch.no_grad()

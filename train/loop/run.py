@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from conf.errors import ConfigError, NumericsError, Violation, as_storage_error
+from conf.names import shortened
 from data.loader import Loader
 from parallel.apply import StepShape, build_parallel
 from parallel.block.compile import describe as describe_compiled
@@ -200,6 +201,9 @@ def open_data(config: RunConfig, rank: int) -> Loader:
         weights=config.data.weights,
         vocab_size=config.model.vocab_size,
     )
+    if loader.unused and rank == 0:
+        unused = shortened(loader.unused)
+        print(f"{loader.directory}: passes over {unused}, which data.corpora does not name", flush=True)
     if config.data.verify and rank == 0:
         loader.verify()
     return loader

@@ -157,6 +157,42 @@ def test_an_index_that_points_elsewhere(directory: Path) -> None:
     assert "../../secret.safetensors" in refusal(directory)
 
 
+def in_both_forms(directory: Path) -> None:
+    """Adds a single file whose values are all other ones."""
+    tensors = {name: tensor + 1 for name, tensor in HubDirectory(directory).tensors()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_of_two_forms_the_one_that_transformers_reads(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    in_both_forms(directory)
+    (directory / "consolidated.safetensors").touch()
+    ours = load_pretrained(directory)
+    said = capsys.readouterr().out
+    assert "reads model.safetensors; passes over consolidated.safetensors, model-00001-of-" in said
+    assert "model.safetensors.index.json" in said
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    assert torch.equal(ours.head.weight, theirs.lm_head.weight)
+    for path in [*directory.glob("model-*"), *directory.glob("*.index.json"), *directory.glob("cons*")]:
+        path.unlink()
+    load_pretrained(directory)
+    assert "passes over" not in capsys.readouterr().out
+
+
+def test_two_forms_that_disagree_are_refused(directory: Path) -> None:
+    in_both_forms(directory)
+    change_json(
+        directory / "model.safetensors.index.json",
+        lambda content: content["weight_map"].update({"more": content["weight_map"].pop(EXPERT)}),
+    )
+    said = refusal(directory)
+    assert f"only model.safetensors has {EXPERT}; only model.safetensors.index.json has more" in said
+    assert "delete the form that is not meant" in said
+
+
 class Bomb:
     """Unpickling it leaves a file behind."""
 
