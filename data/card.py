@@ -34,11 +34,14 @@ class TokenFileCard(_Record):
 
 
 class CorpusCard(TokenFileCard):
-    """The training part of one corpus, and what its source held."""
+    """The training part of one corpus, what its source held, and what of it was not read, a line a reason."""
 
     bad: int = Field(ge=0)
     empty: int = Field(ge=0)
     bad_examples: list[str]
+    # Cards that were written before these were there have none.
+    empty_examples: list[str] = []
+    passed_over: list[str] = []
     source_documents: int = Field(ge=0)
     source_bytes: int = Field(ge=0)
     # sha256 over the sorted sha256 of every usable document: independent of names and of order.

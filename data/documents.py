@@ -1,21 +1,17 @@
 """Documents out of files, jsonl, parquet and the Hugging Face hub: bytes, and where they came from."""
 
 import bz2
-import glob
 import gzip
 import json
 import lzma
-import os
-import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from conf.errors import DataError
-from data.config import STDLIB, CorpusConfig
+from data.config import CorpusConfig
+from data.files import find_files
 
-# Never source: caches, version control, and packages that are installed beside the standard library.
-_SKIPPED_DIRECTORIES = frozenset({"__pycache__", "site-packages", "dist-packages", "node_modules"})
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _MAX_LINE_BYTES = 1 << 30  # a longer jsonl line is a broken or hostile file, not a document
 
@@ -54,41 +50,8 @@ def fault_of(content: bytes) -> str:
     return ""
 
 
-def find_files(name: str, corpus: CorpusConfig) -> list[Path]:
-    """Files of a corpus in sorted order. Raises DataError when there are none."""
-    key = f"data.corpora.{name}.source={corpus.source}"
-    is_stdlib = corpus.source == STDLIB and corpus.kind in ("code", "text")
-    source = Path(sysconfig.get_path("stdlib") if is_stdlib else corpus.source).expanduser()
-    suffixes = corpus.suffixes or ((".py",) if is_stdlib else ())
-    if source.is_file():
-        return [source]
-    if source.is_dir():
-        found = list(_walk(source))
-    elif glob.has_magic(str(source)):
-        matches = (Path(match) for match in glob.glob(str(source), recursive=True))
-        found = list(matches)
-    else:
-        raise DataError(f"{key}: no such file or directory; correct the path")
-    files = sorted(path for path in found if (not suffixes or path.suffix in suffixes) and path.is_file())
-    if not files:
-        wanted = f" ending in {', '.join(suffixes)}" if suffixes else ""
-        raise DataError(f"{key}: found no file{wanted}; correct the source")
-    return files
-
-
-def _walk(root: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
-        # In place: what is taken out is not walked, and site-packages may hold more than all the rest.
-        folders[:] = [name for name in folders if not _is_hidden(name) and name not in _SKIPPED_DIRECTORIES]
-        yield from (Path(folder, name) for name in names if not _is_hidden(name))
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".")
-
-
 def _read_files(name: str, corpus: CorpusConfig) -> Iterator[Document]:
-    for path in find_files(name, corpus):
+    for path in find_files(name, corpus).paths:
         try:
             content = path.read_bytes()
         except OSError as error:
@@ -98,7 +61,7 @@ def _read_files(name: str, corpus: CorpusConfig) -> Iterator[Document]:
 
 def _read_jsonl(name: str, corpus: CorpusConfig) -> Iterator[Document]:
     assert corpus.field is not None, f"{corpus=}"
-    for path in find_files(name, corpus):
+    for path in find_files(name, corpus).paths:
         for number, line in enumerate(_lines(path), 1):
             if line.strip():
                 yield _from_json(line, corpus.field, f"{path}:{number}")
@@ -156,7 +119,7 @@ def _read_columns(name: str, corpus: CorpusConfig) -> Iterator[Document]:
     if corpus.kind == "hub":
         sources = iter([(corpus.source, _load_hub(name, corpus, corpus.field))])
     else:
-        sources = ((str(path), _load_parquet(path)) for path in find_files(name, corpus))
+        sources = ((str(path), _load_parquet(path)) for path in find_files(name, corpus).paths)
     for origin, rows in sources:
         number = 0
         try:

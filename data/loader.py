@@ -106,6 +106,11 @@ class Loader:
             f"{sum(left_out.values()):,}, the next one others (at most {share:.2%} of a corpus, {most})"
         )
 
+    @property
+    def unused(self) -> list[str]:
+        """Corpora of the dataset that have no weight, so that nothing of them is read."""
+        return [name for corpus_id, name in enumerate(self._names) if corpus_id not in self._packings]
+
     def consumed(self, cursor: int) -> dict[str, int]:
         """Sequences of each corpus before `cursor`, to begin the next stage with."""
         return self._mixture.consumed(cursor)

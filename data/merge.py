@@ -175,6 +175,8 @@ def _corpus_card(written: TokenFileCard, scan: Scan, name: str, hashes: np.ndarr
         bad=found.bad,
         empty=found.empty,
         bad_examples=found.bad_examples,
+        empty_examples=found.empty_examples,
+        passed_over=scan.passed_over[name],
         source_documents=found.documents,
         source_bytes=found.bytes,
         source_digest=hashlib.sha256(hashes[order].tobytes()).hexdigest(),

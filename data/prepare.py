@@ -110,9 +110,12 @@ def summary(prepared: Prepared) -> list[str]:
         counts = f"{part.documents:,} documents, {part.tokens:,} tokens, {part.bytes:,} bytes{ratio}"
         lines.append(f"  {name}: {counts}")
     for name, part in card.corpora.items():
-        if part.bad or part.empty:
-            example = f", such as {part.bad_examples[0]}" if part.bad else ""
-            lines.append(f"  {name}: left out {part.empty} empty and {part.bad} bad documents{example}")
+        left_out = (part.empty, "empty", part.empty_examples), (part.bad, "bad", part.bad_examples)
+        for count, what, examples in left_out:
+            if count:
+                example = f", such as {examples[0]}" if examples else ""
+                lines.append(f"  {name}: left out {count:,} {what} documents{example}")
+        lines += [f"  {name}: passed over {line}" for line in part.passed_over]
     if held_out := card.held_out.bytes:
         gzip_bits = 8 * card.held_out.gzip_bytes / held_out
         xz_bits = 8 * card.held_out.xz_bytes / held_out

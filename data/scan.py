@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from conf.errors import DataError
 from data.config import DataConfig
 from data.documents import read_documents
+from data.files import find_files
 from data.shards import content_hash, is_held_out
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
@@ -29,17 +30,23 @@ class CorpusScan(BaseModel):
     bad: int
     empty: int
     bad_examples: list[str]
+    empty_examples: list[str]
     order_digest: str
 
 
 class Scan(BaseModel):
-    """The first pass as it is kept for a resumed run, with the settings that it belongs to."""
+    """The first pass as it is kept for a resumed run, with the settings that it belongs to.
+
+    passed_over has lines for the files of each corpus that are not read.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     settings: dict[str, Any]
     tokenizer_digest: str
     corpora: dict[str, CorpusScan]
+    # Not in CorpusScan: what is not read may change until the second pass.
+    passed_over: dict[str, list[str]]
 
 
 class DocumentReader:
@@ -63,7 +70,7 @@ class DocumentReader:
 
         Raises DataError at one bad document more than data.max_bad_documents allows.
         """
-        documents, size, bad, empty, examples = 0, 0, 0, 0, []
+        documents, size, bad, empty, examples, empty_examples = 0, 0, 0, 0, [], []
         order = hashlib.sha256()
         for content, origin, fault in read_documents(name, self._config.corpora[name]):
             if fault:
@@ -72,6 +79,8 @@ class DocumentReader:
                 self._check_bad(name, examples[-1])
             elif not content:
                 empty += 1
+                if empty <= _SHOWN_EXAMPLES:
+                    empty_examples.append(origin)
             else:
                 digest = content_hash(content)
                 order.update(digest)
@@ -84,6 +93,7 @@ class DocumentReader:
             bad=bad,
             empty=empty,
             bad_examples=examples[:_SHOWN_EXAMPLES],
+            empty_examples=empty_examples,
             order_digest=order.hexdigest(),
         )
 
@@ -157,7 +167,12 @@ def scan(
         )
     sentences = (text for name in reader.names for text in samples[name].sentences())
     tokenizer = given or train_tokenizer(sentences, config.tokenizer.vocab_size)
-    return Scan(settings=settings, tokenizer_digest=tokenizer.digest, corpora=reader.scans), tokenizer
+    return Scan(
+        settings=settings,
+        tokenizer_digest=tokenizer.digest,
+        corpora=reader.scans,
+        passed_over={name: _passed_over(name, config) for name in reader.names},
+    ), tokenizer
 
 
 def read_scan(path: Path) -> Scan | None:
@@ -166,6 +181,11 @@ def read_scan(path: Path) -> Scan | None:
         return Scan.model_validate_json(path.read_bytes())
     except (FileNotFoundError, ValidationError):
         return None
+
+
+def _passed_over(name: str, config: DataConfig) -> list[str]:
+    corpus = config.corpora[name]
+    return [] if corpus.kind == "hub" else find_files(name, corpus).passed_over
 
 
 def _load_given(config: DataConfig) -> Tokenizer | None:

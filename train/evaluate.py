@@ -1,5 +1,7 @@
 """`python -m train.evaluate run=DIR`: held-out loss and bits per byte of the newest checkpoint of a run."""
 
+import sys
+
 from pydantic import Field
 
 from conf.compose import Config, parse_command
@@ -30,21 +32,26 @@ def main(arguments: list[str]) -> None:
 
     from parallel.mesh.world import World
     from parallel.micro_batches import WholeModel
+    from train.checkpoint.foreign_ids import Ids
     from train.eval.heldout import evaluate
     from train.eval.restored import load_model
     from train.loop.run import open_data
     from train.track.report import print_table
 
     loader = open_data(config, 0)
-    model, step = load_model(command.run, config)
+    restored = load_model(command.run, config)
+    if line := restored.compare(Ids(config.data.directory, loader.card.tokenizer.digest)):
+        print(line, file=sys.stderr)
     rows = command.rows or loader.held_out_rows
     world = World.alone(torch.device("cpu"))
-    held_out = evaluate(WholeModel(model), loader, world, rows=rows, micro_batch=config.rank_rows(1)[1])
+    held_out = evaluate(
+        WholeModel(restored.model), loader, world, rows=rows, micro_batch=config.rank_rows(1)[1]
+    )
     print_table(
         "Held-out documents",
         {
             "run": command.run,
-            "step": f"{step:,}",
+            "step": f"{restored.step:,}",
             "windows": f"{min(rows, loader.held_out_rows):,} of {loader.held_out_rows:,}",
             "targets": f"{held_out.targets:,}",
             "loss (nats per token)": f"{held_out.loss:.4f}",

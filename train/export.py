@@ -47,14 +47,17 @@ def main(arguments: list[str]) -> None:
     from model.hf.pretrained import save_pretrained
     from train.eval.restored import load_model
 
-    model, step = load_model(command.run, config)
+    model, step, ids = load_model(command.run, config)
     written = save_pretrained(
         model,
         command.to,
         model_type=command.model_type,
         dtype=getattr(torch, command.dtype),
         shard_bytes=int(command.shard_gb * 1e9),
+        tokenizer_digest=ids.tokenizer,
     )
+    if ids.tokenizer is None:
+        print(f"{ids.where}: carries no digest of its tokenizer, so {command.to} carries none")
     print(f"wrote step {step} of {command.run} to {command.to} as {written}")
 
 

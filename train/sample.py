@@ -42,17 +42,22 @@ def main(arguments: list[str]) -> None:
     from data.card import TOKENIZER
     from data.tokenizer import load_tokenizer
     from parallel.mesh.world import World
+    from train.checkpoint.foreign_ids import Ids
     from train.config.fields import SampleConfig
     from train.eval.restored import load_model
     from train.loop.report import sample_text
 
-    model, step = load_model(command.run, config)
-    print(f"step {step} of {command.run}", file=sys.stderr)
+    path = Path(config.data.directory) / TOKENIZER
+    tokenizer = load_tokenizer(path)
+    restored = load_model(command.run, config)
+    if line := restored.compare(Ids(str(path), tokenizer.digest)):
+        print(line, file=sys.stderr)
+    print(f"step {restored.step} of {command.run}", file=sys.stderr)
     sample = SampleConfig(prompt=command.prompt, tokens=command.tokens, temperature=command.temperature)
     train = config.train.model_copy(update={"seed": command.seed})
     world = World.alone(torch.device("cpu"))
-    tokenizer = load_tokenizer(Path(config.data.directory) / TOKENIZER)
-    print(sample_text(model, tokenizer, config.model_copy(update={"sample": sample, "train": train}), world))
+    config = config.model_copy(update={"sample": sample, "train": train})
+    print(sample_text(restored.model, tokenizer, config, world))
 
 
 if __name__ == "__main__":

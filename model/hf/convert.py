@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from conf.errors import CheckpointError
-from model.hf.files import DTYPES, SHARD_BYTES, shortened, write_directory
+from conf.names import shortened
+from model.hf.files import DTYPES, SHARD_BYTES, write_directory
 from model.hf.own import ORIGIN, OWN
 from model.hf.pieces import Mapped
 from model.hf.pretrained import Opened, family_for, full_config, open_pretrained, state_of
@@ -25,8 +26,9 @@ def convert(
     """Writes the checkpoint in `source` to `target` as a family of the hub, or as our own; gives its name.
 
     `model_type` as in `save_pretrained`, but None takes the family that our own form was made from. A `dtype`
-    of None keeps every tensor's own; another one leaves in float32 what must stay so. Memory holds one shard
-    of the target and one tensor of ours, such as all experts of a layer.
+    of None keeps every tensor's own; another one leaves in float32 what must stay so. The digest of the
+    tokenizer goes along. Memory holds one shard of the target and one tensor of ours, such as all experts of
+    a layer.
 
     Raises CheckpointError as `open_pretrained` and `save_pretrained` do, StorageError.
     """
@@ -52,7 +54,8 @@ def convert(
 
     with torch.no_grad():
         said = dtype or ours[next(iter(opened.mapped.by_ours()))].dtype
-        write_directory(Path(target), full_config(family, fields, said), tensors(), shard_bytes)
+        written = full_config(family, fields, said)
+        write_directory(Path(target), written, tensors(), shard_bytes, opened.hub.tokenizer_digest)
     return family.model_type
 
 

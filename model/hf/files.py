@@ -1,7 +1,8 @@
-"""Directories as on the Hugging Face hub: config.json, safetensors shards, their index."""
+"""Directories as on the Hugging Face hub: config.json, safetensors shards, their index; a digest beside."""
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,8 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conf.errors import CheckpointError, as_storage_error
+from conf.names import shortened
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+# A file and not a field of config.json: families refuse fields that they do not know, and what transformers
+# saves after its embeddings were changed must not keep it.
+TOKENIZER_DIGEST = "tokenizer_digest.json"
+# How files of weights end, read or not.
+_WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 SHARD_BYTES = 5 * 10**9
 # What a tensor may be stored as, in safetensors' words; integers are tables, such as of hashed experts.
 DTYPES = {
@@ -28,40 +35,68 @@ DTYPES = {
 
 
 class HubDirectory:
-    """A checkpoint to read: its config, and which file holds each tensor. Opening it runs no code."""
+    """A checkpoint to read: its config, and which file holds each tensor. Opening it runs no code.
+
+    tokenizer_digest is the sha256 of the tokenizer whose ids it was trained on, None where nothing says it.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError for what is missing, truncated or not safetensors."""
         self.path = path
         self.config = _read_json(path / CONFIG)
+        self.tokenizer_digest = _read_digest(path / TOKENIZER_DIGEST)
         self.shards = self._shards()
         self._shard_of: dict[str, str] | None = None
 
     def _shards(self) -> dict[str, list[str]]:
-        if (self.path / INDEX).exists():
-            index = _read_json(self.path / INDEX).get("weight_map")
-            if not isinstance(index, dict):
-                raise CheckpointError(f"{self.path / INDEX}: lacks weight_map; fetch the file again")
-            shards: dict[str, list[str]] = {}
-            for name, file in index.items():
-                if not isinstance(file, str) or Path(file).name != file:
-                    raise CheckpointError(f"{self.path / INDEX}: {name} is said to be in {file!r}")
-                shards.setdefault(file, []).append(name)
-            missing = sorted(file for file in shards if not (self.path / file).exists())
-            if missing:
-                raise CheckpointError(f"{self.path}: missing {', '.join(missing)}; fetch them again")
-            return shards
+        """Names of the tensors by file; of two forms the single file, as transformers takes it."""
         if (self.path / SINGLE).exists():
             with self._open(SINGLE) as file:
-                return {SINGLE: list(file.keys())}
+                names = list(file.keys())
+            if (self.path / INDEX).exists():
+                self._refuse_other_names(set(names), set(self._index()))
+            return {SINGLE: names}
+        if not (self.path / INDEX).exists():
+            raise CheckpointError(self._without_weights())
+        shards: dict[str, list[str]] = {}
+        for name, file in self._index().items():
+            shards.setdefault(file, []).append(name)
+        missing = sorted(file for file in shards if not (self.path / file).exists())
+        if missing:
+            raise CheckpointError(f"{self.path}: missing {', '.join(missing)}; fetch them again")
+        return shards
+
+    def _index(self) -> dict[str, str]:
+        index = _read_json(self.path / INDEX).get("weight_map")
+        if not isinstance(index, dict):
+            raise CheckpointError(f"{self.path / INDEX}: lacks weight_map; fetch the file again")
+        for name, file in index.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise CheckpointError(f"{self.path / INDEX}: {name} is said to be in {file!r}")
+        return index
+
+    def _refuse_other_names(self, single: set[str], index: set[str]) -> None:
+        if single != index:
+            found = {SINGLE: single - index, INDEX: index - single}
+            alone = (f"only {file} has {shortened(names)}" for file, names in found.items() if names)
+            raise CheckpointError(
+                f"{self.path}: {SINGLE} and {INDEX} hold different weights: {'; '.join(alone)}; "
+                "delete the form that is not meant"
+            )
+
+    def _without_weights(self) -> str:
         pickles = sorted(path.name for path in self.path.glob("*.bin")) + sorted(
             path.name for path in self.path.glob("*.pt*")
         )
         if pickles:
-            raise CheckpointError(
-                f"{self.path}: holds {pickles[0]}, a pickle, which can run code; convert it to safetensors"
-            )
-        raise CheckpointError(f"{self.path}: holds neither {SINGLE} nor {INDEX}")
+            return f"{self.path}: holds {pickles[0]}, a pickle, which can run code; convert it to safetensors"
+        return f"{self.path}: holds neither {SINGLE} nor {INDEX}"
+
+    def passed_over(self) -> str:
+        """A line that names files of weights that are not read; empty when there are none."""
+        read = {*self.shards} | ({INDEX} if SINGLE not in self.shards else set())
+        found = {path.name for path in self.path.iterdir() if path.name.endswith(_WEIGHTS)} - read
+        return f"{self.path}: reads {shortened(read)}; passes over {shortened(found)}" if found else ""
 
     def _open(self, file: str) -> Any:
         try:
@@ -106,7 +141,11 @@ class HubDirectory:
 
 
 def write_directory(
-    path: Path, config: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]], shard_bytes: int
+    path: Path,
+    config: Mapping[str, Any],
+    tensors: Iterable[tuple[str, Tensor]],
+    shard_bytes: int,
+    tokenizer_digest: str | None = None,
 ) -> None:
     """Writes a checkpoint beside `path` and renames it, one shard in memory at a time.
 
@@ -118,6 +157,8 @@ def write_directory(
     try:
         beside.mkdir(parents=True)
         (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        if tokenizer_digest is not None:
+            (beside / TOKENIZER_DIGEST).write_text(json.dumps({"sha256": tokenizer_digest}) + "\n")
         _write_shards(beside, tensors, shard_bytes)
         beside.rename(path)
     except OSError as error:
@@ -159,11 +200,14 @@ def _write_shard(path: Path, number: int, shard: dict[str, Tensor]) -> dict[str,
     return {name: tensor.nbytes for name, tensor in shard.items()}
 
 
-def shortened(names: Iterable[str], limit: int = 8) -> str:
-    """The first names, and how many more there are."""
-    ordered = sorted(names)
-    more = f" and {len(ordered) - limit} more" if len(ordered) > limit else ""
-    return ", ".join(ordered[:limit]) + more
+def _read_digest(path: Path) -> str | None:
+    # Not exists(): a link that leads nowhere would pass for weights that never had a digest.
+    if not os.path.lexists(path):
+        return None
+    digest = _read_json(path).get("sha256")
+    if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+        raise CheckpointError(f"{path}: sha256 is {digest!r}, expected 64 digits; fetch the file again")
+    return digest
 
 
 def _read_json(path: Path) -> dict[str, Any]:

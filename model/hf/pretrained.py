@@ -10,10 +10,11 @@ from torch import Tensor
 
 from conf.compose import compose
 from conf.errors import CheckpointError, ConfigError
+from conf.names import shortened
 from model.config import Architecture
 from model.hf.family import Family, families, family_of
 from model.hf.fields import Fields
-from model.hf.files import CONFIG, DTYPES, SHARD_BYTES, HubDirectory, shortened, write_directory
+from model.hf.files import CONFIG, DTYPES, SHARD_BYTES, HubDirectory, write_directory
 from model.hf.own import OWN
 from model.hf.pieces import Mapped
 from model.language_model import LanguageModel
@@ -42,6 +43,8 @@ def open_pretrained(directory: str | Path, dtype: torch.dtype = torch.float32) -
     whole: transformers drops them; the model then has none, and says so.
     """
     hub = HubDirectory(Path(directory))
+    if line := hub.passed_over():
+        print(line)
     where = f"{hub.path / CONFIG}: model_type"
     family = family_of(every_family(), hub.config.get("model_type"), where)
     config = read_config(hub, family)
@@ -100,11 +103,13 @@ def save_pretrained(
     model_type: str | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    tokenizer_digest: str | None = None,
 ) -> str:
     """Writes the model as a hub directory that transformers opens; gives the name of its family.
 
     `model_type` picks among families that can hold the architecture; None takes the first; weft is our own.
     A `dtype` of None keeps that of every tensor; another one leaves in float32 what must stay so.
+    `tokenizer_digest` is the sha256 of the tokenizer whose ids the model was trained on, written beside.
 
     Raises CheckpointError when the directory exists, or no family holds the architecture or a buffer that is
     not zero, StorageError.
@@ -125,7 +130,8 @@ def save_pretrained(
         yield from family.derived(model.config)
 
     with torch.no_grad():
-        write_directory(Path(directory), full_config(family, config, said), tensors(), shard_bytes)
+        fields = full_config(family, config, said)
+        write_directory(Path(directory), fields, tensors(), shard_bytes, tokenizer_digest)
     return family.model_type
 
 

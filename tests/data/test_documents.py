@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from conf.compose import CONF_DIR
 from conf.errors import DataError
 from data.config import CorpusConfig
-from data.documents import Document, fault_of, find_files, read_documents
+from data.documents import Document, fault_of, read_documents
+from data.files import find_files
 
 
 def corpus(kind: str, source: Path | str, **changes: Any) -> CorpusConfig:
@@ -62,7 +63,7 @@ def test_a_tree_is_read_sorted_and_as_it_is(tmp_path: Path) -> None:
 
 
 def test_the_standard_library_has_only_its_own_source() -> None:
-    files = find_files("lib", corpus("code", "stdlib"))
+    files = find_files("lib", corpus("code", "stdlib")).paths
     root = Path(sysconfig.get_path("stdlib"))
     assert len(files) > 1000
     assert root / "json" / "decoder.py" in files

@@ -148,6 +148,7 @@ def test_a_stage_with_other_weights_repeats_and_skips_nothing(dataset: Prepared)
     consumed = first.consumed(100)
     second = open_loader(dataset.directory, weights={"code": 1.0, "more": 3.0}, begin=100, consumed=consumed)
     alone = open_loader(dataset.directory, weights={"more": 1.0})
+    assert (second.unused, alone.unused) == ([], ["code"])
     staged = [*first.batch(0, 100).sample_ids.tolist(), *second.batch(100, 300).sample_ids.tolist()]
     more = [id for id in staged if id >> 48 == 1]
     assert len(more) == second.consumed(400)["more"]

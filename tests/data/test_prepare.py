@@ -294,7 +294,35 @@ def test_empty_documents_are_counted_and_bad_ones_named(make_config: MakeConfig,
     mine = card.corpora["mine"]
     assert (mine.documents, mine.empty, mine.bad) == (12, 2, 2)
     assert [Path(example.split(":")[0]).name for example in mine.bad_examples] == ["b1.txt", "b2.txt"]
+    assert [Path(example).name for example in mine.empty_examples] == ["e1.txt", "e2.txt"]
     assert card.held_out.documents == card.held_out.bytes == 0
+
+
+def test_what_is_not_read_is_named_when_it_is_prepared_and_when_it_is_found(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    names = {"notes.md": b"x", ".hidden.txt": b"x", "e1.txt": b"", "part.txt.gz": b"x"}
+    corpora = files_of(tmp_path, plain_files() | names)
+    corpora["mine"]["suffixes"] = [".txt"]
+    (tmp_path / "source" / "more").symlink_to(tmp_path / "source")
+    settings = {"corpora": corpora, "tokenizer": {"vocab_size": 384}, "held_out": 0.0}
+    config = make_config(tmp_path / "out", **settings)
+    for is_new in (True, False):
+        prepared = prepare(config, progress=False)
+        assert prepared.is_new == is_new
+        lines = summary(prepared)
+        assert f"  mine: left out 1 empty documents, such as {tmp_path}/source/e1.txt" in lines
+        assert "  mine: passed over 1 folders read already under another name: more" in lines
+        assert "  mine: passed over 1 hidden: .hidden.txt" in lines
+        assert "  mine: passed over 2 not ending in .txt: notes.md, part.txt.gz" in lines
+
+
+def test_a_card_of_before_opens(dataset: Prepared, tmp_path: Path) -> None:
+    card = json.loads((dataset.directory / "card.json").read_text())
+    for corpus in card["corpora"].values():
+        del corpus["passed_over"], corpus["empty_examples"]
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    assert read_card(tmp_path).fingerprint == dataset.card.fingerprint
 
 
 def test_an_empty_split_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from data.loader import Loader
+from model.hf.files import HubDirectory
 from model.hf.pretrained import save_pretrained
 from model.language_model import LanguageModel
 from parallel.config.degrees import Degrees
@@ -61,7 +62,7 @@ class Trace(NamedTuple):
 def trace(world: World, config: RunConfig, given: Path, directory: Path) -> Trace:
     """Trains, saves and trains on; then does the same from the save."""
     state, loader = build_state(config, world), open_data(config, world.rank)
-    start_from(state.built, given, ())
+    start_from(state.built, HubDirectory(given), ())
     began, parts = held_out(state, loader, world), [parts_of(state)]
     whole = train(state, loader, config, world, BEFORE)
     store = CheckpointStore(directory, keep=2, rank=world.rank, size=world.size)

@@ -81,6 +81,18 @@ def test_data_other_than_the_runs(corpus: Corpus, damaged: Corpus, tmp_path: Pat
     assert "data.directory" in errors_of(other)
 
 
+def test_a_corpus_that_the_config_does_not_name_is_named(damaged: Corpus, tmp_path: Path) -> None:
+    card = json.loads((damaged.dataset / "card.json").read_text())
+    card["corpora"]["more"] = card["corpora"]["documents"]
+    (damaged.dataset / "card.json").write_text(json.dumps(card))
+    for ending in ("bin", "idx"):
+        shutil.copy(damaged.dataset / f"documents.{ending}", damaged.dataset / f"more.{ending}")
+    overrides = damaged.overrides(tmp_path / "run", "train.steps=1", "train.final_rows=1")
+    assert run_to_end(overrides) == 0
+    said = log_path(overrides).read_text()
+    assert f"{damaged.dataset}: passes over more, which data.corpora does not name" in said
+
+
 def test_a_run_directory_that_cannot_be_made(corpus: Corpus, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     overrides = corpus.overrides(tmp_path / "file" / "run")

@@ -106,7 +106,7 @@ def test_indexers_warm_up_while_the_rest_is_frozen(corpus: Corpus, tmp_path: Pat
     assert run_to_end(corpus.overrides(tmp_path / "warm", *recipe, "moe.bias_rate=0.0")) == 0
     config = open_run(str(tmp_path / "warm"))
     assert config.mixer["dsa"].index_stage == "dense"
-    model, _ = load_model(str(tmp_path / "warm"), config)
+    model = load_model(str(tmp_path / "warm"), config).model
     given = load_pretrained(tmp_path / "given").state_dict()
     for name, tensor in model.state_dict().items():
         if ".index_" not in name:

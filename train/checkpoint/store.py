@@ -1,6 +1,6 @@
 """Checkpoints that are either committed and verified or not there, with fallback to the newest good one."""
 
-import re
+import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from conf.errors import CheckpointError, StorageError
 from train.checkpoint.atomic import sync_directory, write_durably
+from train.checkpoint.entries import Entries, list_entries, remove
 from train.checkpoint.manifest import (
     MANIFEST,
     encode_manifest,
@@ -35,9 +36,6 @@ from train.checkpoint.storage import (
 
 __all__ = ["CheckpointStore", "Loaded", "read_manifest", "verify"]
 
-_COMMITTED = re.compile(r"step_(\d{8,})")
-_LEFTOVER = re.compile(r"step_\d{8,}\.(tmp|deleting|replaced)")
-_SET_ASIDE = re.compile(r"step_\d{8,}\.corrupt(\.\d+)?")
 # Enough of a list to see what went wrong; the rest is counted.
 _SHOWN_KEYS = 10
 
@@ -103,8 +101,7 @@ class CheckpointStore:
 
     def candidates(self) -> list[int]:
         """Steps of the committed checkpoints, newest first; none of them is verified."""
-        matches = (_COMMITTED.fullmatch(path.name) for path in self._directories())
-        return sorted((int(match[1]) for match in matches if match), reverse=True)
+        return list_entries(self.directory).steps
 
     def load_latest(
         self,
@@ -117,32 +114,34 @@ class CheckpointStore:
         """Load the newest intact checkpoint into `state`, in place; None when the run has none.
 
         Nothing is unpickled before the digests of the whole checkpoint agree. A bad checkpoint is
-        renamed to `step_X.corrupt`, with a printed line, and the next older one is tried. Leftovers of
-        interrupted saves are removed. With `read_only` nothing is renamed or removed, so that another
-        process may own the run.
+        renamed to `step_X.corrupt`, with a printed line, and the next older one is tried. A line names what
+        looks like a checkpoint and is passed over. Leftovers of interrupted saves are removed. With
+        `read_only` nothing is renamed or removed, so that another process may own the run.
 
         Every key of `state` must be stored with the same shape and dtype, and the reverse. `partial`
         waives the reverse for stored keys outside these dotted prefixes. `optional` waives both ways for
         keys under its prefixes, such as the random state of a rank that another world size lacks; what is
         not stored keeps its value and is listed in `skipped`.
 
-        Raises CheckpointError when there are checkpoints and all are bad, and when the keys differ.
+        Raises CheckpointError when one cannot be opened, when there is anything that looks like a checkpoint
+        and none is usable, and when the keys differ.
         """
         if not read_only:
             self._ranks.on_first("checkpoints not swept", self._sweep)
-        steps = self._ranks.on_first("checkpoints not listed", self.candidates)
+        found = self._list()
         set_aside: list[str] = []
-        for step in steps:
+        for step in found.steps:
             path = self.directory / step_name(step)
             problems = self._problems(path)
             if not problems:
                 self._verified.add(step)
+                self._name_passed_over(found)
                 return self._read(path, state, partial, optional, set_aside)
             set_aside.append(self._reject(path, problems, read_only))
-        bad = set_aside or self._ranks.on_first("checkpoints not listed", self._set_aside_earlier)
-        if bad:
+        # A requeued run must not start from nothing because the run before it set everything aside.
+        if bad := set_aside + found.passed_over():
             raise CheckpointError(
-                f"{self.directory}: every checkpoint is bad; restore one, or delete these to start anew: "
+                f"{self.directory}: no checkpoint is usable; restore one, or move these away to start anew: "
                 + " | ".join(bad)
             )
         return None
@@ -150,10 +149,24 @@ class CheckpointStore:
     def _open_file_system(self) -> DigestingFileSystem:
         return DigestingFileSystem()
 
-    def _directories(self) -> list[Path]:
-        if not self.directory.is_dir():
-            return []
-        return [path for path in self.directory.iterdir() if path.is_dir() and not path.is_symlink()]
+    def _list(self) -> Entries:
+        """What is there, as rank 0 sees it. Collective. Raises CheckpointError for what cannot be opened."""
+        listed = self._ranks.on_first(
+            "checkpoints not listed", lambda: list_entries(self.directory)._asdict()
+        )
+        found = Entries(**listed)
+        if found.unreadable:
+            # It may be the newest one: to go on from an older one could lose what it holds.
+            raise CheckpointError(
+                f"{self.directory}: cannot open {_shortened(found.unreadable, _SHOWN_KEYS)}; "
+                "put back what was there, or move it away to go on without"
+            )
+        return found
+
+    def _name_passed_over(self, found: Entries) -> None:
+        lines = found.passed_over()
+        if lines and self._ranks.rank == 0:
+            print(f"{self.directory}: passed over {_shortened(lines, _SHOWN_KEYS)}", flush=True)
 
     def _prepare(self, temporary: Path, step: int, extra: Mapping[str, Any]) -> None:
         # An extra that JSON refuses must fail before the expensive part.
@@ -188,30 +201,28 @@ class CheckpointStore:
         write_durably(temporary / MANIFEST, manifest)
         sync_directory(temporary)
         replaced = final.with_name(final.name + ".replaced")
-        if final.exists():
+        if os.path.lexists(final):
             # A kill between the two renames leaves the old one as .replaced; the sweep puts it back.
             final.rename(replaced)
         try:
             temporary.rename(final)
         except OSError:
-            if replaced.exists():
+            if os.path.lexists(replaced):
                 replaced.rename(final)
             raise
         sync_directory(self.directory)
-        if replaced.exists():
-            shutil.rmtree(replaced)
+        if os.path.lexists(replaced):
+            remove(replaced)
 
     def _sweep(self) -> None:
         """Remove what interrupted saves and deletions left; restore what an interrupted replacement hid."""
-        for path in self._directories():
-            match = _LEFTOVER.fullmatch(path.name)
-            if match is None:
-                continue
+        for name in list_entries(self.directory).leftovers:
+            path = self.directory / name
             committed = path.with_suffix("")
-            if match[1] == "replaced" and not committed.exists():
+            if path.suffix == ".replaced" and not os.path.lexists(committed):
                 path.rename(committed)
             else:
-                shutil.rmtree(path)
+                remove(path)
 
     def _problems(self, path: Path) -> list[str]:
         """What any rank finds wrong with `path`, the files shared out over the ranks. Collective."""
@@ -234,7 +245,7 @@ class CheckpointStore:
         def rename() -> str:
             target = path.with_name(path.name + ".corrupt")
             count = 1
-            while target.exists():
+            while os.path.lexists(target):
                 count += 1
                 target = path.with_name(f"{path.name}.corrupt.{count}")
             path.rename(target)
@@ -250,11 +261,6 @@ class CheckpointStore:
         if self._ranks.rank == 0:
             print(f"checkpoint {line}", flush=True)
         return line
-
-    def _set_aside_earlier(self) -> list[str]:
-        # A requeued run must not start from nothing because the run before it set everything aside.
-        names = sorted(path.name for path in self._directories() if _SET_ASIDE.fullmatch(path.name))
-        return [f"{name}: set aside by an earlier start" for name in names]
 
     def _read(
         self,
@@ -332,7 +338,8 @@ class CheckpointStore:
         doomed = path.with_name(path.name + ".deleting")
         try:
             path.rename(doomed)
-            shutil.rmtree(doomed)
+            if kept := remove(doomed):
+                print(f"checkpoint {path.name} deleted; {kept}", flush=True)
         except OSError as error:
             # The new checkpoint is safe: a full trash bin is no reason to stop a run.
             print(f"checkpoint {path.name} not deleted, tried again after the next save: {error}", flush=True)

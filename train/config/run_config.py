@@ -28,6 +28,8 @@ CHANGEABLE_KEYS = (
         "train.evaluate_rows",
         "train.final_rows",
         "train.max_skipped",
+        # It is about the first start; what a resumed run reads is compared with its own checkpoint.
+        "train.foreign_ids",
         "train.gc_every",
         "train.profile",
     ),

@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 
 from conf.errors import ConfigError, NumericsError, Violation, as_storage_error
+from conf.names import shortened
 from data.loader import Loader
 from parallel.apply import StepShape, build_parallel
 from parallel.block.compile import describe as describe_compiled
 from parallel.mesh.world import World, open_world
 from train.checkpoint.atomic import write_atomically
+from train.checkpoint.foreign_ids import Ids, compare_ids
 from train.checkpoint.lock import RunLock
 from train.checkpoint.store import CheckpointStore
 from train.config.environment import Environment, prepare_deepspeed
@@ -21,7 +23,7 @@ from train.config.run_config import RunConfig, differences
 from train.config.show import show_config
 from train.eval.heldout import evaluate
 from train.loop.hooks import GarbageCollection, Profiler, StepHook
-from train.loop.initial_weights import start_from
+from train.loop.initial_weights import begin
 from train.loop.interrupt import PREEMPT, REQUEUE, Interrupt
 from train.loop.kernel_check import prepare_kernels
 from train.loop.metrics import Metrics
@@ -69,6 +71,8 @@ def run_in_world(config: RunConfig, world: World, interrupt: Interrupt) -> None:
     """The run on its processes, its directory claimed."""
     directory = Path(config.run.dir)
     loader = open_data(config, world.rank)
+    if world.rank == 0:
+        print(loader.describe(), flush=True)
     state = build_state(config, world)
     prepare_kernels(config, state.built.modules(), world)
     if config.parallel.compile and world.rank == 0:
@@ -77,12 +81,9 @@ def run_in_world(config: RunConfig, world: World, interrupt: Interrupt) -> None:
         directory / CHECKPOINTS, keep=config.checkpoint.keep, rank=world.rank, size=world.size
     )
     if not resume(state, store, loader, world) and config.train.start is not None:
-        fresh = start_from(state.built, Path(config.train.start), config.train.fresh)
+        lines = begin(state.built, config, loader)
         if world.rank == 0:
-            print(
-                f"began from {config.train.start}, {len(fresh)} parameters from their first values",
-                flush=True,
-            )
+            print("\n".join(lines), flush=True)
     run_id = read_run_id(directory) if world.rank == 0 else ""
     tracker = Tracker(config.track, directory, run_id, config.model_dump(), world.rank, config.train.steps)
     is_well = False
@@ -204,8 +205,9 @@ def open_data(config: RunConfig, rank: int) -> Loader:
         weights=config.data.weights,
         vocab_size=config.model.vocab_size,
     )
-    if rank == 0:
-        print(loader.describe(), flush=True)
+    if loader.unused and rank == 0:
+        unused = shortened(loader.unused)
+        print(f"{loader.directory}: passes over {unused}, which data.corpora does not name", flush=True)
     if config.data.verify and rank == 0:
         loader.verify()
     return loader
@@ -228,7 +230,8 @@ def build_state(config: RunConfig, world: World) -> TrainState:
 
 def save(state: TrainState, store: CheckpointStore, loader: Loader, world: World) -> None:
     """Commits a checkpoint of the state. Raises StorageError."""
-    extra = {"counters": state.counters(), "data": loader.fingerprint}
+    tokenizer = loader.card.tokenizer.digest
+    extra = {"counters": state.counters(), "data": loader.fingerprint, "tokenizer": tokenizer}
     store.save(state.step, state.tensors(world), extra)
 
 
@@ -243,9 +246,14 @@ def resume(state: TrainState, store: CheckpointStore, loader: Loader, world: Wor
         # Asking for the optimizer's tensors made it allocate them; the first step must find none.
         state.optimizer.state.clear()
         return False
+    fix = "point it back to the dataset of the run"
+    # Older checkpoints have no digest of their own: that of the dataset covers its tokenizer too.
+    if "tokenizer" in loaded.extra:
+        found = Ids(str(loader.directory), loader.card.tokenizer.digest)
+        compare_ids(Ids(str(loaded.path), loaded.extra["tokenizer"]), found, "data.directory", fix)
     if loaded.extra["data"] != loader.fingerprint:
         message = f"{loaded.path} was trained on {loaded.extra['data']}; found {loader.fingerprint}"
-        raise ConfigError([Violation("data.directory", message + "; point it back to that dataset")])
+        raise ConfigError([Violation("data.directory", f"{message}; {fix}")])
     state.restore(tensors, loaded.extra["counters"], world)
     if world.rank == 0:
         print(f"resumed at step {state.step} from {loaded.path}", flush=True)

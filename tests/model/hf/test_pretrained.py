@@ -15,7 +15,7 @@ from conf.errors import CheckpointError, ConfigError
 from model.config import Architecture
 from model.hf.__main__ import main
 from model.hf.convert import convert
-from model.hf.files import HubDirectory
+from model.hf.files import TOKENIZER_DIGEST, HubDirectory
 from model.hf.pretrained import family_for, load_pretrained, save_pretrained, used
 from model.language_model import LanguageModel
 from tests.architectures import random_model, small_architecture
@@ -157,6 +157,42 @@ def test_an_index_that_points_elsewhere(directory: Path) -> None:
     assert "../../secret.safetensors" in refusal(directory)
 
 
+def in_both_forms(directory: Path) -> None:
+    """Adds a single file whose values are all other ones."""
+    tensors = {name: tensor + 1 for name, tensor in HubDirectory(directory).tensors()}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_of_two_forms_the_one_that_transformers_reads(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    in_both_forms(directory)
+    (directory / "consolidated.safetensors").touch()
+    ours = load_pretrained(directory)
+    said = capsys.readouterr().out
+    assert "reads model.safetensors; passes over consolidated.safetensors, model-00001-of-" in said
+    assert "model.safetensors.index.json" in said
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    assert torch.equal(ours.head.weight, theirs.lm_head.weight)
+    for path in [*directory.glob("model-*"), *directory.glob("*.index.json"), *directory.glob("cons*")]:
+        path.unlink()
+    load_pretrained(directory)
+    assert "passes over" not in capsys.readouterr().out
+
+
+def test_two_forms_that_disagree_are_refused(directory: Path) -> None:
+    in_both_forms(directory)
+    change_json(
+        directory / "model.safetensors.index.json",
+        lambda content: content["weight_map"].update({"more": content["weight_map"].pop(EXPERT)}),
+    )
+    said = refusal(directory)
+    assert f"only model.safetensors has {EXPERT}; only model.safetensors.index.json has more" in said
+    assert "delete the form that is not meant" in said
+
+
 class Bomb:
     """Unpickling it leaves a file behind."""
 
@@ -194,6 +230,22 @@ def test_import_and_export_give_the_same_directory(directory: Path, tmp_path: Pa
     loaded = load_pretrained(tmp_path / "ours", dtype)
     for (key, a), (_, b) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
         assert torch.equal(a, b), key
+
+
+def test_the_digest_of_the_tokenizer_goes_wherever_weights_go(directory: Path, tmp_path: Path) -> None:
+    assert HubDirectory(directory).tokenizer_digest is None
+    convert(directory, tmp_path / "none", model_type="weft")
+    assert not (tmp_path / "none" / TOKENIZER_DIGEST).exists()
+    save_pretrained(load_pretrained(directory), tmp_path / "hub2", tokenizer_digest="0f" * 32)
+    main(["import", str(tmp_path / "hub2"), str(tmp_path / "ours")])
+    main(["export", str(tmp_path / "ours"), str(tmp_path / "again"), "shard_gb=0.00001"])
+    for name in ("hub2", "ours", "again"):
+        assert HubDirectory(tmp_path / name).tokenizer_digest == "0f" * 32, name
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert HubDirectory(tmp_path / "theirs").tokenizer_digest is None
 
 
 def test_a_model_of_no_family_goes_through_our_own_form(tmp_path: Path) -> None:
