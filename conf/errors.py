@@ -7,6 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, NoReturn
 
+# Saved on request with steps left: no error, and no success after which what stands behind && may start.
+STOPPED = 85
+# Ended by SIGINT, as a shell counts it.
+INTERRUPTED = 130
+
 
 class WeftError(Exception):
     """A failure with a one-line cause and fix. Subclasses set the process exit code."""

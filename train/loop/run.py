@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from conf.errors import ConfigError, NumericsError, Violation, as_storage_error
+from conf.errors import STOPPED, ConfigError, NumericsError, Violation, as_storage_error
 from data.loader import Loader
 from parallel.apply import StepShape, build_parallel
 from parallel.block.compile import describe as describe_compiled
@@ -22,7 +22,7 @@ from train.config.show import show_config
 from train.eval.heldout import evaluate
 from train.loop.hooks import GarbageCollection, Profiler, StepHook
 from train.loop.initial_weights import start_from
-from train.loop.interrupt import PREEMPT, REQUEUE, Interrupt
+from train.loop.interrupt import PREEMPT, REQUEUE, Interrupt, Stopped
 from train.loop.kernel_check import prepare_kernels
 from train.loop.metrics import Metrics
 from train.loop.report import finish
@@ -34,17 +34,18 @@ from train.track.tracker import Tracker
 CONFIG_FILE, RUN_FILE, CHECKPOINTS = "config.json", "run.json", "checkpoints"
 
 
-def run_checked(config: RunConfig, environment: Environment) -> None:
-    """Shows a checked config and trains. Raises as `run` does."""
+def run_checked(config: RunConfig, environment: Environment) -> int:
+    """Shows a checked config and trains; the exit code. Raises as `run` does."""
     if environment.rank == 0:
         show_config(config, environment.world_size)
-    run(config, environment)
+    return run(config, environment)
 
 
-def run(config: RunConfig, environment: Environment) -> None:
+def run(config: RunConfig, environment: Environment) -> int:
     """Trains from the newest checkpoint of the run directory, or from step 0, to the last step.
 
-    A request to stop saves, leaves the file REQUEUE in the run directory and returns.
+    Gives the exit code: 0, or STOPPED after a request to stop, which saves and leaves the file REQUEUE in the
+    run directory.
 
     Raises the errors of conf.errors, each with the exit code for the launcher.
     """
@@ -56,15 +57,15 @@ def run(config: RunConfig, environment: Environment) -> None:
         if is_first:
             claim(directory, config)
         # Before anything slow: from here on a request to stop is heard.
-        interrupt = Interrupt(directory, watches_file=is_first)
+        interrupt = Interrupt(directory, is_first=is_first)
         if config.parallel.data == "zero":
             prepare_deepspeed(environment.local_rank)
         with open_world(config.parallel, *ranks, environment.rendezvous) as world:
-            run_in_world(config, world, interrupt)
+            return run_in_world(config, world, interrupt)
 
 
-def run_in_world(config: RunConfig, world: World, interrupt: Interrupt) -> None:
-    """The run on its processes, its directory claimed."""
+def run_in_world(config: RunConfig, world: World, interrupt: Interrupt) -> int:
+    """The run on its processes, its directory claimed; the exit code."""
     directory = Path(config.run.dir)
     loader = open_data(config, world.rank)
     state = build_state(config, world)
@@ -83,7 +84,7 @@ def run_in_world(config: RunConfig, world: World, interrupt: Interrupt) -> None:
             )
     run_id = read_run_id(directory) if world.rank == 0 else ""
     tracker = Tracker(config.track, directory, run_id, config.model_dump(), world.rank, config.train.steps)
-    is_well = False
+    is_well, code = False, 0
     # The tracker is closed last, whatever a hook raises on its way out.
     with ExitStack() as stack:
         stack.callback(lambda: tracker.close(is_failed=not is_well))
@@ -91,10 +92,16 @@ def run_in_world(config: RunConfig, world: World, interrupt: Interrupt) -> None:
         hooks = hooks_of(config, tracker, world)
         for hook in hooks:
             stack.callback(hook.close)
-        is_done = train(state, loader, store, hooks, interrupt, config, world)
-        if is_done:
+        try:
+            train(state, loader, store, hooks, interrupt, config, world)
             finish(state, loader, tracker, config, world)
+        except Stopped:
+            code = STOPPED
+            if world.rank == 0:
+                write_atomically(directory / REQUEUE, f"stopped at step {state.step}\n".encode())
+                print(f"asked to stop: saved step {state.step} of {config.train.steps}", flush=True)
         is_well = True
+    return code
 
 
 def hooks_of(config: RunConfig, tracker: Tracker, world: World) -> list[StepHook]:
@@ -116,9 +123,8 @@ def train(
     interrupt: Interrupt,
     config: RunConfig,
     world: World,
-) -> bool:
-    """The loop. True when the last step is done, False when a request to stop came first."""
-    directory = Path(config.run.dir)
+) -> None:
+    """The loop. Raises Stopped, the step saved, where a request to stop comes before the last one."""
     rows, micro = config.rank_rows(world.axes.batch.size)
     first = world.axes.batch.rank * rows
     upcoming = loader.prefetch(state.cursor + first, rows)
@@ -150,11 +156,7 @@ def train(
             for hook in hooks:
                 hook.after_save(state)
         if must_stop:
-            if world.rank == 0:
-                write_atomically(directory / REQUEUE, f"stopped at step {state.step}\n".encode())
-                print(f"asked to stop: saved step {state.step} of {config.train.steps}", flush=True)
-            return False
-    return True
+            raise Stopped
 
 
 def claim(directory: Path, config: RunConfig) -> None:

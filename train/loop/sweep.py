@@ -51,4 +51,7 @@ def one_job(composed: Any) -> None:
         config = checked(known, environment.world_size, sees_mixers=False)
         from train.loop.run import run_checked
 
-        run_checked(config, environment)
+        code = run_checked(config, environment)
+    if code:
+        # What Hydra would begin next is not begun.
+        sys.exit(code)
