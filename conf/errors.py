@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, NoReturn
 
-# Saved on request with steps left: no error, and no success after which what stands behind && may start.
+# Saved on request before the end: no error, and no success after which what stands behind && may start.
 STOPPED = 85
 # Ended by SIGINT, as a shell counts it.
 INTERRUPTED = 130

@@ -2,8 +2,9 @@
 
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,13 +20,12 @@ from train.checkpoint.store import CheckpointStore
 from train.config.environment import Environment, prepare_deepspeed
 from train.config.run_config import RunConfig, differences
 from train.config.show import show_config
-from train.eval.heldout import evaluate
 from train.loop.hooks import GarbageCollection, Profiler, StepHook
 from train.loop.initial_weights import start_from
 from train.loop.interrupt import PREEMPT, REQUEUE, Interrupt, Stopped
 from train.loop.kernel_check import prepare_kernels
 from train.loop.metrics import Metrics
-from train.loop.report import finish
+from train.loop.report import finish, score
 from train.loop.state import TrainState
 from train.loop.step import StepResult, train_step
 from train.optim.param_groups import build_optimizer
@@ -93,13 +93,15 @@ def run_in_world(config: RunConfig, world: World, interrupt: Interrupt) -> int:
         for hook in hooks:
             stack.callback(hook.close)
         try:
-            train(state, loader, store, hooks, interrupt, config, world)
-            finish(state, loader, tracker, config, world)
+            check = partial(stop_if_asked, interrupt, world)
+            train(state, loader, store, hooks, check, config, world)
+            finish(state, loader, tracker, config, world, check)
         except Stopped:
             code = STOPPED
             if world.rank == 0:
                 write_atomically(directory / REQUEUE, f"stopped at step {state.step}\n".encode())
-                print(f"asked to stop: saved step {state.step} of {config.train.steps}", flush=True)
+                done = f"saved step {state.step}" if state.step else "before the first"
+                print(f"asked to stop: {done} of {config.train.steps}", flush=True)
         is_well = True
     return code
 
@@ -120,15 +122,23 @@ def train(
     loader: Loader,
     store: CheckpointStore,
     hooks: Sequence[StepHook],
-    interrupt: Interrupt,
+    check: Callable[[], None],
     config: RunConfig,
     world: World,
 ) -> None:
-    """The loop. Raises Stopped, the step saved, where a request to stop comes before the last one."""
-    rows, micro = config.rank_rows(world.axes.batch.size)
-    first = world.axes.batch.rank * rows
+    """The loop. `check` raises Stopped where that was asked for; the step is saved before it is raised on."""
+    rows, _ = config.rank_rows(world.axes.batch.size)
+    first, saved = world.axes.batch.rank * rows, state.step
     upcoming = loader.prefetch(state.cursor + first, rows)
     while state.step < config.train.steps:
+        try:
+            check()
+            # After the save of the step, so that a run which goes on from there makes up for what is dropped.
+            evaluate_if_due(state, loader, hooks, check, config, world)
+        except Stopped:
+            if saved != state.step:
+                save(state, store, loader, world, hooks)
+            raise
         for hook in hooks:
             hook.before_data(state)
         batch = upcoming.result()
@@ -141,22 +151,25 @@ def train(
             hook.after_step(state, result)
         check_numerics(state, result, config)
 
-        is_last = state.step == config.train.steps
-        has_held_out = loader.held_out_rows > 0
-        if has_held_out and state.step % config.train.evaluate_every == 0 and not is_last:
-            options = {"rows": config.train.evaluate_rows, "micro_batch": micro}
-            held_out = evaluate(
-                state.built.runner, loader, world, **options, mtp_depth=config.model.mtp.depth
-            )
-            for hook in hooks:
-                hook.after_evaluation(state, held_out)
-        must_stop = is_requested(interrupt, world) and not is_last
-        if is_last or must_stop or state.step % config.checkpoint.every == 0:
-            save(state, store, loader, world)
-            for hook in hooks:
-                hook.after_save(state)
-        if must_stop:
-            raise Stopped
+        if state.step == config.train.steps or state.step % config.checkpoint.every == 0:
+            save(state, store, loader, world, hooks)
+            saved = state.step
+
+
+def evaluate_if_due(
+    state: TrainState,
+    loader: Loader,
+    hooks: Sequence[StepHook],
+    check: Callable[[], None],
+    config: RunConfig,
+    world: World,
+) -> None:
+    """Scores held-out documents where the step asks for it. `check` may end it before its end."""
+    is_due = state.step > 0 and state.step % config.train.evaluate_every == 0
+    if is_due and loader.held_out_rows > 0:
+        held_out = score(state, loader, config, world, config.train.evaluate_rows, check)
+        for hook in hooks:
+            hook.after_evaluation(state, held_out)
 
 
 def claim(directory: Path, config: RunConfig) -> None:
@@ -224,10 +237,14 @@ def build_state(config: RunConfig, world: World) -> TrainState:
     return TrainState(built, build_optimizer(built, config.optim), config.optim)
 
 
-def save(state: TrainState, store: CheckpointStore, loader: Loader, world: World) -> None:
+def save(
+    state: TrainState, store: CheckpointStore, loader: Loader, world: World, hooks: Sequence[StepHook] = ()
+) -> None:
     """Commits a checkpoint of the state. Raises StorageError."""
     extra = {"counters": state.counters(), "data": loader.fingerprint}
     store.save(state.step, state.tensors(world), extra)
+    for hook in hooks:
+        hook.after_save(state)
 
 
 def resume(state: TrainState, store: CheckpointStore, loader: Loader, world: World) -> bool:
@@ -250,10 +267,11 @@ def resume(state: TrainState, store: CheckpointStore, loader: Loader, world: Wor
     return True
 
 
-def is_requested(interrupt: Interrupt, world: World) -> bool:
-    """Whether any rank was asked to stop; all ranks agree."""
+def stop_if_asked(interrupt: Interrupt, world: World) -> None:
+    """Raises Stopped on all ranks where any of them was asked to stop. Collective."""
     flag = torch.tensor(float(interrupt.is_requested), device=world.device)
-    return bool(world.sum(flag) > 0)
+    if world.sum(flag) > 0:
+        raise Stopped
 
 
 def check_numerics(state: TrainState, result: StepResult, config: RunConfig) -> None:
