@@ -1,6 +1,7 @@
 """`python -m train [group=option] [key=value]`: trains; the same command goes on after any stop.
 
 With -m every combination of values with commas is a run of its own, in run.dir/0, run.dir/1 and so on.
+A run that fails does not keep the others from starting.
 """
 
 from conf.help import run
@@ -31,10 +32,9 @@ def main(arguments: list[str]) -> int:
 
     share_processors()
     if any(argument.startswith("-") for argument in arguments):
-        from train.loop.sweep import hydra_main
+        from train.loop.sweep import flagged
 
-        hydra_main(arguments)
-        return 0
+        return flagged(arguments)
     return start(arguments)
 
 
