@@ -68,6 +68,7 @@ def uninterrupted(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> P
     return directory
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_keeps_what_follows_from_starting(
     started: Start, uninterrupted: Path, corpus: Corpus, tmp_path: Path
 ) -> None:
