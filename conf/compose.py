@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -161,6 +162,39 @@ def hydra_overrides(overrides: Sequence[str]) -> list[str]:
         raise ConfigError(violations)
     mixers = ",".join(group_options("mixer"))
     return [f"mixer=[{mixers}]", *lines]
+
+
+def sweep_jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of each run of a sweep: every combination of the values that they give.
+
+    Raises ConfigError for bad syntax and for an interval, which has no list of values.
+    """
+    from hydra.errors import HydraException
+
+    choices, violations = list[list[str]](), []
+    for override in overrides:
+        try:
+            parsed = _parsed(override)
+            choices.append(_choices(override, parsed))
+        except HydraException as error:
+            hint = "give values with commas, key=1,2"
+            violations.append(
+                Violation(override, f"not an override of a sweep: {_first_line(error)}; {hint}")
+            )
+    if violations:
+        raise ConfigError(violations)
+    return [list(chosen) for chosen in product(*choices)]
+
+
+def _choices(override: str, parsed: "Override") -> list[str]:
+    from hydra.core.override_parser.types import Glob
+
+    if not parsed.is_sweep_override():
+        return [override]
+    value = parsed.value()
+    if isinstance(value, Glob):
+        return [f"{parsed.key_or_group}={name}" for name in value.filter(group_options(parsed.key_or_group))]
+    return [f"{parsed.get_key_element()}={text}" for text in parsed.sweep_string_iterator()]
 
 
 def overrides_of(tree: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -7,6 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, NoReturn
 
+# Saved on request before the end: no error, and no success after which what stands behind && may start.
+STOPPED = 85
+# Ended by SIGINT, as a shell counts it.
+INTERRUPTED = 130
+
 
 class WeftError(Exception):
     """A failure with a one-line cause and fix. Subclasses set the process exit code."""
@@ -83,6 +88,15 @@ def as_storage_error(error: OSError, path: str | os.PathLike[str]) -> StorageErr
     return StorageError(f"{os.fspath(path)}: cannot write: {cause}")
 
 
+def as_weft_error(error: BaseException) -> WeftError | None:
+    """The error as one that a user can act on; None where it is of another kind."""
+    if isinstance(error, WeftError):
+        return error
+    if isinstance(error, OSError) and error.errno in _STORAGE_CAUSES:
+        return as_storage_error(error, error.filename or "(unnamed file)")
+    return None
+
+
 @contextmanager
 def exit_on_error() -> Iterator[None]:
     """Turn a WeftError, or a full or read-only disk, into lines on stderr and its exit code.
@@ -91,15 +105,12 @@ def exit_on_error() -> Iterator[None]:
     """
     try:
         yield
-    except ConfigError as error:
-        _exit([str(violation) for violation in error.violations], error.exit_code)
-    except WeftError as error:
-        _exit([str(error)], error.exit_code)
-    except OSError as error:
-        if error.errno not in _STORAGE_CAUSES:
+    except Exception as error:
+        known = as_weft_error(error)
+        if known is None:
             raise
-        storage = as_storage_error(error, error.filename or "(unnamed file)")
-        _exit([str(storage)], storage.exit_code)
+        lines = known.violations if isinstance(known, ConfigError) else [known]
+        _exit([str(line) for line in lines], known.exit_code)
 
 
 def _exit(lines: Sequence[str], code: int) -> NoReturn:

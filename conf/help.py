@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel
 
 from conf.compose import CONF_DIR, Config, group_options
-from conf.errors import ConfigError, Violation, exit_on_error
+from conf.errors import INTERRUPTED, ConfigError, Violation, exit_on_error
 from conf.key_types import key_type, value_type
 from conf.keys import Key, Option, default_option, groups, options, sections, shared_keys
 from conf.known_keys import did_you_mean
@@ -44,16 +44,24 @@ class Page(NamedTuple):
 
 def run(main: Callable[[list[str]], int | None], page: Page) -> NoReturn:
     """Answers what is asked about the command, or does it, and ends the process with its exit code."""
-    arguments = sys.argv[1:]
-    with exit_on_error():
-        asked = question(arguments)
-        if asked is None:
-            sys.exit(main(arguments))
-        if page.shown_by is not None and asked.startswith(f"{FLAG}="):
-            command = [sys.executable, "-m", page.shown_by, asked]
-            sys.exit(subprocess.run(command, cwd=CONF_DIR.parent, check=False).returncode)
-        show(answer(asked, page))
-    sys.exit(0)
+    try:
+        with exit_on_error():
+            sys.exit(answered_or_done(main, page, sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
+
+
+def answered_or_done(main: Callable[[list[str]], int | None], page: Page, arguments: list[str]) -> int | None:
+    """The exit code of the command, or of what answers a question about it."""
+    asked = question(arguments)
+    if asked is None:
+        return main(arguments)
+    if page.shown_by is not None and asked.startswith(f"{FLAG}="):
+        command = [sys.executable, "-m", page.shown_by, asked]
+        return subprocess.run(command, cwd=CONF_DIR.parent, check=False).returncode
+    show(answer(asked, page))
+    return 0
 
 
 def question(arguments: Sequence[str]) -> str | None:

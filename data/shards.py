@@ -22,6 +22,7 @@ import numpy as np
 import xxhash
 
 from conf.errors import DataError
+from conf.interrupts import end_at_interrupt, shielded
 from data.durable import write_whole
 from data.token_file import token_dtype
 from data.tokenizer import Tokenizer, load_tokenizer
@@ -185,7 +186,7 @@ class Workers:
             assert self._tokenizer is not None, "Workers is used before it is entered"
             _write_shard(name, contents, self._job, self._tokenizer)
             return 1
-        with _worker_deaths_named():
+        with _worker_deaths_named(), shielded():
             self._pending.add(self._pool.submit(_work, name, contents, self._job))
         return self._collect(most=2 * self._count)
 
@@ -216,6 +217,7 @@ def _worker_deaths_named() -> Iterator[None]:
 
 
 def _start_worker() -> None:
+    end_at_interrupt()
     parent = parent_process()
     assert parent is not None, "a worker has a parent"
 

@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from conf.interrupts import end_at_interrupt, shielded
 from kernels.spec import KernelSpec, input_factory, kernel_specs, outputs_and_grads
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -229,8 +230,10 @@ def compile_all(names: Sequence[str]) -> int:
         return 64
     binaries, found, known = [], [], []
     wanted = list(names or specs)
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        for name, own in zip(wanted, pool.map(compile_named, wanted), strict=True):
+    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=end_at_interrupt) as pool:
+        with shielded():
+            compiled = pool.map(compile_named, wanted)
+        for name, own in zip(wanted, compiled, strict=True):
             binaries += own
             found += [f"{name}: {fault}" for fault in faults(specs[name], own)]
             known += [f"known spills: {name}: {line}" for line in known_spills(specs[name], own)]

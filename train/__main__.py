@@ -1,6 +1,7 @@
 """`python -m train [group=option] [key=value]`: trains; the same command goes on after any stop.
 
 With -m every combination of values with commas is a run of its own, in run.dir/0, run.dir/1 and so on.
+A run that fails does not keep the others from starting.
 """
 
 from conf.help import run
@@ -22,21 +23,23 @@ PAGE = run_page(
 )
 
 
-def main(arguments: list[str]) -> None:
-    """Checks the config before anything slow, then trains. Raises the errors of conf.errors."""
+def main(arguments: list[str]) -> int:
+    """The exit code of what is asked, its config checked before anything slow.
+
+    Raises the errors of conf.errors.
+    """
     from train.config.environment import share_processors
 
     share_processors()
     if any(argument.startswith("-") for argument in arguments):
-        from train.loop.sweep import hydra_main
+        from train.loop.sweep import flagged
 
-        hydra_main(arguments)
-        return
-    start(arguments)
+        return flagged(arguments)
+    return start(arguments)
 
 
-def start(arguments: list[str]) -> None:
-    """One run from its overrides. Raises the errors of conf.errors."""
+def start(arguments: list[str]) -> int:
+    """One run from its overrides; the exit code. Raises the errors of conf.errors."""
     from train.config.environment import read_environment
     from train.config.load import load_config
 
@@ -44,7 +47,7 @@ def start(arguments: list[str]) -> None:
     config = load_config(arguments, environment.world_size)
     from train.loop.run import run_checked
 
-    run_checked(config, environment)
+    return run_checked(config, environment)
 
 
 if __name__ == "__main__":

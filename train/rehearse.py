@@ -10,10 +10,12 @@ import os
 from collections.abc import Collection
 from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
+from multiprocessing.forkserver import ensure_running
 from typing import TYPE_CHECKING, Any
 
 from conf.errors import ConfigError, Violation
 from conf.help import run
+from conf.interrupts import end_at_interrupt, shielded
 from train.config.help import run_page
 from train.estimate.figures import print_figures, readable_bytes
 
@@ -100,7 +102,9 @@ def with_processes(config: "RunConfig") -> dict[str, Any]:
     # whose torch has started threads cannot be forked.
     context = get_context("forkserver")
     context.set_forkserver_preload(["train.estimate.rehearsal"])
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context) as pool:
+    with shielded():
+        ensure_running()
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context, end_at_interrupt) as pool:
         try:
             return rehearse(config, pool)
         except BaseException:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conf.errors import STOPPED
 from tests.train.runs import log_path, metrics_of, run_to_end, spawn_ranks, wait_for_metrics
 
 STEPS = 20
@@ -136,7 +137,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one(alone, corpus, tmp_path: Pat
     (directory / "PREEMPT").touch()
     for process in ranks:
         process.join(60)
-        assert process.exitcode == 0
+        assert process.exitcode == STOPPED
     assert (directory / "REQUEUE").exists()
     assert run_to_end(arguments) == 0
     assert_same(directory, reference, LIMITS[precision])

@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from conf.errors import STOPPED
+
 ROOT = Path(__file__).parents[2]
 
 # Drops srun's flags and runs one task; forwards USR1 as srun does.
@@ -46,9 +48,7 @@ if mode == "wait":
     while not heard and not (run / "PREEMPT").exists():
         time.sleep(0.02)
     mode = "more"
-if mode == "more":
-    (run / "REQUEUE").touch()
-sys.exit(code)
+sys.exit(85 if mode == "more" else code)
 """
 
 
@@ -157,9 +157,15 @@ def test_usr1_saves_and_queues_again(site: Site, boot: str) -> None:
         log, _ = process.communicate(timeout=20)
     finally:
         process.kill()
-    assert "trainer ended with 0 after USR1" in log
+    assert "trainer ended with 85 after USR1" in log
     assert site.noted("requeued") == ["17"]
     assert not psutil.pid_exists(process.pid)
+
+
+def test_a_stop_is_told_by_its_code(site: Site) -> None:
+    assert site.run("run.dir=out", MODE="fail", CODE=str(STOPPED))[0] == -signal.SIGTERM
+    assert site.noted("requeued") == ["17"]
+    assert not (site.root / "out/CRASHES").exists()
 
 
 def test_old_wishes_do_not_reach_a_new_attempt(site: Site) -> None:
@@ -210,7 +216,7 @@ def test_full_storage_is_tried_again_ever_later(site: Site) -> None:
 
 def test_restarts_are_bounded(site: Site) -> None:
     code, log = site.run("run.dir=out", MODE="more", SLURM_RESTART_COUNT="4", WEFT_MAX_RESTARTS="4")
-    assert code == 75
+    assert code == STOPPED
     assert "4 restarts are used up" in log
     assert site.noted("requeued") == []
 
@@ -224,8 +230,8 @@ def test_term_is_final(site: Site) -> None:
     time.sleep(0.2)
     (site.root / "out/PREEMPT").touch()  # SLURM tells the trainer itself; the stand-in listens to this
     log, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, log
-    assert "trainer ended with 0 after TERM" in log
+    assert process.returncode == STOPPED, log
+    assert "trainer ended with 85 after TERM" in log
     assert site.noted("requeued") == []
 
 

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -118,7 +119,9 @@ def train_here(
     if forgets:
         forget(forgets)
     with exit_on_error():
-        start(list(overrides))
+        code = start(list(overrides))
+    if code:
+        sys.exit(code)
 
 
 def log_path(overrides: Sequence[str]) -> Path:

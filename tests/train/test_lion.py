@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from conf.errors import STOPPED
 from model.count import count
 from tests.closeness import relative
 from tests.train.runs import metrics_of, run_to_end, spawn_ranks, wait_for_metrics
@@ -58,7 +59,7 @@ def test_stopped_sharded_and_in_a_pipeline_a_run_is_the_same(corpus, tmp_path: P
     (tmp_path / "stopped" / "PREEMPT").touch()
     for process in ranks:
         process.join(60)
-        assert process.exitcode == 0
+        assert process.exitcode == STOPPED
     assert run_to_end([*stopped, "parallel.pp=2", "train.micro_batch=1", "parallel.ep=2"], 4) == 0
     found = [line["loss"] for line in metrics_of(tmp_path / "stopped")]
     assert found == pytest.approx(expected, rel=1e-12)

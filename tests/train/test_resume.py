@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from conf.errors import STOPPED
 from tests.train.conftest import Corpus
 from tests.train.runs import log_path, metrics_of, run_to_end, spawn_ranks, wait_for_metrics
 
@@ -118,7 +119,7 @@ def test_a_signal_saves_and_asks_to_be_started_again(
     wait_for_metrics(directory, [process])
     os.kill(process.pid or 0, signal.SIGUSR1)
     process.join(60)
-    assert process.exitcode == 0
+    assert process.exitcode == STOPPED
     assert (directory / "REQUEUE").exists()
     assert run_to_end(overrides) == 0
     assert not (directory / "REQUEUE").exists()

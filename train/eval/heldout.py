@@ -1,6 +1,7 @@
 """Held-out loss in nats per token and bits per byte."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,17 +23,26 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    runner: Runner, loader: Loader, world: World, *, rows: int, micro_batch: int, mtp_depth: int = 0
+    runner: Runner,
+    loader: Loader,
+    world: World,
+    *,
+    rows: int,
+    micro_batch: int,
+    mtp_depth: int = 0,
+    before_round: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """The loss over the first `rows` held-out windows, shared out over the ranks.
 
-    The dataset must hold out at least one document. mtp_depth: how many MTP modules there are.
+    The dataset must hold out at least one document. mtp_depth: how many MTP modules there are. before_round
+    is called by all ranks, before each round of batches; what it raises ends the evaluation.
     """
     rows = min(rows, loader.held_out_rows)
     totals = torch.zeros(2, dtype=torch.float64, device=world.device)
     ranks = world.axes.batch
     stride = ranks.size * micro_batch
     for start in range(0, rows, stride):
+        before_round()
         # Every rank runs every round, also with nothing to count: sharded weights are gathered together.
         first = start + ranks.rank * micro_batch
         batch = to_device(loader.held_out(first, micro_batch), world.device)

@@ -1,6 +1,7 @@
 """The end of a run: held-out score, plot, result table, text sample."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,36 @@ from train.track.tracker import Tracker
 RESULT_FILE, PLOT_FILE = "result.json", "loss.png"
 
 
-def finish(state: TrainState, loader: Loader, tracker: Tracker, config: RunConfig, world: World) -> None:
-    """Scores held-out documents, then rank 0 writes result.json and loss.png and prints both."""
+def score(
+    state: TrainState,
+    loader: Loader,
+    config: RunConfig,
+    world: World,
+    rows: int,
+    before_round: Callable[[], None],
+) -> Evaluation:
+    """The loss of the weights as they are over so many held-out windows; before_round is as in `evaluate`."""
+    _, micro = config.rank_rows(world.axes.batch.size)
+    options = {"rows": rows, "micro_batch": micro, "mtp_depth": config.model.mtp.depth}
+    return evaluate(state.built.runner, loader, world, **options, before_round=before_round)
+
+
+def finish(
+    state: TrainState,
+    loader: Loader,
+    tracker: Tracker,
+    config: RunConfig,
+    world: World,
+    before_round: Callable[[], None],
+) -> None:
+    """Scores held-out documents, then rank 0 writes result.json and loss.png and prints both.
+
+    before_round is as in `evaluate`; where it raises nothing is written.
+    """
     held_out, rows = None, 0
     if loader.held_out_rows:
-        _, micro = config.rank_rows(world.axes.batch.size)
         rows = min(config.train.final_rows or loader.held_out_rows, loader.held_out_rows)
-        mtp_depth, runner = config.model.mtp.depth, state.built.runner
-        held_out = evaluate(runner, loader, world, rows=rows, micro_batch=micro, mtp_depth=mtp_depth)
+        held_out = score(state, loader, config, world, rows, before_round)
         tracker.log_evaluation(state.step, held_out._asdict())
     # Generation wants all layers, whole, and rows of any length.
     model = state.built.whole if world.axes.sequence.size == 1 else None

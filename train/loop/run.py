@@ -2,13 +2,14 @@
 
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from conf.errors import ConfigError, NumericsError, Violation, as_storage_error
+from conf.errors import STOPPED, ConfigError, NumericsError, Violation, as_storage_error
 from conf.names import shortened
 from data.loader import Loader
 from parallel.apply import StepShape, build_parallel
@@ -21,14 +22,13 @@ from train.checkpoint.store import CheckpointStore
 from train.config.environment import Environment, prepare_deepspeed
 from train.config.run_config import RunConfig, differences
 from train.config.show import show_config
-from train.eval.heldout import evaluate
 from train.loop.hooks import GarbageCollection, Profiler, StepHook
 from train.loop.initial_weights import begin
-from train.loop.interrupt import PREEMPT, REQUEUE, Interrupt
+from train.loop.interrupt import PREEMPT, REQUEUE, Interrupt, Stopped
 from train.loop.kernel_check import prepare_kernels
 from train.loop.metrics import Metrics
 from train.loop.out_of_memory import memory_explained
-from train.loop.report import finish
+from train.loop.report import finish, score
 from train.loop.state import TrainState
 from train.loop.step import StepResult, train_step
 from train.optim.param_groups import build_optimizer
@@ -37,18 +37,19 @@ from train.track.tracker import Tracker
 CONFIG_FILE, RUN_FILE, CHECKPOINTS = "config.json", "run.json", "checkpoints"
 
 
-def run_checked(config: RunConfig, environment: Environment) -> None:
-    """Shows a checked config and trains. Raises as `run` does."""
+def run_checked(config: RunConfig, environment: Environment) -> int:
+    """Shows a checked config and trains; the exit code. Raises as `run` does."""
     if environment.rank == 0:
         show_config(config, environment.world_size)
     with memory_explained(config, environment.rank):
-        run(config, environment)
+        return run(config, environment)
 
 
-def run(config: RunConfig, environment: Environment) -> None:
+def run(config: RunConfig, environment: Environment) -> int:
     """Trains from the newest checkpoint of the run directory, or from step 0, to the last step.
 
-    A request to stop saves, leaves the file REQUEUE in the run directory and returns.
+    Gives the exit code: 0, or STOPPED after a request to stop, which saves and leaves the file REQUEUE in the
+    run directory.
 
     Raises the errors of conf.errors, each with the exit code for the launcher.
     """
@@ -60,15 +61,15 @@ def run(config: RunConfig, environment: Environment) -> None:
         if is_first:
             claim(directory, config)
         # Before anything slow: from here on a request to stop is heard.
-        interrupt = Interrupt(directory, watches_file=is_first)
+        interrupt = Interrupt(directory, is_first=is_first)
         if config.parallel.data == "zero":
             prepare_deepspeed(environment.local_rank)
         with open_world(config.parallel, *ranks, environment.rendezvous) as world:
-            run_in_world(config, world, interrupt)
+            return run_in_world(config, world, interrupt)
 
 
-def run_in_world(config: RunConfig, world: World, interrupt: Interrupt) -> None:
-    """The run on its processes, its directory claimed."""
+def run_in_world(config: RunConfig, world: World, interrupt: Interrupt) -> int:
+    """The run on its processes, its directory claimed; the exit code."""
     directory = Path(config.run.dir)
     loader = open_data(config, world.rank)
     if world.rank == 0:
@@ -86,7 +87,7 @@ def run_in_world(config: RunConfig, world: World, interrupt: Interrupt) -> None:
             print("\n".join(lines), flush=True)
     run_id = read_run_id(directory) if world.rank == 0 else ""
     tracker = Tracker(config.track, directory, run_id, config.model_dump(), world.rank, config.train.steps)
-    is_well = False
+    is_well, code = False, 0
     # The tracker is closed last, whatever a hook raises on its way out.
     with ExitStack() as stack:
         stack.callback(lambda: tracker.close(is_failed=not is_well))
@@ -94,10 +95,18 @@ def run_in_world(config: RunConfig, world: World, interrupt: Interrupt) -> None:
         hooks = hooks_of(config, tracker, world)
         for hook in hooks:
             stack.callback(hook.close)
-        is_done = train(state, loader, store, hooks, interrupt, config, world)
-        if is_done:
-            finish(state, loader, tracker, config, world)
+        try:
+            check = partial(stop_if_asked, interrupt, world)
+            train(state, loader, store, hooks, check, config, world)
+            finish(state, loader, tracker, config, world, check)
+        except Stopped:
+            code = STOPPED
+            if world.rank == 0:
+                write_atomically(directory / REQUEUE, f"stopped at step {state.step}\n".encode())
+                done = f"saved step {state.step}" if state.step else "before the first"
+                print(f"asked to stop: {done} of {config.train.steps}", flush=True)
         is_well = True
+    return code
 
 
 def hooks_of(config: RunConfig, tracker: Tracker, world: World) -> list[StepHook]:
@@ -116,16 +125,23 @@ def train(
     loader: Loader,
     store: CheckpointStore,
     hooks: Sequence[StepHook],
-    interrupt: Interrupt,
+    check: Callable[[], None],
     config: RunConfig,
     world: World,
-) -> bool:
-    """The loop. True when the last step is done, False when a request to stop came first."""
-    directory = Path(config.run.dir)
-    rows, micro = config.rank_rows(world.axes.batch.size)
-    first = world.axes.batch.rank * rows
+) -> None:
+    """The loop. `check` raises Stopped where that was asked for; the step is saved before it is raised on."""
+    rows, _ = config.rank_rows(world.axes.batch.size)
+    first, saved = world.axes.batch.rank * rows, state.step
     upcoming = loader.prefetch(state.cursor + first, rows)
     while state.step < config.train.steps:
+        try:
+            check()
+            # After the save of the step, so that a run which goes on from there makes up for what is dropped.
+            evaluate_if_due(state, loader, hooks, check, config, world)
+        except Stopped:
+            if saved != state.step:
+                save(state, store, loader, world, hooks)
+            raise
         for hook in hooks:
             hook.before_data(state)
         batch = upcoming.result()
@@ -138,26 +154,25 @@ def train(
             hook.after_step(state, result)
         check_numerics(state, result, config)
 
-        is_last = state.step == config.train.steps
-        has_held_out = loader.held_out_rows > 0
-        if has_held_out and state.step % config.train.evaluate_every == 0 and not is_last:
-            options = {"rows": config.train.evaluate_rows, "micro_batch": micro}
-            held_out = evaluate(
-                state.built.runner, loader, world, **options, mtp_depth=config.model.mtp.depth
-            )
-            for hook in hooks:
-                hook.after_evaluation(state, held_out)
-        must_stop = is_requested(interrupt, world) and not is_last
-        if is_last or must_stop or state.step % config.checkpoint.every == 0:
-            save(state, store, loader, world)
-            for hook in hooks:
-                hook.after_save(state)
-        if must_stop:
-            if world.rank == 0:
-                write_atomically(directory / REQUEUE, f"stopped at step {state.step}\n".encode())
-                print(f"asked to stop: saved step {state.step} of {config.train.steps}", flush=True)
-            return False
-    return True
+        if state.step == config.train.steps or state.step % config.checkpoint.every == 0:
+            save(state, store, loader, world, hooks)
+            saved = state.step
+
+
+def evaluate_if_due(
+    state: TrainState,
+    loader: Loader,
+    hooks: Sequence[StepHook],
+    check: Callable[[], None],
+    config: RunConfig,
+    world: World,
+) -> None:
+    """Scores held-out documents where the step asks for it. `check` may end it before its end."""
+    is_due = state.step > 0 and state.step % config.train.evaluate_every == 0
+    if is_due and loader.held_out_rows > 0:
+        held_out = score(state, loader, config, world, config.train.evaluate_rows, check)
+        for hook in hooks:
+            hook.after_evaluation(state, held_out)
 
 
 def claim(directory: Path, config: RunConfig) -> None:
@@ -228,11 +243,15 @@ def build_state(config: RunConfig, world: World) -> TrainState:
     return TrainState(built, build_optimizer(built, config.optim), config.optim)
 
 
-def save(state: TrainState, store: CheckpointStore, loader: Loader, world: World) -> None:
+def save(
+    state: TrainState, store: CheckpointStore, loader: Loader, world: World, hooks: Sequence[StepHook] = ()
+) -> None:
     """Commits a checkpoint of the state. Raises StorageError."""
     tokenizer = loader.card.tokenizer.digest
     extra = {"counters": state.counters(), "data": loader.fingerprint, "tokenizer": tokenizer}
     store.save(state.step, state.tensors(world), extra)
+    for hook in hooks:
+        hook.after_save(state)
 
 
 def resume(state: TrainState, store: CheckpointStore, loader: Loader, world: World) -> bool:
@@ -260,10 +279,11 @@ def resume(state: TrainState, store: CheckpointStore, loader: Loader, world: Wor
     return True
 
 
-def is_requested(interrupt: Interrupt, world: World) -> bool:
-    """Whether any rank was asked to stop; all ranks agree."""
+def stop_if_asked(interrupt: Interrupt, world: World) -> None:
+    """Raises Stopped on all ranks where any of them was asked to stop. Collective."""
     flag = torch.tensor(float(interrupt.is_requested), device=world.device)
-    return bool(world.sum(flag) > 0)
+    if world.sum(flag) > 0:
+        raise Stopped
 
 
 def check_numerics(state: TrainState, result: StepResult, config: RunConfig) -> None:

@@ -1,54 +1,114 @@
-"""Hydra's own command line: multirun sweeps and its launchers, --cfg."""
+"""`python -m train -m`: one run after the other, and a table of how they ended."""
 
 import sys
+import traceback
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
+from conf.compose import sweep_jobs
+from conf.errors import STOPPED, ConfigError, Violation, as_weft_error
+from train.config.environment import Environment, read_environment
+from train.config.load import load_config
 
-from conf.compose import CONF_DIR, hydra_overrides
-from conf.errors import exit_on_error
-
-# Hydra's flags whose value is the next word.
-_VALUED = ("--cfg", "-c", "--package", "-p", "--info", "-i")
-
-
-def hydra_main(arguments: Sequence[str]) -> None:
-    """Hands the arguments to Hydra, value keys made harmless so that our own check names the typos."""
-    flags, typed = told_apart(arguments)
-    with exit_on_error():
-        overrides = hydra_overrides(typed)
-    sys.argv = [sys.argv[0], *flags, *overrides]
-    hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")(one_job)()
+if TYPE_CHECKING:
+    from train.config.run_config import RunConfig
+    from train.loop.sweep_table import Ended
 
 
-def told_apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Flags with the words that belong to them, and overrides."""
-    flags, typed = [], []
-    for before, argument in pairwise(["", *arguments]):
-        is_value = before in _VALUED and "=" not in argument
-        (flags if argument.startswith("-") or is_value else typed).append(argument)
-    return flags, typed
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep: its checked config, and the overrides in which it differs from others."""
+
+    config: "RunConfig"
+    own: str
+
+    @property
+    def name(self) -> str:
+        """The directory, and what is tried in it."""
+        return f"{self.config.run.dir} ({self.own})" if self.own else self.config.run.dir
 
 
-def one_job(composed: Any) -> None:
-    """One run of a sweep. Each has its own directory: run.dir/NUMBER."""
-    from omegaconf import OmegaConf
+def flagged(arguments: Sequence[str]) -> int:
+    """The exit code of a sweep, or of what Hydra does with flags and keys of its own.
 
-    from train.config.environment import read_environment
-    from train.config.load import checked
+    Raises ConfigError, also for a sweep of several processes.
+    """
+    typed = [argument for argument in arguments if argument not in ("-m", "--multirun")]
+    if any(argument.lstrip("+~").startswith(("-", "hydra")) for argument in typed):
+        from train.loop.hydra_line import hydra_main
 
-    with exit_on_error():
-        tree = OmegaConf.to_container(composed, resolve=True)
-        assert isinstance(tree, dict), f"{type(tree)=}"
-        known = {str(name): value for name, value in tree.items()}
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            known["run"]["dir"] = f"{known['run']['dir']}/{HydraConfig.get().job.num}"
-        environment = read_environment()
-        config = checked(known, environment.world_size, sees_mixers=False)
-        from train.loop.run import run_checked
+        hydra_main(arguments)
+        return 0
+    environment = read_environment()
+    if environment.world_size > 1:
+        message = f"a sweep has one process; found {environment.world_size}; start each of its runs by itself"
+        raise ConfigError([Violation("-m", message)])
+    return sweep(checked_jobs(typed), environment)
 
-        run_checked(config, environment)
+
+def checked_jobs(typed: Sequence[str]) -> list[Job]:
+    """The runs that overrides with several values ask for, in run.dir/NUMBER.
+
+    Raises ConfigError with the violations of all of them, before the first one starts.
+    """
+    jobs, found = [], dict[Violation, list[str]]()
+    combinations = sweep_jobs(typed)
+    for number, overrides in enumerate(combinations):
+        own = ", ".join(line.lstrip("+") for line, same in zip(overrides, typed, strict=True) if line != same)
+        try:
+            config = load_config(overrides, 1)
+        except ConfigError as error:
+            for violation in error.violations:
+                found.setdefault(violation, []).append(own)
+            continue
+        directory = config.run.model_copy(update={"dir": f"{config.run.dir}/{number}"})
+        jobs.append(Job(config.model_copy(update={"run": directory}), own))
+    if found:
+        raise ConfigError([_of_some(*violation, len(combinations)) for violation in found.items()])
+    return jobs
+
+
+def _of_some(violation: Violation, where: Sequence[str], runs: int) -> Violation:
+    if len(where) == runs:
+        return violation
+    more = f" and {len(where) - 1} more" if len(where) > 1 else ""
+    return Violation(violation.key, f"{violation.message} (in the run of {where[0]}{more})")
+
+
+def sweep(jobs: Sequence[Job], environment: Environment) -> int:
+    """Trains one after the other, those that can, until a request to stop; then prints the table.
+
+    Gives STOPPED after such a request, else the code of the first run that failed, else 0.
+    """
+    from train.loop.interrupt import listen
+    from train.loop.sweep_table import Ended, show_sweep
+
+    ended = [Ended(job.config.run.dir, job.own) for job in jobs]
+    for number, job in enumerate(jobs):
+        print(f"run {number + 1} of {len(jobs)}: {job.name}", flush=True)
+        ended[number] = train_one(job, environment, ended[number])
+        # Also one that comes between two runs, or too late for the one before.
+        if ended[number].code == STOPPED or listen(says=True).is_heard:
+            break
+    show_sweep(ended)
+    codes = [run.code for run in ended]
+    if STOPPED in codes or None in codes:
+        return STOPPED
+    return next((code for code in codes if code), 0)
+
+
+def train_one(job: Job, environment: Environment, ended: "Ended") -> "Ended":
+    """How the run ended; an error is printed with the name of the run."""
+    from train.loop.run import run_checked
+
+    try:
+        return ended.with_code(run_checked(job.config, environment))
+    except Exception as error:
+        known = as_weft_error(error)
+        if known is None:
+            traceback.print_exc()
+        is_config = isinstance(known, ConfigError)
+        for said in known.violations if is_config else [known or f"{type(error).__name__}: {error}"]:
+            print(f"error: {job.name}: {said}", file=sys.stderr, flush=True)
+        return ended.with_code(known.exit_code if known else 1, is_claimed=not is_config)

@@ -10,16 +10,18 @@ import numpy as np
 from train.checkpoint.atomic import write_atomically
 
 
-def print_table(title: str, rows: Mapping[str, str]) -> None:
-    """Prints two columns under a title."""
+def print_table(title: str, rows: Mapping[str, str | Sequence[str]], head: Sequence[str] = ()) -> None:
+    """Prints columns under a title, two where the values are not several; head names the columns."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, show_header=False, title_justify="left")
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    table = Table(title=title, show_header=bool(head), title_justify="left")
+    names = head or ("", "")
+    table.add_column(names[0], no_wrap=True)
+    for name in names[1:]:
+        table.add_column(name, overflow="fold")
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, *([value] if isinstance(value, str) else value))
     Console().print(table)
 
 

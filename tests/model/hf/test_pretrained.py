@@ -130,7 +130,7 @@ def test_an_expert_too_many(directory: Path) -> None:
         ({"model_type": None}, "model_type"),
         ({"attention_sinks": True}, "unknown fields attention_sinks"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"hidden_size": "thirty"}, "model.width"),
+        ({"hidden_size": "thirty"}, "hidden_size is 'thirty'; expected a whole number"),
         ({"num_local_experts": 0}, "moe.num_experts"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantised (fp8)"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "longrope"),

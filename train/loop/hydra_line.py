@@ -1,0 +1,59 @@
+"""Hydra's own command line: --cfg and other flags of its own, and sweeps by one of its launchers."""
+
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from conf.compose import CONF_DIR, hydra_overrides
+from conf.errors import exit_on_error
+
+# Hydra's flags whose value is the next word.
+_VALUED = ("--cfg", "-c", "--package", "-p", "--info", "-i")
+
+
+def hydra_main(arguments: Sequence[str]) -> None:
+    """Hands the arguments to Hydra, value keys made harmless so that our own check names the typos."""
+    flags, typed = told_apart(arguments)
+    with exit_on_error():
+        overrides = hydra_overrides(typed)
+    sys.argv = [sys.argv[0], *flags, *overrides]
+    hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")(one_job)()
+
+
+def told_apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Flags with the words that belong to them, and overrides."""
+    flags, typed = [], []
+    for before, argument in pairwise(["", *arguments]):
+        is_value = before in _VALUED and "=" not in argument
+        (flags if argument.startswith("-") or is_value else typed).append(argument)
+    return flags, typed
+
+
+def one_job(composed: Any) -> None:
+    """One run of a sweep. Each has its own directory: run.dir/NUMBER."""
+    from omegaconf import OmegaConf
+
+    from train.config.environment import read_environment
+    from train.config.load import checked
+
+    with exit_on_error():
+        tree = OmegaConf.to_container(composed, resolve=True)
+        assert isinstance(tree, dict), f"{type(tree)=}"
+        known = {str(name): value for name, value in tree.items()}
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            known["run"]["dir"] = f"{known['run']['dir']}/{HydraConfig.get().job.num}"
+        environment = read_environment()
+        typed = HydraConfig.get().overrides.task
+        sees_mixers = any(override.lstrip("+").startswith("mixer.") for override in typed)
+        config = checked(known, environment.world_size, sees_mixers=sees_mixers)
+        from train.loop.run import run_checked
+
+        code = run_checked(config, environment)
+    if code:
+        # What Hydra would begin next is not begun.
+        sys.exit(code)
