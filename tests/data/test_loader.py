@@ -1,6 +1,5 @@
 import itertools
 import json
-import math
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -183,16 +182,6 @@ def test_every_held_out_token_is_a_target_once(
     assert len(set(ids)) == len(ids)
     assert not set(ids) & set(loader.batch(0, 50).sample_ids.tolist())
     assert card.bytes == len((dataset.directory / "held_out.txt").read_bytes())
-
-
-def test_a_uniform_guess_costs_its_bits_per_byte(loader: Loader) -> None:
-    # The nats of a uniform model, over the same targets that a real one would be scored on.
-    nll = 0.0
-    for start in range(0, loader.held_out_rows, 4):
-        targets = loader.held_out(start, 4).targets
-        nll += float((targets != IGNORED).sum()) * math.log(440)
-    expected = (loader.card.held_out.tokens - loader.card.held_out.documents) * math.log2(440)
-    assert nll / math.log(2) == pytest.approx(expected)
 
 
 def test_padding_is_a_document_of_its_own(loader: Loader) -> None:
