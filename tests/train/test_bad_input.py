@@ -1,6 +1,7 @@
 """What goes wrong outside the program ends a run with one line, and nothing is lost."""
 
 import json
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from tests.train.conftest import Corpus
 from tests.train.runs import log_path, metrics_of, run_to_end, spawn, train_here
 from train.config.load import load_config
+from train.export import main as train_export
 
 
 def errors_of(overrides: list[str]) -> str:
@@ -165,13 +167,49 @@ def train_with_a_poisoned_weight(overrides: list[str]) -> None:
     train_here(overrides)
 
 
+def train_with_a_poisoned_step(overrides: list[str]) -> None:
+    import torch
+
+    from train.loop import run
+
+    step = run.train_step
+
+    def poisoned(state, *arguments):
+        if state.step == 4:
+            with torch.no_grad():
+                state.built.whole.head.weight[3, 0] = float("nan")
+        return step(state, *arguments)
+
+    run.train_step = poisoned
+    train_here(overrides)
+
+
+def test_the_advice_after_non_finite_steps_is_taken(corpus: Corpus, tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    steps = ("train.steps=6", "checkpoint.every=2", "train.max_skipped=0")
+    overrides = corpus.overrides(directory, *steps)
+    process = spawn(train_with_a_poisoned_step, overrides)
+    process.join(60)
+    assert process.exitcode == 70
+    said = errors_of(overrides)
+    export, start, goes_on = (
+        re.findall(pattern, said)[0]
+        for pattern in (r"train\.export ([^)]*)\)", r"train\.start=[^)]*", r"train\.max_skipped=\d+")
+    )
+    train_export(export.split())
+    again = corpus.overrides(tmp_path / "another", *steps, start, "optim.lr=0.0001")
+    assert run_to_end(again) == 0
+    assert run_to_end([*overrides, goes_on]) == 0
+
+
 def test_non_finite_steps_touch_nothing_and_stop_the_run(corpus: Corpus, tmp_path: Path) -> None:
     directory = tmp_path / "run"
     overrides = corpus.overrides(directory, "train.max_skipped=2")
     process = spawn(train_with_a_poisoned_weight, overrides)
     process.join(60)
     assert process.exitcode == 70
-    assert "weights are those before" in errors_of(overrides)
+    said = errors_of(overrides)
+    assert "the weights are those before; start again in another run.dir" in said
     lines = metrics_of(directory)
     assert [line["optimizer/skipped"] for line in lines] == [1, 1, 1]
     assert [line["loss"] for line in lines] == [None] * 3

@@ -152,7 +152,7 @@ def train(
         result = train_step(state, batch, config, world)
         for hook in hooks:
             hook.after_step(state, result)
-        check_numerics(state, result, config)
+        check_numerics(state, result, config, saved)
 
         if state.step == config.train.steps or state.step % config.checkpoint.every == 0:
             save(state, store, loader, world, hooks)
@@ -286,12 +286,24 @@ def stop_if_asked(interrupt: Interrupt, world: World) -> None:
         raise Stopped
 
 
-def check_numerics(state: TrainState, result: StepResult, config: RunConfig) -> None:
-    """Raises NumericsError after too many steps in a row without a finite loss and gradient norm."""
-    if state.skipped > config.train.max_skipped:
-        first = state.cursor - state.skipped * config.train.global_batch
-        raise NumericsError(
-            f"step {state.step}: loss {result.loss}, gradient norm {result.grad_norm}, for {state.skipped} "
-            f"steps in a row (sequences {first} to {state.cursor - 1}); weights are those before; lower "
-            f"optim.lr, or raise train.max_skipped above {config.train.max_skipped}"
+def check_numerics(state: TrainState, result: StepResult, config: RunConfig, saved: int) -> None:
+    """Raises NumericsError after too many steps in a row without a finite loss and gradient norm.
+
+    saved is the step of the newest checkpoint, 0 where there is none.
+    """
+    if state.skipped <= config.train.max_skipped:
+        return
+    first = state.cursor - state.skipped * config.train.global_batch
+    advice = "start again in another run.dir with a lower optim.lr"
+    if saved:
+        weights = f"{config.run.dir}-step-{saved}"
+        advice = (
+            f"take the weights of step {saved} (python -m train.export run={config.run.dir} to={weights} "
+            f"model_type=weft) and start from them in another run.dir (train.start={weights}) with a lower "
+            "optim.lr"
         )
+    raise NumericsError(
+        f"step {state.step}: loss {result.loss}, gradient norm {result.grad_norm}, for {state.skipped} "
+        f"steps in a row (sequences {first} to {state.cursor - 1}); the weights are those before; {advice}, "
+        f"or go on with train.max_skipped={config.train.max_skipped + 10}"
+    )
