@@ -64,7 +64,7 @@ on_every_form: pytest.MarkDecorator = pytest.mark.parametrize(
 
 
 def total_of(losses: Losses) -> torch.Tensor:
-    return losses.cross_entropy + losses.mtp + sum(losses.auxiliary.values())
+    return losses.cross_entropy + losses.mtp.sum() + sum(losses.auxiliary.values())
 
 
 @on_every_form

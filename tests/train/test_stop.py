@@ -24,6 +24,8 @@ Start = Callable[..., subprocess.Popen[str]]
 def started() -> Iterator[Start]:
     """Starts commands in sessions of their own, as a terminal has them; all have ended after the test."""
     processes: list[subprocess.Popen[str]] = []
+    # What a shell starts in the background ignores SIGINT, and so would all that it starts.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def start(*command: str) -> subprocess.Popen[str]:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -31,6 +33,7 @@ def started() -> Iterator[Start]:
         return processes[-1]
 
     yield start
+    signal.signal(signal.SIGINT, handler)
     for process in processes:
         with process:
             process.kill()

@@ -21,7 +21,6 @@ from model.hf.pieces import Mapped
 from model.hf.pretrained import load_pretrained, save_pretrained, state_of
 from model.language_model import LanguageModel
 from model.linear import RMSNorm
-from model.moe.router import Router
 from tests.architectures import random_model, small_architecture
 from tests.closeness import (
     CANCELS,
@@ -33,7 +32,7 @@ from tests.closeness import (
     outputs_and_grads,
     weighed,
 )
-from tests.model.hf.draws import drawn_families
+from tests.model.hf.draws import drawn_families, fit
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FAMILIES = drawn_families()
@@ -112,10 +111,7 @@ def check_once(name: str, overrides: list[str], length: int, directory: Path) ->
         for module in ours.modules():
             if isinstance(module, RMSNorm) and not module.is_zero_centered:
                 module.weight += 1.0
-            if isinstance(module, Router) and module.is_hashed:
-                module.reset_buffers()
-        for key in Mapped(families()[name].pieces(config), state_of(ours)).uncovered:
-            ours.get_buffer(key).zero_()
+    fit(ours, name)
     save_pretrained(ours, directory / "ours", model_type=name)
     with in_float64():
         theirs, problems = (FAMILIES[name].open or open_theirs)(directory / "ours")

@@ -11,12 +11,11 @@ from torch import Tensor
 from model.hf.__main__ import main
 from model.hf.family import families
 from model.hf.files import HubDirectory
-from model.hf.pieces import Mapped
 from model.hf.pretrained import load_pretrained, save_pretrained, state_of
 from model.initial import float32_names
 from model.language_model import LanguageModel
 from tests.architectures import random_model, small_architecture
-from tests.model.hf.draws import drawn_families
+from tests.model.hf.draws import drawn_families, fit
 
 FAMILIES = drawn_families()
 BIAS = r"e_score_correction_bias"
@@ -76,12 +75,7 @@ def test_every_way_to_bfloat16_keeps_the_same_tensors(
 
 
 def check_once(name: str, model: LanguageModel, path: Path) -> None:
-    with torch.no_grad():
-        for key in Mapped(families()[name].pieces(model.config), state_of(model)).uncovered:
-            model.get_buffer(key).zero_()
-        for router in model.routers():
-            if router.is_hashed:
-                router.reset_buffers()
+    fit(model, name)
     save_pretrained(model, path / "wide", model_type=name)
     save_pretrained(model, path / "narrow", model_type=name, dtype=torch.bfloat16)
 

@@ -16,11 +16,9 @@ from hypothesis import strategies as st
 
 from conf.errors import CheckpointError
 from model.hf.__main__ import main
-from model.hf.family import families
-from model.hf.pieces import Mapped
-from model.hf.pretrained import save_pretrained, state_of
+from model.hf.pretrained import save_pretrained
 from tests.architectures import random_model, small_architecture
-from tests.model.hf.draws import drawn_families
+from tests.model.hf.draws import drawn_families, fit
 
 FAMILIES = drawn_families()
 WRONG = [
@@ -57,12 +55,7 @@ def written(name: str, root: Path) -> Path:
 
     draw()
     model = random_model(small_architecture(found[0]), torch.float32)
-    with torch.no_grad():
-        for key in Mapped(families()[name].pieces(model.config), state_of(model)).uncovered:
-            model.get_buffer(key).zero_()
-        for router in model.routers():
-            if router.is_hashed:
-                router.reset_buffers()
+    fit(model, name)
     save_pretrained(model, root / name, model_type=name, shard_bytes=60_000)
     return root / name
 

@@ -11,6 +11,11 @@ from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
 
+from model.hf.family import families
+from model.hf.pieces import Mapped
+from model.hf.pretrained import state_of
+from model.language_model import LanguageModel
+
 
 class Drawn(NamedTuple):
     """One family under test.
@@ -28,6 +33,15 @@ def drawn_families() -> dict[str, Drawn]:
     for module in pkgutil.iter_modules(__path__):
         found |= importlib.import_module(f"{__name__}.{module.name}").FAMILIES
     return found
+
+
+def fit(model: LanguageModel, name: str) -> None:
+    """Makes buffers that the family has no place for zero, and tables what they are. Mutates the model."""
+    for key in Mapped(families()[name].pieces(model.config), state_of(model)).uncovered:
+        model.get_buffer(key).zero_()
+    for router in model.routers():
+        if router.is_hashed:
+            router.reset_buffers()
 
 
 def lines(groups: list[str], **drawn: st.SearchStrategy) -> st.SearchStrategy[list[str]]:
