@@ -115,10 +115,10 @@ def test_every_entry_is_read_or_in_one_count(
     root = tmp_path_factory.mktemp("files")
     (root / "always.txt").touch()
     for path in sorted(paths):
-        place = root / path
-        if not place.exists() and all(not folder.is_file() for folder in place.parents):
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.touch()
+        file = root / path
+        if not file.exists() and all(not folder.is_file() for folder in file.parents):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.touch()
     files = find(root, ".txt")
 
     def is_left_alone(path: Path) -> bool:

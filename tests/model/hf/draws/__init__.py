@@ -36,7 +36,7 @@ def drawn_families() -> dict[str, Drawn]:
 
 
 def fit(model: LanguageModel, name: str) -> None:
-    """Makes buffers that the family has no place for zero, and tables what they are. Mutates the model."""
+    """Zeroes buffers that the family does not hold, and gives tables their values. Mutates the model."""
     for key in Mapped(families()[name].pieces(model.config), state_of(model)).uncovered:
         model.get_buffer(key).zero_()
     for router in model.routers():
