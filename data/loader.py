@@ -99,11 +99,13 @@ class Loader:
         """What an epoch of the corpora leaves out, for people."""
         left_out = {self._names[index]: packing.left_out for index, packing in self._packings.items()}
         tokens = sum(self.card.corpora[name].tokens for name in left_out)
-        most = max(left_out, key=lambda name: left_out[name] / self.card.corpora[name].tokens)
-        share = left_out[most] / self.card.corpora[most].tokens
+        said = f"data: {tokens:,} tokens in windows of {self.sequence_length:,}"
+        share, most = max((count / self.card.corpora[name].tokens, name) for name, count in left_out.items())
+        if not share:
+            return f"{said}; an epoch leaves out none"
         return (
-            f"data: {tokens:,} tokens in windows of {self.sequence_length:,}; an epoch leaves out "
-            f"{sum(left_out.values()):,}, the next one others (at most {share:.2%} of a corpus, {most})"
+            f"{said}; an epoch leaves out {sum(left_out.values()):,}, the next one others (at most "
+            f"{share:.2%} of a corpus, {most})"
         )
 
     @property

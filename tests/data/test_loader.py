@@ -317,3 +317,15 @@ def test_a_sequence_longer_than_a_corpus_is_refused(dataset: Prepared) -> None:
     one_line(
         r"data\.sequence_length \+ 1 = 1000001", lambda: open_loader(dataset.directory, sequence_length=10**6)
     )
+
+
+def test_a_run_says_what_an_epoch_leaves_out(loader: Loader) -> None:
+    corpora = {name: card.tokens for name, card in loader.card.corpora.items()}
+    left_out = {name: (tokens - 1) % 32 for name, tokens in corpora.items()}
+    share, most = max((left_out[name] / corpora[name], name) for name in corpora)
+    said = loader.describe()
+    assert (
+        f"{sum(corpora.values()):,} tokens in windows of 32; an epoch leaves out {sum(left_out.values())},"
+        in said
+    )
+    assert f"(at most {share:.2%} of a corpus, {most})" in said
