@@ -10,6 +10,7 @@ import pytest
 
 from tests.train.conftest import Corpus
 from tests.train.runs import log_path, metrics_of, run_to_end, spawn, train_here
+from train.checkpoint.records import read_record, write_record
 from train.config.load import load_config
 from train.export import main as train_export
 
@@ -75,9 +76,9 @@ def test_data_other_than_the_runs(corpus: Corpus, damaged: Corpus, tmp_path: Pat
     shutil.rmtree(tmp_path / "other", ignore_errors=True)
     moved = tmp_path / "moved"
     shutil.copytree(tmp_path / "run", moved)
-    config = json.loads((moved / "config.json").read_text())
+    config = read_record(moved / "config.json") or {}
     config["data"]["directory"] = str(damaged.dataset)
-    (moved / "config.json").write_text(json.dumps(config))
+    write_record(moved / "config.json", config)
     other = damaged.overrides(moved, "train.steps=4")
     assert run_to_end(other) == 64
     assert "data.directory" in errors_of(other)

@@ -1,6 +1,5 @@
 """Weights of one tokenizer never meet ids of another unnoticed: the digest goes wherever weights go."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from tests.train.conftest import Corpus
 from tests.train.runs import log_path, run_to_end
 from train.checkpoint.foreign_ids import Ids, compare_ids
 from train.checkpoint.manifest import MANIFEST, encode_manifest, read_manifest
+from train.checkpoint.records import read_record, write_record
 from train.config.load import load_config
 from train.evaluate import main as evaluate
 from train.export import main as export
@@ -54,10 +54,10 @@ def finished(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def moved_to(run: Path, corpus: Corpus, target: Path) -> Path:
     """A copy of a run whose data directory holds another dataset."""
     shutil.copytree(run, target)
-    config = json.loads((target / "config.json").read_text())
+    config = read_record(target / "config.json") or {}
     config["data"]["directory"] = str(corpus.dataset)
     config["data"]["corpora"]["documents"]["source"] = str(corpus.tree)
-    (target / "config.json").write_text(json.dumps(config))
+    write_record(target / "config.json", config)
     return target
 
 
@@ -69,9 +69,9 @@ def without_digest(run: Path, target: Path) -> Path:
     del manifest["extra"]["tokenizer"]
     fields = {key: value for key, value in manifest.items() if key not in ("format", "sha256")}
     (checkpoint / MANIFEST).write_bytes(encode_manifest(fields))
-    config = json.loads((target / "config.json").read_text())
-    del config["train"]["foreign_ids"]
-    (target / "config.json").write_text(json.dumps(config))
+    config = read_record(target / "config.json") or {}
+    del config["train"]["foreign_ids"], config["version"]
+    write_record(target / "config.json", config)
     return target
 
 

@@ -10,3 +10,4 @@ class CheckpointConfig(Config):
 
     every: int = Field(ge=1)
     keep: int = Field(ge=2)
+    accept_step: int | None = Field(ge=0)

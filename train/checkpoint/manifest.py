@@ -25,7 +25,7 @@ def encode_manifest(fields: Mapping[str, Any]) -> bytes:
     Raises TypeError or ValueError when a field is not strict JSON: NaN and infinity are not.
     """
     body = {**fields, "format": FORMAT}
-    return _as_json({**body, "sha256": _sha256(body)})
+    return _as_json({**body, "sha256": sha256_of(body)})
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def inspect_manifest(path: Path) -> tuple[dict[str, Any], list[str]]:
         body = {key: value for key, value in manifest.items() if key != "sha256"}
         # Equal bytes, not equal meaning: a flipped bit in white space or in an escape counts too.
         is_as_written = _as_json(manifest) == raw
-        expected, found = manifest["sha256"], _sha256(body)
+        expected, found = manifest["sha256"], sha256_of(body)
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         return {}, [f"{file}: found no manifest ({type(error).__name__}), expected canonical JSON"]
     if found != expected or not is_as_written:
@@ -124,7 +124,8 @@ def _as_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"
 
 
-def _sha256(body: Mapping[str, Any]) -> str:
+def sha256_of(body: Mapping[str, Any]) -> str:
+    """sha256 of plain JSON fields, in hexadecimal, whatever their order and layout in a file."""
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 

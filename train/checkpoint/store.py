@@ -24,6 +24,7 @@ from train.checkpoint.manifest import (
     verify,
 )
 from train.checkpoint.ranks import Ranks
+from train.checkpoint.run_files import COPY, RunFiles
 from train.checkpoint.storage import (
     DigestingFileSystem,
     KeyPath,
@@ -58,17 +59,27 @@ class CheckpointStore:
     """The checkpoints of one run, under `directory`, shared by all ranks.
 
     `directory` must be on storage that every rank sees. `keep` is how many of the newest verified
-    checkpoints stay, at least 2. With `size` above 1 every method but `candidates` is collective over
+    checkpoints stay, at least 2. `run_files` of rank 0 have a copy in each manifest and learn of each commit.
+    With `size` above 1 every method but `candidates` is collective over
     the default torch.distributed group; with 1 no group is needed.
     """
 
-    def __init__(self, directory: Path, *, keep: int, rank: int = 0, size: int = 1) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int,
+        rank: int = 0,
+        size: int = 1,
+        run_files: RunFiles | None = None,
+    ) -> None:
         assert keep >= 2, f"{keep=}"
         assert 0 <= rank < size, f"{rank=} {size=}"
         self.directory = directory
         self.keep = keep
         self._ranks = Ranks(rank, size)
         self._verified: set[int] = set()
+        self._run_files = run_files
 
     def save(self, step: int, state: Mapping[str, Any], extra: Mapping[str, Any]) -> Path:
         """Write and commit the checkpoint of `step`; returns its directory.
@@ -83,6 +94,8 @@ class CheckpointStore:
         final = self.directory / step_name(step)
         temporary = final.with_name(final.name + ".tmp")
         action = f"{final}: checkpoint not saved"
+        if self._run_files is not None:
+            extra = {**extra, COPY: self._run_files.copy()}
         try:
             flat: dict[str, Any] = {}
             # Before the collective write: a rank that refuses its state there would leave the others waiting.
@@ -95,6 +108,8 @@ class CheckpointStore:
             if self._ranks.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
+        if self._run_files is not None:
+            self._run_files.write_step(step)
         self._verified.discard(step)
         self._retain(step)
         return final

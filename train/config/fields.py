@@ -53,8 +53,7 @@ class TrainConfig(Config):
     max_skipped: int = Field(ge=0)
     start: str | None = Field(min_length=1)
     fresh: list[str]
-    # Runs that were started before the key was there have none in their config.json.
-    foreign_ids: bool = False
+    foreign_ids: bool
     gc_every: int | None = Field(ge=1)
     profile: ProfileConfig
 

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from conf.compose import compose_known, validate
 from conf.errors import ConfigError, Violation
+from train.checkpoint.run_files import CONFIG_FILE, read_config
 from train.config.checks import early_violations, model_violations
 from train.config.fields import RunDraft
+from train.config.versions import upgraded
 
 if TYPE_CHECKING:
     from train.config.run_config import RunConfig
@@ -26,14 +28,18 @@ def load_config(overrides: Sequence[str], world_size: int | None) -> "RunConfig"
 
 
 def open_run(directory: str) -> "RunConfig":
-    """The config that the run in `directory` was started with. Raises ConfigError when there is none."""
-    path = Path(directory) / "config.json"
-    if not path.exists():
+    """The config that the run in `directory` was started with, with the keys of today.
+
+    Raises ConfigError when there is none, CheckpointError when it is damaged and has no copy.
+    """
+    path = Path(directory) / CONFIG_FILE
+    saved = read_config(Path(directory))
+    if saved is None:
         message = f"{path}: no such run; give the directory that `python -m train` printed as run.dir"
         raise ConfigError([Violation("run", message)])
     from train.config.run_config import RunConfig
 
-    return validate(RunConfig, json.loads(path.read_text()))
+    return validate(RunConfig, upgraded(saved, str(path)))
 
 
 def checked(tree: dict[str, Any], world_size: int | None, *, sees_mixers: bool) -> "RunConfig":

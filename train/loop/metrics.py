@@ -42,6 +42,10 @@ class Metrics(StepHook):
         """Logs the evaluation. Raises StorageError."""
         self._tracker.log_evaluation(state.step, held_out._asdict())
 
+    def after_save(self, state: TrainState) -> None:
+        """Makes the lines up to the checkpoint as durable as it is."""
+        self._tracker.sync()
+
 
 def digest_samples(batch: Batch, world: World) -> str:
     """A digest of the sample ids of the global batch, as every rank really drew them."""

@@ -1,7 +1,5 @@
 """A run from its config to its last report: build, resume, train, evaluate, save, show."""
 
-import json
-import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -9,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from conf.errors import STOPPED, ConfigError, NumericsError, Violation, as_storage_error
+from conf.errors import STOPPED, ConfigError, NumericsError, Violation
 from conf.names import shortened
 from data.loader import Loader
 from parallel.apply import StepShape, build_parallel
@@ -18,13 +16,15 @@ from parallel.mesh.world import World, open_world
 from train.checkpoint.atomic import write_atomically
 from train.checkpoint.foreign_ids import Ids, compare_ids
 from train.checkpoint.lock import RunLock
+from train.checkpoint.run_files import CHECKPOINTS, RunFiles
 from train.checkpoint.store import CheckpointStore
 from train.config.environment import Environment, prepare_deepspeed
-from train.config.run_config import RunConfig, differences
+from train.config.run_config import RunConfig
 from train.config.show import show_config
+from train.loop.claim import claim
 from train.loop.hooks import GarbageCollection, Profiler, StepHook
 from train.loop.initial_weights import begin
-from train.loop.interrupt import PREEMPT, REQUEUE, Interrupt, Stopped
+from train.loop.interrupt import REQUEUE, Interrupt, Stopped
 from train.loop.kernel_check import prepare_kernels
 from train.loop.metrics import Metrics
 from train.loop.out_of_memory import memory_explained
@@ -33,8 +33,6 @@ from train.loop.state import TrainState
 from train.loop.step import StepResult, train_step
 from train.optim.param_groups import build_optimizer
 from train.track.tracker import Tracker
-
-CONFIG_FILE, RUN_FILE, CHECKPOINTS = "config.json", "run.json", "checkpoints"
 
 
 def run_checked(config: RunConfig, environment: Environment) -> int:
@@ -58,18 +56,17 @@ def run(config: RunConfig, environment: Environment) -> int:
     lock = RunLock(directory, slurm_job_id=environment.slurm_job) if is_first else nullcontext()
     ranks = (environment.rank, environment.world_size, environment.local_rank)
     with lock:
-        if is_first:
-            claim(directory, config)
+        files = claim(directory, config) if is_first else None
         # Before anything slow: from here on a request to stop is heard.
         interrupt = Interrupt(directory, is_first=is_first)
         if config.parallel.data == "zero":
             prepare_deepspeed(environment.local_rank)
         with open_world(config.parallel, *ranks, environment.rendezvous) as world:
-            return run_in_world(config, world, interrupt)
+            return run_in_world(config, world, interrupt, files)
 
 
-def run_in_world(config: RunConfig, world: World, interrupt: Interrupt) -> int:
-    """The run on its processes, its directory claimed; the exit code."""
+def run_in_world(config: RunConfig, world: World, interrupt: Interrupt, files: RunFiles | None) -> int:
+    """The run on its processes, its directory claimed; the exit code. files are rank 0's."""
     directory = Path(config.run.dir)
     loader = open_data(config, world.rank)
     if world.rank == 0:
@@ -79,14 +76,24 @@ def run_in_world(config: RunConfig, world: World, interrupt: Interrupt) -> int:
     if config.parallel.compile and world.rank == 0:
         print(describe_compiled(state.built.modules()), flush=True)
     store = CheckpointStore(
-        directory / CHECKPOINTS, keep=config.checkpoint.keep, rank=world.rank, size=world.size
+        directory / CHECKPOINTS,
+        keep=config.checkpoint.keep,
+        rank=world.rank,
+        size=world.size,
+        run_files=files,
     )
     if not resume(state, store, loader, world) and config.train.start is not None:
         lines = begin(state.built, config, loader)
         if world.rank == 0:
             print("\n".join(lines), flush=True)
-    run_id = read_run_id(directory) if world.rank == 0 else ""
-    tracker = Tracker(config.track, directory, run_id, config.model_dump(), world.rank, config.train.steps)
+    tracker = Tracker(
+        config.track,
+        directory,
+        "" if files is None else files.id,
+        config.model_dump(),
+        world.rank,
+        config.train.steps,
+    )
     is_well, code = False, 0
     # The tracker is closed last, whatever a hook raises on its way out.
     with ExitStack() as stack:
@@ -173,38 +180,6 @@ def evaluate_if_due(
         held_out = score(state, loader, config, world, config.train.evaluate_rows, check)
         for hook in hooks:
             hook.after_evaluation(state, held_out)
-
-
-def claim(directory: Path, config: RunConfig) -> None:
-    """Makes the directory the run's: its config saved, its identity drawn, old stop requests removed.
-
-    Raises ConfigError with every key in which the config differs from the one that the run was started
-    with, StorageError when the directory cannot be written.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        saved, wanted = directory / CONFIG_FILE, config.model_dump(mode="json")
-        if saved.exists():
-            found = differences(json.loads(saved.read_text()), wanted)
-            if found:
-                raise ConfigError([*found, _other_directory(directory)])
-        write_atomically(saved, (json.dumps(wanted, indent=2) + "\n").encode())
-        if not (directory / RUN_FILE).exists():
-            identity = {"id": uuid.uuid4().hex[:12]}
-            write_atomically(directory / RUN_FILE, (json.dumps(identity) + "\n").encode())
-        for name in (PREEMPT, REQUEUE):
-            (directory / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise as_storage_error(error, directory) from error
-
-
-def _other_directory(directory: Path) -> Violation:
-    return Violation("run.dir", f"{directory} holds that run; choose another directory, or set the keys back")
-
-
-def read_run_id(directory: Path) -> str:
-    """The identity of the run, kept over restarts."""
-    return str(json.loads((directory / RUN_FILE).read_text())["id"])
 
 
 def open_data(config: RunConfig, rank: int) -> Loader:

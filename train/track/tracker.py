@@ -32,14 +32,26 @@ class Tracker:
         self._wandb = WandbSink(config, run_dir, run_id, run_config) if has_wandb else None
 
     def resume(self, step: int) -> None:
-        """Forget what an earlier start wrote after `step`, and start to show progress."""
-        if self._is_first:
-            self._metrics.truncate_after(step)
-            self._evaluations.truncate_after(step)
-            self._progress = Progress(self._total_steps)
+        """Put aside what an earlier start wrote after `step`, and start to show progress.
+
+        Lines say how many steps are done again, and how many have no metrics.
+        """
+        if not self._is_first:
+            return
+        if undone := self._metrics.truncate_after(step):
+            print(f"{self._metrics.path}: {undone} lines after step {step} put aside; done again", flush=True)
+        self._evaluations.truncate_after(step)
+        if missing := step - len({line["step"] for line in self.metrics()}):
+            print(f"{self._metrics.path}: no line for {missing} of the steps up to {step}", flush=True)
+        self._progress = Progress(self._total_steps)
+
+    def sync(self) -> None:
+        """Make durable what was logged. Raises StorageError as `log`."""
+        for file in (self._metrics, self._evaluations):
+            file.sync()
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """One training step. Raises StorageError when the metrics file cannot be written."""
+        """One training step. Raises StorageError when the metrics file cannot be written for good."""
         if not self._is_first:
             return
         self._metrics.append(values)
