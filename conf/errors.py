@@ -62,7 +62,7 @@ class NumericsError(WeftError):
 
 
 class StorageError(WeftError):
-    """A file could not be written: full, read-only or vanished storage. Requeue with backoff."""
+    """A file could not be written or read: full, read-only or failing storage. Requeue with backoff."""
 
     exit_code = 74
 
@@ -82,10 +82,10 @@ _STORAGE_CAUSES = {
 }
 
 
-def as_storage_error(error: OSError, path: str | os.PathLike[str]) -> StorageError:
-    """The StorageError that names `path`, what the system said, and the fix."""
+def as_storage_error(error: OSError, path: str | os.PathLike[str], action: str = "write") -> StorageError:
+    """The StorageError that names `path`, what could not be done, what the system said, and the fix."""
     cause = _STORAGE_CAUSES.get(error.errno or 0, error.strerror or str(error))
-    return StorageError(f"{os.fspath(path)}: cannot write: {cause}")
+    return StorageError(f"{os.fspath(path)}: cannot {action}: {cause}")
 
 
 def as_weft_error(error: BaseException) -> WeftError | None:

@@ -13,31 +13,39 @@ from parallel.config.rendezvous import Rendezvous
 
 # Seconds between two looks at who has come, and those that others have to read what rank 0 found.
 LOOK, FAREWELL = 0.05, 3.0
+# Seconds that rank 0 waits for a port which a process before it has not given up yet.
+PORT_WAIT = 20.0
 
 
 def open_store(rendezvous: Rendezvous, timeout: float, *, is_host: bool) -> TCPStore:
     """A connection to the keys that all processes share, which one host keeps. timeout is in seconds.
 
-    Raises PeerError where it is not there in time, ConfigError where the host cannot open it.
+    Raises PeerError where it is not there in time, or the host cannot open it, tried for some time.
     """
     endpoint = f"{rendezvous.address}:{rendezvous.port}"
-    try:
-        return TCPStore(
-            rendezvous.address,
-            rendezvous.port,
-            is_master=is_host,
-            timeout=timedelta(seconds=timeout),
-            wait_for_workers=False,
-        )
-    except dist.DistError as error:
-        if is_host:
-            message = (
-                f"rank 0 cannot open {endpoint}: {_first_line(error)}; choose a free port of its machine"
+    deadline = time.monotonic() + min(PORT_WAIT, timeout / 2)
+    while True:
+        try:
+            return TCPStore(
+                rendezvous.address,
+                rendezvous.port,
+                is_master=is_host,
+                timeout=timedelta(seconds=timeout),
+                wait_for_workers=False,
             )
-            raise ConfigError([Violation("MASTER_PORT", message)]) from error
-        host = "the launcher" if rendezvous.is_hosted else "rank 0"
-        message = f"{host} did not open {endpoint} within {timeout:g} s; it has not started, has ended, or "
-        raise PeerError(message + "is not reached from here; its log says why") from error
+        except dist.DistError as error:
+            if not is_host:
+                host = "the launcher" if rendezvous.is_hosted else "rank 0"
+                message = (
+                    f"{host} did not open {endpoint} within {timeout:g} s; it has not started, has ended, or "
+                )
+                raise PeerError(message + "is not reached from here; its log says why") from error
+            if time.monotonic() > deadline:
+                raise PeerError(
+                    f"rank 0 cannot open {endpoint}: {_first_line(error)}; if that is no process of this run "
+                    "which still ends, choose a free port of its machine by MASTER_PORT"
+                ) from error
+        time.sleep(0.5)
 
 
 def wait_for_ranks(store: Store, rendezvous: Rendezvous, rank: int, size: int, timeout: float) -> None:

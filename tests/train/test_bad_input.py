@@ -96,6 +96,18 @@ def test_a_corpus_that_the_config_does_not_name_is_named(damaged: Corpus, tmp_pa
     assert f"{damaged.dataset}: passes over more, which data.corpora does not name" in said
 
 
+def test_checkpoints_that_cannot_be_written_show_before_the_first_step(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to("/proc")
+    overrides = corpus.overrides(tmp_path / "run")
+    assert run_to_end(overrides) == 74
+    assert "error: " in log_path(overrides).read_text()
+    assert "no checkpoint can be saved" in log_path(overrides).read_text()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_a_run_directory_that_cannot_be_made(corpus: Corpus, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     overrides = corpus.overrides(tmp_path / "file" / "run")

@@ -12,6 +12,7 @@ import torch
 
 from conf.errors import StorageError
 from tests.train.states import as_bytes, make_state, names, open_store
+from train.checkpoint import manifest, transient
 from train.checkpoint.atomic import write_atomically
 from train.checkpoint.manifest import MANIFEST, verify
 from train.checkpoint.storage import DigestingFileSystem, DigestingStream
@@ -168,3 +169,98 @@ def test_a_failed_atomic_write_keeps_the_old_file(tmp_path: Path, monkeypatch: p
     assert path.read_bytes() == b"new"
     with pytest.raises(StorageError, match="missing"):
         write_atomically(tmp_path / "missing" / "x", b"")
+
+
+class FailingReads:
+    """Files of these names fail to open for reading, so many times each, as a failing server makes them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **times: int) -> None:
+        self.left = {name.replace("__", "."): count for name, count in times.items()}
+        self.tried = 0
+        opened = Path.open
+
+        def failing(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            if "r" in mode and self.left.get(path.suffix or path.name, 0):
+                self.left[path.suffix or path.name] -= 1
+                self.tried += 1
+                raise OSError(errno.EIO, "Input/output error", str(path))
+            return opened(path, mode, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "open", failing)
+        monkeypatch.setattr(transient, "WAITS", (0.0, 0.0, 0.0))
+
+
+ALWAYS = 10_000
+
+
+def test_reads_that_fail_for_a_moment_condemn_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_store(tmp_path).save(1, make_state(1), {})
+    reads = FailingReads(monkeypatch, __distcp=3, __json=2, __metadata=1)
+    target = make_state(2)
+    assert open_store(tmp_path).load_latest(target) is not None
+    assert as_bytes(target) == as_bytes(make_state(1))
+    assert reads.tried == 6
+    # The second one fails in loading, once digests were compared.
+    reads = FailingReads(monkeypatch, __distcp=0)
+    digests = iter([0])
+    compare = manifest.digest_file
+
+    def then_failing(path: Path) -> str:
+        found = compare(path)
+        if path.suffix == ".distcp" and next(digests, None) is not None:
+            reads.left[".distcp"] = 2
+        return found
+
+    monkeypatch.setattr(manifest, "digest_file", then_failing)
+    target = make_state(3)
+    assert open_store(tmp_path).load_latest(target) is not None
+    assert as_bytes(target) == as_bytes(make_state(1))
+    assert reads.tried == 2
+
+
+@pytest.mark.parametrize("failing", [{"__distcp": ALWAYS, "__metadata": ALWAYS}, {"__json": ALWAYS}])
+def test_storage_that_gives_nothing_is_tried_again_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: dict[str, int]
+) -> None:
+    for step in (1, 2):
+        open_store(tmp_path).save(step, make_state(step), {})
+    with monkeypatch.context() as patch:
+        FailingReads(patch, **failing)
+        with pytest.raises(StorageError, match="in several tries") as caught:
+            open_store(tmp_path).load_latest(make_state(3))
+    assert caught.value.exit_code == 74
+    assert names(tmp_path) == ["step_00000001", "step_00000002"]
+    loaded = open_store(tmp_path).load_latest(make_state(3))
+    assert loaded is not None
+    assert loaded.step == 2
+
+
+def test_one_file_that_no_try_reads_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        open_store(tmp_path).save(step, make_state(step), {})
+    opened = Path.open
+
+    def failing(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.match("step_00000002/*.distcp"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", failing)
+    monkeypatch.setattr(transient, "WAITS", (0.0, 0.0, 0.0))
+    loaded = open_store(tmp_path).load_latest(make_state(3))
+    assert loaded is not None
+    assert loaded.step == 1
+    assert names(tmp_path) == ["step_00000001", "step_00000002.corrupt"]
+    assert "Input/output error, others can" in loaded.set_aside[0]
+
+
+def test_room_for_a_checkpoint_is_asked_for_before_the_first_step(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    room = os.statvfs(tmp_path)
+    free = room.f_bavail * room.f_frsize
+    store.probe(free // 2)
+    assert names(tmp_path) == []
+    with pytest.raises(StorageError, match=r"GiB are free, a checkpoint needs [\d,.]+ .* free space"):
+        store.probe(2 * free)

@@ -16,6 +16,7 @@ from tests.train.runs import log_path, metrics_of, run_to_end
 from tests.train.states import as_bytes, make_state, names, open_store
 from train.checkpoint.entries import list_entries
 from train.checkpoint.manifest import MANIFEST
+from train.checkpoint.records import read_record, write_record
 
 
 def save_and_move(tmp_path: Path, step: int = 1) -> tuple[Path, Path]:
@@ -164,6 +165,9 @@ def stopped(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("stopped") / "run"
     assert run_to_end(corpus.overrides(directory, "train.steps=6")) == 0
     shutil.rmtree(directory / "checkpoints" / "step_00000006")
+    identity = read_record(directory / "run.json")
+    assert identity is not None
+    write_record(directory / "run.json", identity | {"step": 4})
     return directory
 
 

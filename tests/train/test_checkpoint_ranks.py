@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from conf.errors import CheckpointError, StorageError
 from tests.worlds import run_world
+from train.checkpoint import transient
 from train.checkpoint.storage import DigestingFileSystem, DigestingStream
 from train.checkpoint.store import CheckpointStore
 
@@ -166,3 +167,31 @@ def faults(rank: int, size: int, directory: Path) -> None:
 
 def test_a_failure_on_one_rank_is_the_same_error_on_every_rank(tmp_path: Path) -> None:
     run_world(2, faults, tmp_path)
+
+
+def load_beside_a_blind_rank(rank: int, size: int, directory: Path) -> None:
+    """Rank 1 reads no file of weights, as a node does that lost its path to them."""
+    opened = Path.open
+
+    def failing(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.suffix == ".distcp":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return opened(path, *args, **kwargs)
+
+    transient.WAITS = (0.0,)
+    if rank == 1:
+        Path.open = failing
+    store = CheckpointStore(directory / "checkpoints", keep=2, rank=rank, size=size)
+    model, optimizer = trained(2, size)
+    try:
+        with pytest.raises(StorageError, match=r"not loaded: rank 1: .*Input/output error"):
+            store.load_latest(state_of(model, optimizer, rank, 2), optional=("rng",))
+    finally:
+        Path.open = opened
+        transient.WAITS = (0.1, 0.5, 2.0)
+
+
+def test_a_checkpoint_that_one_rank_cannot_read_is_kept(tmp_path: Path) -> None:
+    run_world(2, save, tmp_path)
+    run_world(2, load_beside_a_blind_rank, tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000004"]

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from conf.compose import CONF_DIR, validate
 from conf.errors import ConfigError, StorageError
 from train.checkpoint.config import CheckpointConfig
+from train.track import metrics_file
 from train.track import tracker as tracker_module
 from train.track.config import TrackConfig
 from train.track.metrics_file import MetricsFile, read
@@ -79,6 +80,56 @@ def test_a_directory_in_the_way_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot write"):
         MetricsFile(tmp_path / "metrics.jsonl").append({"step": 1})
+
+
+def test_lines_that_a_full_disk_refuses_wait_and_none_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    file = MetricsFile(path)
+    for step in (1, 2, 3):
+        file.append({"step": step})
+        file.sync()
+    assert capsys.readouterr().out.count("the disk is full") == 1
+    path.unlink()
+    file.append({"step": 4})
+    assert [line["step"] for line in read(path)] == [1, 2, 3, 4]
+    assert "nothing is missing" in capsys.readouterr().out
+    file.close()
+
+
+def test_lines_that_no_disk_ever_takes_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in (1, 2):
+        file.append({"step": step})
+    file.close()
+    assert "2 lines of it are lost" in capsys.readouterr().out
+    monkeypatch.setattr(metrics_file, "MOST_WAITING", 20)
+    file.append({"step": 3})
+    with pytest.raises(StorageError, match="the disk is full"):
+        file.append({"step": 4})
+
+
+def test_what_is_cut_off_stands_beside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / METRICS
+    lines = [f'{{"step": {step}}}\n' for step in (1, 3, 4, 5)]
+    path.write_text("".join(lines) + '{"step": 6, "lo')
+    tracker = Tracker(DISABLED, tmp_path, "id", {}, 0, 10)
+    tracker.resume(4)
+    tracker.close()
+    assert path.read_text() == "".join(lines[:3])
+    assert (tmp_path / "metrics.undone.jsonl").read_text() == lines[3] + '{"step": 6, "lo\n'
+    said = capsys.readouterr().out
+    assert "1 lines after step 4 put aside" in said
+    assert "no line for 1 of the steps up to 4" in said
+    path.write_text(lines[0] + lines[3])
+    tracker.resume(1)
+    tracker.close()
+    assert (tmp_path / "metrics.undone.jsonl").read_text() == lines[3] + '{"step": 6, "lo\n' + lines[3]
 
 
 def run_to(total: int, run_dir: Path, resume_at: int) -> None:

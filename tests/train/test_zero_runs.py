@@ -126,7 +126,7 @@ def test_runs_of_zero_and_fsdp_are_the_same_and_take_each_other_on(
         shutil.copytree(source, directory)
         for step in (8, STEPS):
             shutil.rmtree(directory / "checkpoints" / f"step_{step:08d}")
-        overrides = corpus.overrides(directory, *keys, *parallel)
+        overrides = corpus.overrides(directory, *keys, *parallel, "checkpoint.accept_step=4")
         assert run_to_end(overrides, 2, timeout=SECONDS) == 0, log_path(overrides).read_text()
         assert "resumed at step 4 " in log_path(overrides).read_text()
         assert metrics_of(directory)[:4] == metrics_of(source)[:4]

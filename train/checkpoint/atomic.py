@@ -1,6 +1,7 @@
 """Files and directory entries that survive a crash: either the old content or the new, never a mixture."""
 
 import contextlib
+import errno
 import os
 import threading
 from pathlib import Path
@@ -36,10 +37,18 @@ def write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def sync_directory(path: Path) -> None:
-    """Make created, renamed and deleted entries of the directory `path` durable. Raises OSError."""
+def sync_directory(path: Path) -> bool:
+    """Make created, renamed and deleted entries of the directory `path` durable.
+
+    False where the file system has no such thing. Raises OSError where it fails.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+            return False
+        raise
     finally:
         os.close(descriptor)
+    return True

@@ -6,11 +6,12 @@ import json
 import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
-from conf.errors import CheckpointError
+from conf.errors import CheckpointError, StorageError
+from train.checkpoint.transient import PASSING, retried
 
 MANIFEST = "manifest.json"
 # Raised whenever a reader of the older number could misread what is written.
@@ -39,21 +40,37 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+class Inspected(NamedTuple):
+    """What is wrong with some files of a checkpoint, a line each; and which of them could not be read.
+
+    unread has what the system said of each, after several tries: it may be the storage and not the file.
+    """
+
+    problems: list[str]
+    unread: dict[str, str]
+
+
 def verify(path: Path) -> list[str]:
     """What is wrong with the checkpoint directory `path`, a line each; empty when it is intact.
 
     Reads every byte of it and unpickles nothing. Raises CheckpointError for a checkpoint of another
-    format, and for one that cannot be read for a reason other than damage.
+    format, and for one that cannot be read for a reason other than damage; StorageError where the storage
+    fails, several times.
     """
     manifest, problems = inspect_manifest(path)
-    return problems or inspect_entries(path, manifest) + inspect_files(path, manifest, manifest["files"])
+    if problems:
+        return problems
+    found = inspect_files(path, manifest, manifest["files"])
+    for name, said in found.unread.items():
+        raise _storage_failed(path / name, said)
+    return inspect_entries(path, manifest) + found.problems
 
 
 def inspect_manifest(path: Path) -> tuple[dict[str, Any], list[str]]:
     """The manifest in directory `path`, and what is wrong with it. Raises as `verify` does."""
     file = path / MANIFEST
     try:
-        raw = file.read_bytes()
+        raw = retried(file.read_bytes)
     except OSError as error:
         return {}, [_unreadable(file, error)]
     try:
@@ -80,7 +97,7 @@ def inspect_entries(path: Path, manifest: Mapping[str, Any]) -> list[str]:
     if path.name.startswith("step_") and path.name.split(".")[0] != step_name(manifest["step"]):
         problems.append(f"{path}: found the manifest of step {manifest['step']}, expected its own")
     try:
-        names = sorted(entry.name for entry in path.iterdir())
+        names = sorted(retried(lambda: [entry.name for entry in path.iterdir()]))
     except OSError as error:
         return [*problems, _unreadable(path, error)]
     listed = {*manifest["files"], MANIFEST}
@@ -88,22 +105,38 @@ def inspect_entries(path: Path, manifest: Mapping[str, Any]) -> list[str]:
     return problems + unlisted
 
 
-def inspect_files(path: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Sizes and digests of the files `names` of `path` that differ from the manifest. Raises as `verify`."""
-    problems = []
+def inspect_files(path: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> Inspected:
+    """Files `names` of `path` that are not as the manifest says, and those that could not be read.
+
+    Raises CheckpointError for one that cannot be read for another reason than damage or failing storage.
+    """
+    found = Inspected([], {})
     for name in names:
-        expected, file = manifest["files"][name], path / name
+        file = path / name
         try:
-            status = file.lstat()
-            if Path(name).name != name or not stat.S_ISREG(status.st_mode):
-                problems.append(f"{file}: found no regular file, expected one")
-            elif status.st_size != expected["size"]:
-                problems.append(f"{file}: found {status.st_size} bytes, expected {expected['size']}")
-            elif (found := digest_file(file)) != expected["xxh3_128"]:
-                problems.append(f"{file}: found xxh3_128 {found}, expected {expected['xxh3_128']}")
+            problem = retried(lambda name=name: _difference(path, name, manifest["files"][name]))
         except OSError as error:
-            problems.append(_unreadable(file, error))
-    return problems
+            if error.errno in PASSING:
+                found.unread[name] = error.strerror or str(error)
+                continue
+            problem = _unreadable(file, error)
+        if problem:
+            found.problems.append(problem)
+    return found
+
+
+def _difference(path: Path, name: str, expected: Mapping[str, Any]) -> str | None:
+    """What differs from the manifest's entry of file `name`. Raises OSError."""
+    file = path / name
+    status = file.lstat()
+    # A name with a folder in it would lead out of the checkpoint.
+    if Path(name).name != name or not stat.S_ISREG(status.st_mode):
+        return f"{file}: found no regular file, expected one"
+    if status.st_size != expected["size"]:
+        return f"{file}: found {status.st_size} bytes, expected {expected['size']}"
+    if (found := digest_file(file)) != expected["xxh3_128"]:
+        return f"{file}: found xxh3_128 {found}, expected {expected['xxh3_128']}"
+    return None
 
 
 def digest_file(path: Path) -> str:
@@ -131,7 +164,13 @@ def sha256_of(body: Mapping[str, Any]) -> str:
 
 
 def _unreadable(path: Path, error: OSError) -> str:
+    if error.errno in PASSING:
+        raise _storage_failed(path, error.strerror or str(error)) from error
     # Other failures, such as a lost permission, say nothing about the bytes: they must not condemn them.
-    if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO, errno.ELOOP):
+    if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP):
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}; nothing was set aside") from error
     return f"{path}: found nothing readable ({error.strerror}), expected a file"
+
+
+def _storage_failed(path: Path, said: str) -> StorageError:
+    return StorageError(f"{path}: cannot be read, in several tries: {said}; nothing was set aside")

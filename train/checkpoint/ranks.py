@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from conf.errors import CheckpointError, StorageError, as_storage_error
+from train.checkpoint.transient import FULL
 
 
 class Ranks(NamedTuple):
@@ -76,7 +77,8 @@ def _described(error: Exception) -> tuple[str, str]:
     if isinstance(error, StorageError):
         return "storage", str(error)
     if isinstance(error, OSError):
-        return "storage", str(as_storage_error(error, error.filename or "a file in it"))
+        action = "write" if error.errno in FULL else "read or write"
+        return "storage", str(as_storage_error(error, error.filename or "a file in it", action))
     if isinstance(error, CheckpointError):
         return "checkpoint", str(error)
     return "peer" if isinstance(error, PeerFailed) else "bug", f"{type(error).__name__}: {error}"

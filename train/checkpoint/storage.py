@@ -15,12 +15,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.futures import Future
 
 from conf.errors import CheckpointError
 from train.checkpoint.ranks import PeerFailed
+from train.checkpoint.transient import retried
 
 METADATA = ".metadata"
 
@@ -121,6 +123,10 @@ class VerifiedReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The metadata given at construction; no file is opened."""
         return self._metadata
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Fills the tensors of the plan, from the start again where storage fails for a moment."""
+        return retried(lambda: super(VerifiedReader, self).read_data(plan, planner))
 
 
 class _Planner(DefaultLoadPlanner):

@@ -11,7 +11,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from conf.errors import CheckpointError, StorageError
-from train.checkpoint.atomic import sync_directory, write_durably
+from train.checkpoint.atomic import sync_directory, write_atomically, write_durably
 from train.checkpoint.entries import Entries, list_entries, remove
 from train.checkpoint.manifest import (
     MANIFEST,
@@ -113,6 +113,28 @@ class CheckpointStore:
         self._verified.discard(step)
         self._retain(step)
         return final
+
+    def probe(self, planned_bytes: int) -> None:
+        """Writes, renames and deletes a file as a save does, on every rank. Collective.
+
+        Raises StorageError where that fails, or where there is less room than for a checkpoint of so many
+        bytes: else it would show at the first save, hours later.
+        """
+
+        def write() -> None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            path = self.directory / f".probe.{self._ranks.rank}"
+            write_atomically(path, b"a save can write here\n")
+            path.unlink()
+            room = os.statvfs(self.directory)
+            free = room.f_bavail * room.f_frsize
+            if free < planned_bytes:
+                raise StorageError(
+                    f"{free / 2**30:,.1f} GiB are free, a checkpoint needs {planned_bytes / 2**30:,.1f} (the "
+                    "older ones stay until it is complete); free space, or choose another run.dir"
+                )
+
+        self._ranks.together(f"{self.directory}: no checkpoint can be saved", write)
 
     def candidates(self) -> list[int]:
         """Steps of the committed checkpoints, newest first; none of them is verified."""
@@ -242,17 +264,47 @@ class CheckpointStore:
     def _problems(self, path: Path) -> list[str]:
         """What any rank finds wrong with `path`, the files shared out over the ranks. Collective."""
 
-        def inspect() -> list[str]:
+        def inspect() -> dict[str, Any]:
             manifest, problems = inspect_manifest(path)
             if problems:
-                return problems
+                return {"problems": problems, "unread": {}, "files": 0}
             rank, size = self._ranks
             # By size, so that equal shards go to different ranks.
             names = sorted(manifest["files"], key=lambda name: (manifest["files"][name]["size"], name))
-            return inspect_entries(path, manifest) + inspect_files(path, manifest, names[rank::size])
+            found = inspect_files(path, manifest, names[rank::size])
+            problems = inspect_entries(path, manifest) + found.problems
+            return {"problems": problems, "unread": found.unread, "files": len(names)}
 
         reports = self._ranks.together(f"{path} not verified", inspect)
-        return list(dict.fromkeys(problem for report in reports for problem in report))
+        problems = [problem for report in reports for problem in report["problems"]]
+        unread = [(name, owner) for owner, report in enumerate(reports) for name in report["unread"]]
+        if unread and not problems:
+            problems = self._read_elsewhere(path, unread, reports[0]["files"])
+        return list(dict.fromkeys(problems))
+
+    def _read_elsewhere(self, path: Path, unread: list[tuple[str, int]], files: int) -> list[str]:
+        """What is wrong with files that a rank could not read, as the next rank finds them. Collective.
+
+        A file that no rank can read counts as damaged only where the storage gives the others of the
+        checkpoint. Raises StorageError where it gives none.
+        """
+
+        def inspect() -> dict[str, Any]:
+            rank, size = self._ranks
+            names = [name for name, owner in unread if (owner + 1) % size == rank]
+            return inspect_files(path, read_manifest(path), names)._asdict()
+
+        reports = self._ranks.together(f"{path} not verified", inspect)
+        still = {name: said for report in reports for name, said in report["unread"].items()}
+        if len(still) == files:
+            name, said = next(iter(still.items()))
+            raise StorageError(
+                f"{path}: none of its {files} files can be read, in several tries on several ranks "
+                f"({name}: {said}); nothing was set aside"
+            )
+        problems = [problem for report in reports for problem in report["problems"]]
+        lines = (f"{path / name}: cannot be read: {said}, others can" for name, said in still.items())
+        return [*problems, *lines]
 
     def _reject(self, path: Path, problems: list[str], read_only: bool) -> str:
         """Set a bad checkpoint aside; returns the line that says so. Collective."""

@@ -12,7 +12,6 @@ T = TypeVar("T")
 PASSING = frozenset(
     (
         errno.EIO,
-        errno.EAGAIN,
         errno.EBUSY,
         errno.ESTALE,
         errno.ETIMEDOUT,

@@ -10,6 +10,7 @@ import torch
 from conf.errors import STOPPED, ConfigError, NumericsError, Violation
 from conf.names import shortened
 from data.loader import Loader
+from model.count import count
 from parallel.apply import StepShape, build_parallel
 from parallel.block.compile import describe as describe_compiled
 from parallel.mesh.world import World, open_world
@@ -82,7 +83,9 @@ def run_in_world(config: RunConfig, world: World, interrupt: Interrupt, files: R
         size=world.size,
         run_files=files,
     )
-    if not resume(state, store, loader, world) and config.train.start is not None:
+    is_resumed = resume(state, store, loader, world)
+    store.probe(checkpoint_bytes(config))
+    if not is_resumed and config.train.start is not None:
         lines = begin(state.built, config, loader)
         if world.rank == 0:
             print("\n".join(lines), flush=True)
@@ -216,6 +219,13 @@ def build_state(config: RunConfig, world: World) -> TrainState:
 
         return build_zero_state(built, config, step_shape, world)
     return TrainState(built, build_optimizer(built, config.optim), config.optim)
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Bytes of weights in a checkpoint, and of moments where every parameter has them; a lower bound."""
+    has_frozen = not all(config.optim.lr_scales.values())
+    copies = 1 if has_frozen else 1 + len(config.optim.slots)
+    return count(config.architecture).total * getattr(torch, config.precision.parameters).itemsize * copies
 
 
 def save(

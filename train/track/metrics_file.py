@@ -74,6 +74,9 @@ class MetricsFile:
             lines = self._waiting.count(b"\n")
             print(f"{as_storage_error(error, self.path)}; {lines} lines of it are lost", flush=True)
             self._waiting.clear()
+        self._close_file()
+
+    def _close_file(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -92,6 +95,8 @@ class MetricsFile:
             self._is_refused = False
 
     def _refuse(self, error: OSError) -> None:
+        # A handle of a server that failed over stays stale.
+        self._close_file()
         known = as_storage_error(error, self.path)
         if error.errno not in FULL | PASSING or len(self._waiting) > MOST_WAITING:
             raise known from error
