@@ -1,6 +1,6 @@
 """The processes of a run: who this one is, what device it has, and sums over all of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -55,15 +55,21 @@ class World:
 
 @contextmanager
 def open_world(
-    config: ParallelConfig, rank: int, size: int, local_rank: int, rendezvous: Rendezvous | None = None
+    config: ParallelConfig,
+    rank: int,
+    size: int,
+    local_rank: int,
+    rendezvous: Rendezvous | None = None,
+    facts: Mapping[str, str] | None = None,
 ) -> Iterator[World]:
     """The World of this process; its process group lives as long as the block.
 
-    Several processes need a rendezvous. NCCL on GPUs, gloo elsewhere. On a CPU, numbers too small for the
-    normal form count as zero from here on, in the whole process.
+    Several processes need a rendezvous, and the same facts, such as keys of the config. NCCL on GPUs, gloo
+    elsewhere. On a CPU, numbers too small for the normal form count as zero from here on, in the whole
+    process.
 
     Raises PeerError that names the rank which did not come, ended or hangs, and ConfigError for processes
-    that disagree on how many they are.
+    that disagree on how many they are, or on a fact.
     """
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -79,7 +85,7 @@ def open_world(
     assert rendezvous is not None, f"{size=}"
     seconds, degrees = config.timeout_seconds, config.degrees(size)
     store = open_store(rendezvous, seconds, is_host=rank == 0 and not rendezvous.is_hosted)
-    wait_for_ranks(store, rendezvous, rank, size, seconds)
+    wait_for_ranks(store, rendezvous, rank, size, seconds, facts)
     own = open_store(rendezvous, seconds, is_host=False)
     backend = "nccl" if device.type == "cuda" else "gloo"
     wait = patience(seconds)

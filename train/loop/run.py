@@ -30,6 +30,7 @@ from train.loop.kernel_check import prepare_kernels
 from train.loop.metrics import Metrics
 from train.loop.out_of_memory import memory_explained
 from train.loop.report import finish, score
+from train.loop.same_ranks import compare_data, facts_of, refuse_not_finite
 from train.loop.state import TrainState
 from train.loop.step import StepResult, train_step
 from train.optim.param_groups import build_optimizer
@@ -62,7 +63,8 @@ def run(config: RunConfig, environment: Environment) -> int:
         interrupt = Interrupt(directory, is_first=is_first)
         if config.parallel.data == "zero":
             prepare_deepspeed(environment.local_rank)
-        with open_world(config.parallel, *ranks, environment.rendezvous) as world:
+        facts = facts_of(config) if environment.world_size > 1 else None
+        with open_world(config.parallel, *ranks, environment.rendezvous, facts) as world:
             return run_in_world(config, world, interrupt, files)
 
 
@@ -70,6 +72,7 @@ def run_in_world(config: RunConfig, world: World, interrupt: Interrupt, files: R
     """The run on its processes, its directory claimed; the exit code. files are rank 0's."""
     directory = Path(config.run.dir)
     loader = open_data(config, world.rank)
+    compare_data(loader, world)
     if world.rank == 0:
         print(loader.describe(), flush=True)
     state = build_state(config, world)
@@ -87,6 +90,8 @@ def run_in_world(config: RunConfig, world: World, interrupt: Interrupt, files: R
     store.probe(checkpoint_bytes(config))
     if not is_resumed and config.train.start is not None:
         lines = begin(state.built, config, loader)
+        fix = "export or import them again from weights that are whole"
+        refuse_not_finite(state.built.state(), config.train.start, fix, world)
         if world.rank == 0:
             print("\n".join(lines), flush=True)
     tracker = Tracker(
@@ -258,7 +263,15 @@ def resume(state: TrainState, store: CheckpointStore, loader: Loader, world: Wor
     if loaded.extra["data"] != loader.fingerprint:
         message = f"{loaded.path} was trained on {loaded.extra['data']}; found {loader.fingerprint}"
         raise ConfigError([Violation("data.directory", f"{message}; {fix}")])
+    fix = "move it away, and go on from an older one with checkpoint.accept_step"
+    refuse_not_finite({name: tensors[name] for name in ("model", "optimizer")}, str(loaded.path), fix, world)
     state.restore(tensors, loaded.extra["counters"], world)
+    if loaded.skipped and world.rank == 0:
+        print(
+            f"{loaded.path}: no random state of rank {world.rank} of {world.size}, as it was saved by other "
+            "ranks; dropout goes on with other masks",
+            flush=True,
+        )
     if world.rank == 0:
         print(f"resumed at step {state.step} from {loaded.path}", flush=True)
     return True
