@@ -32,6 +32,7 @@ class ParallelConfig(Config):
     offload: Literal["none", "activations"]
     compile: bool
     timeout_seconds: int = Field(ge=1)
+    storage_timeout_seconds: int = Field(ge=1)
 
     def degrees(self, world_size: int) -> Degrees:
         """All degrees, with a dp_shard of -1 replaced by what is left of `world_size`."""

@@ -54,13 +54,15 @@ class Axes:
 Opener = Callable[[Sequence[int]], dist.ProcessGroup | None]
 
 
-def open_group(ranks: Sequence[int], timeout: timedelta | None = None) -> dist.ProcessGroup | None:
+def open_group(
+    ranks: Sequence[int], timeout: timedelta | None = None, backend: str | None = None
+) -> dist.ProcessGroup | None:
     """A process group of some ranks, None on others. Every rank of the world must call it.
 
     timeout is how long a collective of it waits; None is what torch has for the backend, not what the world
-    has.
+    has. backend is that of the world where it is None.
     """
-    group = dist.new_group(list(ranks), timeout=timeout)
+    group = dist.new_group(list(ranks), timeout=timeout, backend=backend)
     return group if isinstance(group, dist.ProcessGroup) else None
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from conf.errors import PeerError
 from parallel.config.degrees import ORDER, Degrees, coordinates
+from parallel.mesh.progress import Progress, leave_record
 from parallel.mesh.rendezvous import process_of
 
 # What the libraries beneath say when a peer is the cause; torch has no type for it.
@@ -38,17 +40,28 @@ class Heartbeat:
 
     Rank 0 judges, from what ranks report and from who has fallen silent; the others read what it found, and
     watch rank 0's heartbeat. Once there is a verdict this process has a moment to end by itself, then it is
-    ended: a thread that waits in a collective cannot be interrupted. timeout is in seconds.
+    ended: a thread that waits in a collective cannot be interrupted. timeout is in seconds. Into the folder
+    `record` each rank then writes where its threads are and which collectives it called.
     """
 
-    def __init__(self, store: TCPStore, own: TCPStore, rank: int, degrees: Degrees, timeout: float) -> None:
+    def __init__(
+        self,
+        store: TCPStore,
+        own: TCPStore,
+        rank: int,
+        degrees: Degrees,
+        timeout: float,
+        progress: Progress,
+        record: Path | None = None,
+    ) -> None:
+        self._progress, self._record = progress, record
         self.rank, self.size, self.degrees, self.timeout = rank, degrees.size, degrees, timeout
         self.interval = min(1.0, timeout / 5)
         # Silence that counts once something is known to be wrong.
         self.silence = max(3 * self.interval, 1.0)
         # Two connections: what one thread waits for must not hold up the other.
         self._store, self._own = store, own
-        store.set(f"beat/{rank}", "0")
+        store.set(f"beat/{rank}", json.dumps([0, progress.said()]))
         self._verdict: str | None = None
         self._is_known, self._is_over = threading.Event(), threading.Event()
         self._heard = {peer: (b"", time.monotonic()) for peer in self._peers()}
@@ -109,7 +122,7 @@ class Heartbeat:
         while not self._is_over.wait(self.interval):
             beat += 1
             try:
-                self._own.set(f"beat/{self.rank}", str(beat))
+                self._own.set(f"beat/{self.rank}", json.dumps([beat, self._progress.said()]))
                 found = self._judged() if self.rank == 0 else self._read()
             except dist.DistError:
                 found = f"{self._named(0)} ended, or its machine is gone: the connection to it is lost"
@@ -118,6 +131,8 @@ class Heartbeat:
                 return
 
     def _end(self, found: str) -> None:
+        if self._record is not None:
+            found += leave_record(self._record, self.rank)
         self._verdict = found
         self._is_known.set()
         if not self._is_over.wait(self.silence + 4 * self.interval):
@@ -184,7 +199,8 @@ class Heartbeat:
 
     def _named(self, rank: int) -> str:
         with suppress(dist.DistError):
-            return f"{self._described(rank)}, {process_of(self._own, rank)}"
+            at = json.loads(self._own.get(f"beat/{rank}"))[1]
+            return f"{self._described(rank)}, {process_of(self._own, rank)}, {at}"
         return self._described(rank)
 
     def _described(self, rank: int) -> str:
@@ -199,12 +215,20 @@ def _leave(said: str) -> None:
 
 
 @contextmanager
-def monitored(store: TCPStore, own: TCPStore, rank: int, degrees: Degrees, timeout: float) -> Iterator[None]:
+def monitored(
+    store: TCPStore,
+    own: TCPStore,
+    rank: int,
+    degrees: Degrees,
+    timeout: float,
+    progress: Progress,
+    record: Path | None = None,
+) -> Iterator[None]:
     """Runs the block under a Heartbeat, which has a connection of its own. Collective.
 
     Raises PeerError instead of the errors of a collective that another rank broke.
     """
-    watch = Heartbeat(store, own, rank, degrees, timeout)
+    watch = Heartbeat(store, own, rank, degrees, timeout, progress, record)
     try:
         dist.barrier()
         watch.start()

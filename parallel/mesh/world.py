@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,17 +17,24 @@ from parallel.config.parallel import ParallelConfig
 from parallel.config.rendezvous import Rendezvous
 from parallel.mesh.axes import Axes, open_axes, open_group
 from parallel.mesh.heartbeat import monitored, patience
+from parallel.mesh.progress import Progress
 from parallel.mesh.rendezvous import open_store, wait_for_ranks
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all, and its coordinate on every axis of the mesh."""
+    """This process among all, and its coordinate on every axis of the mesh.
+
+    storage: the group of all ranks, None of one, for waits in which a rank works on files. progress says what
+    this process is at.
+    """
 
     rank: int
     size: int
     device: torch.device
     axes: Axes
+    storage: dist.ProcessGroup | None = None
+    progress: Progress = field(default_factory=Progress)
 
     @staticmethod
     def alone(device: torch.device) -> "World":
@@ -61,12 +69,13 @@ def open_world(
     local_rank: int,
     rendezvous: Rendezvous | None = None,
     facts: Mapping[str, str] | None = None,
+    record: Path | None = None,
 ) -> Iterator[World]:
     """The World of this process; its process group lives as long as the block.
 
     Several processes need a rendezvous, and the same facts, such as keys of the config. NCCL on GPUs, gloo
     elsewhere. On a CPU, numbers too small for the normal form count as zero from here on, in the whole
-    process.
+    process. Into the folder `record` ranks write what they were at when another one is lost.
 
     Raises PeerError that names the rank which did not come, ended or hangs, and ConfigError for processes
     that disagree on how many they are, or on a fact.
@@ -92,8 +101,13 @@ def open_world(
     timeout = timedelta(seconds=wait)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
-        with monitored(store, own, rank, degrees, wait):
-            yield World(rank, size, device, open_axes(degrees, rank, partial(open_group, timeout=timeout)))
+        progress = Progress()
+        with monitored(store, own, rank, degrees, wait, progress, record):
+            axes = open_axes(degrees, rank, partial(open_group, timeout=timeout))
+            # On CPUs also where the run is on GPUs: a disk may take longer than a collective of a step.
+            patient = timedelta(seconds=config.storage_timeout_seconds)
+            storage = open_group(range(size), patient, "gloo")
+            yield World(rank, size, device, axes, storage, progress)
     finally:
         dist.destroy_process_group()
 

@@ -151,7 +151,13 @@ def build(
     world = World(rank, degrees.size, torch.device("cpu"), open_axes(degrees, rank))
     settings = {"data": "fsdp", "dp_replicate": degrees.dp_replicate, "dp_shard": degrees.dp_shard}
     settings |= {"cp": degrees.cp, "tp": degrees.tp, "ep": degrees.ep, "pp": degrees.pp}
-    settings |= {"pp_schedule": "1f1b", "pp_chunks": None, "pp_layout": None, "timeout_seconds": 60}
+    settings |= {
+        "pp_schedule": "1f1b",
+        "pp_chunks": None,
+        "pp_layout": None,
+        "timeout_seconds": 60,
+        "storage_timeout_seconds": 60,
+    }
     settings |= {"zero": {"stage": 2, "offload": "none", "whole_below": 0}}
     settings |= {"reshard_after_forward": True, "recompute": "none", "offload": "none", "compile": False}
     settings |= {"prefetch": 0}

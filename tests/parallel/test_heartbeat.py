@@ -1,10 +1,13 @@
 """Processes that never come, end or hang: those that are left name them, in time, and end."""
 
+import json
 import os
+import re
 import signal
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import pytest
 from tests.train.runs import free_port, spawn
 
 DEADLINE = 8  # seconds; ranks wait half of it for each other
+LATE = 2 * DEADLINE
 SPARE = 30  # seconds beside it: to start, to find out who it was, on a machine that is busy
 
 
@@ -28,6 +32,7 @@ def work(rank: int, size: int, port: int, cut: dict[str, int], folder: str, step
     from parallel.config.parallel import ParallelConfig
     from parallel.config.rendezvous import Rendezvous
     from parallel.mesh.world import open_world
+    from train.checkpoint.ranks import Ranks
 
     file = os.open(f"{folder}/log.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
@@ -41,18 +46,27 @@ def work(rank: int, size: int, port: int, cut: dict[str, int], folder: str, step
         "reshard_after_forward": True,
         "prefetch": 0,
         "timeout_seconds": DEADLINE,
+        "storage_timeout_seconds": 60,
     }
     keys |= {"zero": {"stage": 2, "offload": "none", "whole_below": 0}}
     config = ParallelConfig(**keys)
     rendezvous = Rendezvous("127.0.0.1", port, is_hosted=False, host="here")
-    with exit_on_error(), open_world(config, rank, size, rank, rendezvous) as world:
+    record = Path(folder) / "stacks"
+    with exit_on_error(), open_world(config, rank, size, rank, rendezvous, None, record) as world:
         for step in range(steps):
+            world.progress.enter("counting", step)
             world.sum(torch.ones(4))
             Path(f"{folder}/steps.{name}").write_text(str(step))
             if Path(f"{folder}/break").exists() and rank == 1:
                 raise ValueError("broken here")
             if Path(f"{folder}/hang").exists() and rank == 1:
                 time.sleep(600)
+            if Path(f"{folder}/slow disk").exists():
+                world.progress.enter("save", step)
+                slowly = partial(time.sleep, LATE if rank == 1 else 0)
+                Ranks(rank, size, world.storage).together("not saved", slowly)
+                Path(f"{folder}/saved.{name}").touch()
+                return
             if world.axes.tp.group is not None:
                 dist.all_reduce(torch.ones(4), group=world.axes.tp.group)
             time.sleep(0.02)
@@ -197,7 +211,28 @@ def test_a_rank_that_hangs_in_its_own_work_is_named(ranks: Ranks, tmp_path: Path
     assert ranks.exit_code("0") == 75, ranks.said("0")
     assert "every rank is alive, but rank 0 waited in vain" in ranks.error("0")
     assert "rank 1 (tp 1)" in ranks.error("0")
+    assert re.search(
+        r"nothing was reported by rank 1 .*, in counting of step \d+ for \d+ s", ranks.error("0")
+    )
     assert ranks.exit_code("1") == 75, ranks.said("1")
+    for rank in range(2):
+        stacks = tmp_path / "stacks" / f"rank_{rank}.stacks"
+        assert str(stacks) in ranks.error(str(rank))
+        record = json.loads(stacks.with_suffix(".collectives.json").read_text())
+        assert record["entries"][-1]["profiling_name"] == "gloo:all_reduce"
+    # The line that hangs.
+    assert re.search(r"test_heartbeat\.py\", line \d+ in work", stacks.read_text())
+
+
+def test_a_late_save_of_one_rank_is_waited_for(ranks: Ranks, tmp_path: Path) -> None:
+    for rank in range(2):
+        ranks.start(rank, 2, tp=2)
+    ranks.wait_until_all_work()
+    (tmp_path / "slow disk").touch()
+    for rank in range(2):
+        # Longer than a collective of a step may take, and than it takes to name a lost rank.
+        assert ranks.exit_code(str(rank), LATE + SPARE) == 0, ranks.said(str(rank))
+        assert (tmp_path / f"saved.{rank}").exists()
 
 
 def test_ranks_that_are_done_end_well(ranks: Ranks) -> None:

@@ -11,10 +11,14 @@ from train.checkpoint.transient import FULL
 
 
 class Ranks(NamedTuple):
-    """This process among `size` of them; a group of one needs no torch.distributed."""
+    """This process among `size` of them; a group of one needs no torch.distributed.
+
+    group has all ranks; None is the default one.
+    """
 
     rank: int
     size: int
+    group: dist.ProcessGroup | None = None
 
     def together(self, action: str, work: Callable[[], Any]) -> list[Any]:
         """Run `work` here and return what it returned on every rank, by rank. Collective.
@@ -53,7 +57,7 @@ class Ranks(NamedTuple):
         texts: list[Any] = [text]
         if self.size > 1:
             texts = [None] * self.size
-            dist.all_gather_object(texts, text)
+            dist.all_gather_object(texts, text, group=self.group)
         return [json.loads(text) for text in texts]
 
     def _message(self, rank: int, text: str) -> str:

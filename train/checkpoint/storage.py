@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.futures import Future
 
 from conf.errors import CheckpointError
-from train.checkpoint.ranks import PeerFailed
+from train.checkpoint.ranks import PeerFailed, Ranks
 from train.checkpoint.transient import retried
 
 METADATA = ".metadata"
@@ -139,8 +139,8 @@ class _Planner(DefaultLoadPlanner):
         self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
 
 
-def write_state(flat: dict[str, Any], path: Path, fs: DigestingFileSystem, *, rank: int, alone: bool) -> None:
-    """Write the flat state into the directory `path` through `fs`. Collective unless `alone`.
+def write_state(flat: dict[str, Any], path: Path, fs: DigestingFileSystem, ranks: Ranks) -> None:
+    """Write the flat state into the directory `path` through `fs`. Collective.
 
     When any rank failed: raises this rank's own error, PeerFailed where it has none.
     """
@@ -149,22 +149,26 @@ def write_state(flat: dict[str, Any], path: Path, fs: DigestingFileSystem, *, ra
     writer.fs = fs
     try:
         with _quiet():
-            save(flat, storage_writer=writer, planner=DefaultSavePlanner(), no_dist=alone)
+            save(flat, storage_writer=writer, planner=DefaultSavePlanner(), **_of(ranks))
     except CheckpointException as error:
-        raise fs.failure or _own_failure(error, rank) from error
+        raise fs.failure or _own_failure(error, ranks.rank) from error
 
 
-def read_state(flat: dict[str, Any], path: Path, metadata: Metadata, *, rank: int, alone: bool) -> None:
+def read_state(flat: dict[str, Any], path: Path, metadata: Metadata, ranks: Ranks) -> None:
     """Fill `flat` from the verified checkpoint `path`: tensors in place, plain values replaced.
 
-    Collective unless `alone`. When any rank failed: raises this rank's own error, PeerFailed where it
+    Collective. When any rank failed: raises this rank's own error, PeerFailed where it
     has none.
     """
     try:
         with _quiet():
-            load(flat, storage_reader=VerifiedReader(path, metadata), planner=_Planner(), no_dist=alone)
+            load(flat, storage_reader=VerifiedReader(path, metadata), planner=_Planner(), **_of(ranks))
     except CheckpointException as error:
-        raise _own_failure(error, rank) from error
+        raise _own_failure(error, ranks.rank) from error
+
+
+def _of(ranks: Ranks) -> dict[str, Any]:
+    return {"no_dist": ranks.size == 1, "process_group": ranks.group}
 
 
 def _own_failure(error: CheckpointException, rank: int) -> Exception:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from conf.errors import CheckpointError, StorageError
@@ -60,8 +61,8 @@ class CheckpointStore:
 
     `directory` must be on storage that every rank sees. `keep` is how many of the newest verified
     checkpoints stay, at least 2. `run_files` of rank 0 have a copy in each manifest and learn of each commit.
-    With `size` above 1 every method but `candidates` is collective over
-    the default torch.distributed group; with 1 no group is needed.
+    With `size` above 1 every method but `candidates` is collective over `group`, or the default one; with 1
+    no group is needed.
     """
 
     def __init__(
@@ -71,13 +72,14 @@ class CheckpointStore:
         keep: int,
         rank: int = 0,
         size: int = 1,
+        group: dist.ProcessGroup | None = None,
         run_files: RunFiles | None = None,
     ) -> None:
         assert keep >= 2, f"{keep=}"
         assert 0 <= rank < size, f"{rank=} {size=}"
         self.directory = directory
         self.keep = keep
-        self._ranks = Ranks(rank, size)
+        self._ranks = Ranks(rank, size, group)
         self._verified: set[int] = set()
         self._run_files = run_files
 
@@ -214,7 +216,7 @@ class CheckpointStore:
 
     def _write(self, temporary: Path, flat: dict[str, Any]) -> dict[str, dict[str, Any]]:
         fs = self._open_file_system()
-        write_state(flat, temporary, fs, rank=self._ranks.rank, alone=self._ranks.size == 1)
+        write_state(flat, temporary, fs, self._ranks)
         return fs.entries
 
     def _commit(
@@ -268,7 +270,7 @@ class CheckpointStore:
             manifest, problems = inspect_manifest(path)
             if problems:
                 return {"problems": problems, "unread": {}, "files": 0}
-            rank, size = self._ranks
+            rank, size, _ = self._ranks
             # By size, so that equal shards go to different ranks.
             names = sorted(manifest["files"], key=lambda name: (manifest["files"][name]["size"], name))
             found = inspect_files(path, manifest, names[rank::size])
@@ -290,7 +292,7 @@ class CheckpointStore:
         """
 
         def inspect() -> dict[str, Any]:
-            rank, size = self._ranks
+            rank, size, _ = self._ranks
             names = [name for name, owner in unread if (owner + 1) % size == rank]
             return inspect_files(path, read_manifest(path), names)._asdict()
 
@@ -373,7 +375,7 @@ class CheckpointStore:
         held = {key: value for key, value in flat.items() if key in stored}
 
         def read() -> None:
-            read_state(held, path, metadata, rank=self._ranks.rank, alone=self._ranks.size == 1)
+            read_state(held, path, metadata, self._ranks)
 
         self._ranks.together(f"{path} not loaded", read)
         unflatten_into(state, held, paths)

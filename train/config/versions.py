@@ -39,6 +39,7 @@ Rule = Added | Removed | Renamed
 RULES: tuple[Rule, ...] = (
     Added(1, "train.foreign_ids", False),
     Added(2, "checkpoint.accept_step", None),
+    Added(3, "parallel.storage_timeout_seconds", 3600),
 )
 VERSION = RULES[-1].version
 

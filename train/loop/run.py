@@ -36,6 +36,9 @@ from train.loop.step import StepResult, train_step
 from train.optim.param_groups import build_optimizer
 from train.track.tracker import Tracker
 
+# Where ranks leave what they were at when another one was lost.
+STACKS = "stacks"
+
 
 def run_checked(config: RunConfig, environment: Environment) -> int:
     """Shows a checked config and trains; the exit code. Raises as `run` does."""
@@ -64,7 +67,7 @@ def run(config: RunConfig, environment: Environment) -> int:
         if config.parallel.data == "zero":
             prepare_deepspeed(environment.local_rank)
         facts = facts_of(config) if environment.world_size > 1 else None
-        with open_world(config.parallel, *ranks, environment.rendezvous, facts) as world:
+        with open_world(config.parallel, *ranks, environment.rendezvous, facts, directory / STACKS) as world:
             return run_in_world(config, world, interrupt, files)
 
 
@@ -84,6 +87,7 @@ def run_in_world(config: RunConfig, world: World, interrupt: Interrupt, files: R
         keep=config.checkpoint.keep,
         rank=world.rank,
         size=world.size,
+        group=world.storage,
         run_files=files,
     )
     is_resumed = resume(state, store, loader, world)
@@ -113,6 +117,7 @@ def run_in_world(config: RunConfig, world: World, interrupt: Interrupt, files: R
         try:
             check = partial(stop_if_asked, interrupt, world)
             train(state, loader, store, hooks, check, config, world)
+            world.progress.enter("the last evaluation", state.step)
             finish(state, loader, tracker, config, world, check)
         except Stopped:
             code = STOPPED
@@ -157,6 +162,7 @@ def train(
             if saved != state.step:
                 save(state, store, loader, world, hooks)
             raise
+        world.progress.enter("training", state.step + 1)
         for hook in hooks:
             hook.before_data(state)
         batch = upcoming.result()
@@ -185,6 +191,7 @@ def evaluate_if_due(
     """Scores held-out documents where the step asks for it. `check` may end it before its end."""
     is_due = state.step > 0 and state.step % config.train.evaluate_every == 0
     if is_due and loader.held_out_rows > 0:
+        world.progress.enter("evaluation", state.step)
         held_out = score(state, loader, config, world, config.train.evaluate_rows, check)
         for hook in hooks:
             hook.after_evaluation(state, held_out)
@@ -239,6 +246,7 @@ def save(
     """Commits a checkpoint of the state. Raises StorageError."""
     tokenizer = loader.card.tokenizer.digest
     extra = {"counters": state.counters(), "data": loader.fingerprint, "tokenizer": tokenizer}
+    world.progress.enter("save", state.step)
     store.save(state.step, state.tensors(world), extra)
     for hook in hooks:
         hook.after_save(state)

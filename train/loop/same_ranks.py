@@ -53,7 +53,7 @@ def code_digest(root: Path) -> str:
 def compare_data(loader: Loader, world: World) -> None:
     """Raises ConfigError that names the ranks with another dataset or tokenizer. Collective."""
     own = {"data": loader.fingerprint, "tokenizer": loader.card.tokenizer.digest}
-    found = Ranks(world.rank, world.size).together(
+    found = Ranks(world.rank, world.size, world.storage).together(
         "data not compared", lambda: json.dumps(own, sort_keys=True)
     )
     odd = difference(dict(enumerate(found)))
@@ -74,7 +74,7 @@ def refuse_not_finite(tensors: Mapping[str, Any], where: str, fix: str, world: W
     def bad() -> list[str]:
         return [name for name, tensor in _tensors(tensors) if not torch.isfinite(local_part(tensor)).all()]
 
-    found = Ranks(world.rank, world.size).together(f"{where} not looked into", bad)
+    found = Ranks(world.rank, world.size, world.storage).together(f"{where} not looked into", bad)
     if names := sorted({name for names in found for name in names}):
         raise CheckpointError(f"{where}: numbers that are not finite in {shortened(names)}; {fix}")
 
