@@ -108,12 +108,12 @@ def denominators_of(batch: Batch, config: Architecture) -> Denominators:
 
 
 def objective_of(losses: Losses, batch: Batch, config: Architecture) -> Tensor:
-    """The number whose gradient a step takes."""
+    """The number whose gradient a step takes; losses of a part of the batch give their share of it."""
     counts, mtp = denominators_of(batch, config).targets.tolist(), config.model.mtp
     total = (losses.cross_entropy + losses.logit_z[0]) / counts[0]
     for ahead, loss in enumerate(losses.mtp, 1):
         total = total + mtp.coefficient / mtp.depth * (loss + losses.logit_z[ahead]) / counts[ahead]
-    return total + sum(losses.auxiliary.values(), total.new_zeros(())) / (ROWS * TOKENS)
+    return total + sum(losses.auxiliary.values(), total.new_zeros(())) / batch.tokens.numel()
 
 
 def named(losses: Losses) -> dict[str, Tensor]:

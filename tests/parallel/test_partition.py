@@ -3,7 +3,7 @@
 from itertools import combinations, pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from conf.compose import compose, group_options
@@ -66,8 +66,7 @@ def test_no_other_cut_is_better(problem: tuple[list[float], int, set[int]]) -> N
 @given(problems(), st.randoms())
 def test_levelled_ranks_are_no_worse(problem: tuple[list[float], int, set[int]], random) -> None:
     costs, stages, joined = problem
-    if not sum(costs):
-        return
+    assume(sum(costs))
     homes = [random.randrange(1 + stages // 2) for _ in range(stages)]
     cut = partition(costs, stages, joined)
     level = level_ranks(costs, cut, homes, joined)

@@ -51,11 +51,15 @@ def test_each_impossible_pipeline_is_named(overrides: list[str], key: str, says:
 def test_the_named_micro_batches_are_legal_and_no_others(schedule: str) -> None:
     message = violations(f"parallel.pp_schedule={schedule}", "train.micro_batch=24")["train.micro_batch"]
     legal = {int(value) for value in re.findall(r"\d+", message.split("legal values are")[1])}
-    for value in (1, 2, 3, 4, 6, 8, 12):
+    values = (1, 2, 3, 4, 6, 8, 12)
+    assert legal
+    assert legal < set(values)
+    for value in values:
+        typed = (f"parallel.pp_schedule={schedule}", f"train.micro_batch={value}")
         if value in legal:
-            load(f"parallel.pp_schedule={schedule}", f"train.micro_batch={value}")
+            assert load(*typed).train.micro_batch == value
         else:
-            violations(f"parallel.pp_schedule={schedule}", f"train.micro_batch={value}")
+            assert set(violations(*typed)) == {"train.micro_batch"}
 
 
 def test_a_pipeline_by_hand_is_taken() -> None:

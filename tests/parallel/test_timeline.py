@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from parallel.config.pipeline import SCHEDULE_KINDS, PipelinePlan, plan_violations
@@ -89,10 +89,13 @@ def test_nothing_starts_before_what_it_needs(degree: int, rounds: int, data: st.
 def test_a_plan_without_violations_runs(name, degree: int, chunks: int, micro_batches: int) -> None:
     plan = PipelinePlan(name, degree, chunks, micro_batches)
     violations = plan_violations(plan)
+    # torch refuses by itself micro-batches of its own schedules alone.
+    is_of_torch = {violation.key for violation in violations} == {"train.micro_batch"} and name != "1f1b"
+    assume(not violations or is_of_torch)
     if not violations:
         done = [action for actions in action_order(plan) for action in actions if action.kind == "forward"]
         assert len(done) == plan.stages * micro_batches
-    elif {violation.key for violation in violations} == {"train.micro_batch"} and name != "1f1b":
+    else:
         with pytest.raises(ValueError, match="microbatches"):
             action_order(plan)
 

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from model.count import count
 from model.language_model import LanguageModel
-from tests.architectures import small_architecture
+from tests.architectures import SMALL, small_architecture
 from train.config.load import load_config
 from train.estimate.memory import memory_per_rank
+from train.loop.measure import Meter
 from train.plan import plan
 
 # Parameters in all and per token, and training GFLOP per token at 4096 tokens, as published: totals of the
@@ -72,6 +73,49 @@ def test_any_layout_counts_itself(pattern, ffn, tied: bool, shared: int, depth: 
     with torch.device("meta"):
         model = LanguageModel(config)
     assert count(config).total == sum(parameter.numel() for parameter in model.parameters())
+
+
+# Width 32, a vocabulary of 4096, rows of 16 tokens.
+PLANNED = (
+    *(*SMALL, "data.sequence_length=16", "layout.pattern=gdn", "layout.ffn.pattern=dense", "model.depth=1"),
+    *(
+        "model.vocab_size=4096",
+        "mixer.attn.output_gate=none",
+        "model.mtp.depth=2",
+        "model.mtp.mixer=attn",
+        "model.mtp.ffn=dense",
+    ),
+)
+# Queries and keys of 2 heads of 8, values and their gates of 4 heads of 12, a beta and a decay for each.
+GDN_PROJECTIONS = 2 * 32 * (2 * 8 + 2 * 8 + 4 * 12 + 4 * 12 + 4 + 4) + 2 * (4 * 12) * 32
+# A state of 8 x 12 decays by a product, is read by a key, gets an outer product, and is read by a query.
+GDN_CORE = 4 * (8 * 12) * (1 + 2 + 2 + 2) + 2 * 4 * (2 * 8 + 2 * 8 + 4 * 12)
+SWIGLU = 3 * 2 * 32 * 48
+HEAD = 2 * 32 * 4096
+# Queries of 4 heads of 8 read keys and values of 2; token t of 16 sees t, which is 8.5 on average.
+ATTN = 2 * 32 * (4 * 8 + 2 * 8 + 2 * 8) + 2 * (4 * 8) * 32 + 4 * (2 * 8 + 2 * 8) * 8.5
+# The two halves of its input, a layer, and the whole head once more.
+PREDICTION = 2 * (2 * 32) * 32 + ATTN + SWIGLU + HEAD
+TRAINING = 3 * (GDN_PROJECTIONS + GDN_CORE + SWIGLU + HEAD + 2 * PREDICTION)
+
+
+def test_operations_of_gated_deltanet_and_of_predictions_are_those_of_their_shapes() -> None:
+    figures = plan(load_config([*PLANNED], 1))
+    assert figures["forward_flops_per_token"] == {
+        "gdn_projections": GDN_PROJECTIONS,
+        "gdn_core": GDN_CORE,
+        "feed_forward": SWIGLU,
+        "head": HEAD,
+        "mtp": 2 * PREDICTION,
+    }
+    assert figures["flops_per_token"] == TRAINING
+
+
+def test_the_share_of_peak_is_that_of_all_devices() -> None:
+    config = load_config([*PLANNED, "cluster.peak_tflops=2", "train.global_batch=4"], 4)
+    readings = Meter(config, torch.device("cpu"), 4).readings(300, 0.5)
+    assert readings["speed/tokens_per_second"] == 600
+    assert readings["speed/share_of_peak"] == pytest.approx(600 * TRAINING / (4 * 2e12), rel=1e-12)
 
 
 def test_cache_of_a_million_tokens() -> None:

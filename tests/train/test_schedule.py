@@ -1,5 +1,6 @@
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,3 +49,20 @@ def test_shapes_are_the_published_ones() -> None:
     cosine = CosineConfig(kind="cosine", warmup_steps=0, floor=0.2)
     assert math.isclose(cosine.factor(50, 100), 0.6)
     assert math.isclose(cosine.factor(25, 100), 0.2 + 0.8 * 0.5 * (1 + math.sqrt(0.5)))
+
+
+def test_half_a_cosine_spans_what_warm_up_leaves() -> None:
+    cosine = CosineConfig(kind="cosine", warmup_steps=4, floor=0.2)
+    quarter = math.sqrt(0.5)
+    expected = {4: 1.0, 6: 0.2 + 0.4 * (1 + quarter), 8: 0.6, 10: 0.2 + 0.4 * (1 - quarter), 12: 0.2}
+    assert [cosine.factor(step, 12) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert {step: cosine.factor(step, 12) for step in expected} == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_decay_that_begins_within_warm_up_takes_the_steps_after_it() -> None:
+    # Eight of ten steps would begin at step 2.
+    wsd = WsdConfig(kind="wsd", warmup_steps=6, decay_fraction=0.8, floor=0.1)
+    rising = [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0]
+    falling = [1.0, 0.55, 0.1 + 0.9 * (1 - math.sqrt(0.5)), 0.1 + 0.9 * (1 - math.sqrt(0.75)), 0.1]
+    factors = [wsd.factor(step, 10) for step in range(11)]
+    assert factors == pytest.approx(rising + falling, rel=1e-12)
