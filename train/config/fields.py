@@ -11,6 +11,7 @@ from model.moe.config import MoeConfig
 from model.shape import ModelConfig, ResidualConfig
 from parallel.config.parallel import ParallelConfig
 from train.checkpoint.config import CheckpointConfig
+from train.config.slurm import SlurmConfig
 from train.optim.optimizer import OptimizerConfig, optimizer_type
 from train.optim.schedule import ScheduleConfig, schedule_type
 from train.track.config import TrackConfig
@@ -29,7 +30,10 @@ KernelBackend = Literal["auto", "triton", "reference"]
 class RunDirConfig(Config):
     """Where a run writes."""
 
-    dir: str = Field(min_length=1)
+    # What a shell, a log line and an override can hold.
+    dir: str = Field(pattern=r"^[^\x00-\x1f\x7f$\\]+$")
+    # Runs that were started before the key was there have none in their config.json.
+    name: str = Field(default="default", min_length=1)
 
 
 class ProfileConfig(Config):
@@ -149,6 +153,7 @@ class RunFields(Config):
     cluster: ClusterConfig
     plan: PlanConfig
     rehearse: RehearseConfig
+    slurm: SlurmConfig = SlurmConfig()
 
 
 class RunDraft(RunFields):

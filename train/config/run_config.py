@@ -20,7 +20,9 @@ class RunConfig(RunFields, Architecture):
 
 
 # What may change between two starts of one run without making it another run.
-CHANGEABLE = ("run", "kernels", "checkpoint", "track", "cluster", "plan", "rehearse", "parallel", "sample")
+CHANGEABLE = (
+    *("run", "kernels", "checkpoint", "track", "cluster", "slurm", "plan", "rehearse", "parallel", "sample"),
+)
 CHANGEABLE_KEYS = (
     *(
         "train.micro_batch",
