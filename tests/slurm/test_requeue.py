@@ -190,8 +190,10 @@ while attempt == 0 and not heard:
     time.sleep(0.1)
 if attempt == 1 and rank == "1":
     os.kill(os.getpid(), signal.SIGKILL)
-while attempt == 1:
-    time.sleep(1)
+if attempt == 1:
+    time.sleep(30)
+    print("LEFT ALONE", flush=True)
+    time.sleep(600)
 sys.exit(85 if heard else 0)
 """
 
@@ -216,7 +218,7 @@ def test_slurm_does_what_the_directives_say(cluster: dict[str, str], tmp_path: P
         "trainer ended with 85 after USR1",
         "queued again: saved on request",
         "attempt 2: 2 nodes n[1-2]",
-        # The other task would wait until the limit.
+        # The other task would wait for ever.
         "trainer ended with 137",
         "queued again: trainer ended with 137, crash 1 of at most 3",
         "leaves out n2 from now on",
@@ -224,3 +226,4 @@ def test_slurm_does_what_the_directives_say(cluster: dict[str, str], tmp_path: P
         "trainer ended with 0",
     ]
     in_order(job.log, milestones)
+    assert "LEFT ALONE" not in job.log

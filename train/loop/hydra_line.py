@@ -1,12 +1,13 @@
 """Hydra's own command line: --cfg and other flags of its own, and sweeps by one of its launchers."""
 
 import sys
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
@@ -48,6 +49,19 @@ def told_apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return flags, typed
 
 
+@contextmanager
+def outside() -> Iterator[None]:
+    """Lets the block compose a config of its own within a job of Hydra, which allows one at a time."""
+    hydra_of_job = GlobalHydra.instance().hydra
+    assert hydra_of_job is not None, "within a job"
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().clear()
+        GlobalHydra.instance().initialize(hydra_of_job)
+
+
 def one_job(composed: Any) -> None:
     """One run of a sweep. Each has its own directory: run.dir/NUMBER."""
     from omegaconf import OmegaConf
@@ -61,8 +75,9 @@ def one_job(composed: Any) -> None:
         tree = OmegaConf.to_container(composed, resolve=True)
         assert isinstance(tree, dict), f"{type(tree)=}"
         known = {str(name): value for name, value in tree.items()}
-        if "model" not in typed_keys(typed) and composed_value(typed, "train.start") is not None:
-            known = compose_run(typed)
+        with outside():
+            if "model" not in typed_keys(typed) and composed_value(typed, "train.start") is not None:
+                known = compose_run(typed)
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             known["run"]["dir"] = f"{known['run']['dir']}/{HydraConfig.get().job.num}"
         environment = read_environment()
