@@ -1,11 +1,18 @@
 """What a job asks of SLURM, and what surrounds the trainer in it."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from conf.compose import Config
 
+
+def _as_text(value: Any) -> Any:
+    return str(value) if type(value) is int else value
+
+
+# A number that is typed here is the text of it.
+Text = Annotated[str, BeforeValidator(_as_text)]
 # Of these SLURM and the shell read no second word.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Names = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}(,[A-Za-z0-9][A-Za-z0-9._-]{0,63})*$")]
@@ -41,7 +48,7 @@ class SlurmConfig(Config):
     reservation: Names | None = None
     constraint: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._*&|()\[\],-]+$")
     exclusive: bool = True
-    memory: Annotated[str, Field(pattern=r"^[0-9]+[KMGT]?$")] | Annotated[int, Field(ge=0)] | None = 0
+    memory: Annotated[Text, Field(pattern=r"^[0-9]+[KMGT]?$")] | None = "0"
     exclude: Hosts | None = None
     exclude_failed: bool = True
     mail_user: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._%+@-]+$")
@@ -55,6 +62,7 @@ class SlurmConfig(Config):
     modules: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+/-]*$")]] = Field(default=[])
     prolog: Line | None = None
     container: ContainerConfig = ContainerConfig()
-    env: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], Line | int | None] = Field(
-        default={}
-    )
+    env: dict[
+        Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")],
+        Annotated[Text, Field(pattern=r"^[^\x00-\x1f\x7f]+$")] | None,
+    ] = Field(default={})
