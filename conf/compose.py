@@ -1,7 +1,9 @@
 """Hydra composes the groups of conf/; one typed, frozen tree comes out, or every violation at once."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -13,7 +15,7 @@ from pydantic_core import ErrorDetails
 
 from conf.errors import ConfigError, Violation
 from conf.known_keys import closest_keys, did_you_mean, known_keys
-from conf.tree import copied, is_referred, resolved, set_keys
+from conf.tree import copied, is_referred, resolved, resolved_value, set_keys
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 CONF_DIR = Path(__file__).parent
 # The name of the option that an architecture from elsewhere stands as.
 _GIVEN = "_given"
+# A value that is no list, mapping, function or several values, and not in quotes; it may hold references.
+_PLAIN = re.compile(r"""(?:[^\s'"\\\[\](){},]|\$\{[^{}'"\\]*\}|[^\S\n](?=\S))+""")
 
 
 class Config(BaseModel):
@@ -53,7 +57,7 @@ def compose_known(
     model is as in `compose_tree`.
     """
     tree = compose_tree(overrides, model)
-    typed = {override.lstrip("+~").split("=", 1)[0].split(".")[0] for override in overrides}
+    typed = {key.split(".")[0] for key in typed_keys(overrides)}
     return {
         name: value
         for name, value in tree.items()
@@ -69,8 +73,16 @@ def compose_tree(overrides: Sequence[str], model: Mapping[str, Any] | None = Non
 
     Raises ConfigError when a group, an option or the syntax of an override is unknown.
     """
-    if model is None or any(override.startswith("model=") for override in overrides):
-        return _compose_lines(hydra_overrides(overrides))
+    lines = hydra_overrides(overrides)
+    if model is None or "model" in typed_keys(overrides):
+        return _compose_lines(lines)
+    with model_option(model) as given:
+        return _compose_lines([*given, *lines], _compose_groups.__wrapped__)
+
+
+@contextmanager
+def model_option(model: Mapping[str, Any]) -> Iterator[list[str]]:
+    """The lines by which Hydra takes an architecture as an option of the group `model`."""
     with TemporaryDirectory() as directory:
         layout = model.get("layout")
         rest = {name: value for name, value in model.items() if name != "layout"}
@@ -80,32 +92,70 @@ def compose_tree(overrides: Sequence[str], model: Mapping[str, Any] | None = Non
             (Path(directory) / group).mkdir()
             package = "# @package _global_\n" if group == "model" else ""
             (Path(directory) / group / f"{_GIVEN}.yaml").write_text(package + json.dumps(tree))
-        lines = [f"hydra.searchpath=[file://{directory}]", f"model={_GIVEN}"]
-        return _compose_lines([*lines, *hydra_overrides(overrides)], _compose_groups.__wrapped__)
+        yield [f"hydra.searchpath=[file://{directory}]", f"model={_GIVEN}"]
 
 
-def _compose_lines(lines: list[str], groups: "Callable[..., dict[str, Any]] | None" = None) -> dict[str, Any]:
-    """Lines of `hydra_overrides` as a tree: those of groups by Hydra, then values as Hydra would set them."""
+def composed_value(overrides: Sequence[str], key: str) -> Any:
+    """What the composed config holds under one key, references followed; None where it holds nothing.
+
+    Values that cannot be set elsewhere do not count. Raises ConfigError as `compose_tree` does.
+    """
+    with _named_errors():
+        tree, _ = _tree_of(hydra_overrides(overrides), _compose_groups)
+        return resolved_value(tree, key)
+
+
+def typed_keys(overrides: Sequence[str]) -> list[str]:
+    """The key or group of each override, as Hydra reads it; those that it cannot read are left out."""
     from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
 
+    keys = []
+    for override in overrides:
+        with suppress(HydraException):
+            keys.append(_parsed(override).key_or_group)
+    return keys
+
+
+Groups = Callable[[tuple[str, ...]], dict[str, Any]]
+
+
+def _compose_lines(lines: Sequence[str], groups: Groups | None = None) -> dict[str, Any]:
+    """Lines of `hydra_overrides` as a tree: those of groups by Hydra, then values as Hydra would set them."""
+    with _named_errors():
+        tree, violations = _tree_of(lines, groups or _compose_groups)
+        if violations:
+            raise ConfigError(violations)
+        return resolved(tree)
+
+
+def _tree_of(lines: Sequence[str], groups: Groups) -> tuple[dict[str, Any], list[Violation]]:
+    """The tree with its references as they stand, and what could not be set in it."""
     overrides = [_parsed(line) for line in lines]
     values = [parsed for parsed in overrides if parsed.is_force_add()]
     swept = [parsed for parsed in overrides if parsed.is_sweep_override()]
     if swept:
         message = "is several values: a sweep over them needs -m, quotes make them one"
         raise ConfigError([Violation(parsed.key_or_group, message) for parsed in swept])
+    # Composing groups is the slow part, and most compositions of a process differ in values only.
+    tree = copied(groups(tuple(line for line in lines if not line.startswith("++"))))
+    # What a reference stands for is complete before one leaf of the copy is set.
+    values.sort(key=lambda parsed: is_referred(tree, parsed.key_or_group))
+    return tree, set_keys(tree, [(parsed.key_or_group, parsed.value()) for parsed in values])
+
+
+@contextmanager
+def _named_errors() -> Iterator[None]:
+    """Errors of Hydra and OmegaConf as ConfigError."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+
     try:
-        # Composing groups is the slow part, and most compositions of a process differ in values only.
-        chosen = (groups or _compose_groups)(tuple(line for line in lines if not line.startswith("++")))
-        tree = copied(chosen)
-        # What a reference stands for is complete before one leaf of the copy is set.
-        values.sort(key=lambda parsed: is_referred(tree, parsed.key_or_group))
-        set_keys(tree, [(parsed.key_or_group, parsed.value()) for parsed in values])
-        return resolved(tree)
+        yield
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "config"
-        raise ConfigError([Violation(str(key), _first_line(error))]) from error
+        key, said = getattr(error, "full_key", None) or "config", _first_line(error)
+        if isinstance(error, InterpolationKeyError):
+            said += "; a variable of the environment is ${oc.env:NAME}"
+        raise ConfigError([Violation(str(key), said)]) from error
     except HydraException as error:
         raise ConfigError([Violation("config", _first_line(error))]) from error
 
@@ -115,7 +165,14 @@ def _parsed(line: str) -> "Override":
     """One override as Hydra reads it. Raises HydraException."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    return OverridesParser.create().parse_override(line)
+    return OverridesParser.create().parse_override(readable(line))
+
+
+def readable(override: str) -> str:
+    """The override, its value in quotes where it is a plain one with letters that Hydra reads only there."""
+    key, sign, value = override.partition("=")
+    is_plain = _PLAIN.fullmatch(value) is not None
+    return override if value.isascii() or not is_plain else f"{key}{sign}'{value}'"
 
 
 @cache
@@ -157,7 +214,7 @@ def hydra_overrides(overrides: Sequence[str]) -> list[str]:
             violations += _unknown_options(key, _swept_options(parsed))
             lines.append(override.lstrip("+"))
         else:
-            lines.append("++" + override.lstrip("+"))
+            lines.append("++" + readable(override.lstrip("+")))
     if violations:
         raise ConfigError(violations)
     mixers = ",".join(group_options("mixer"))

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from conf.errors import ConfigError, Violation
+from conf.errors import Violation
 
 _REFERENCE = re.compile(r"\$\{([A-Za-z_][\w.]*)\}")
 _MISSING = "???"
@@ -29,12 +29,12 @@ def is_referred(tree: dict[str, Any], key: str) -> bool:
     return False
 
 
-def set_keys(tree: dict[str, Any], values: Iterable[tuple[str, Any]]) -> None:
+def set_keys(tree: dict[str, Any], values: Iterable[tuple[str, Any]]) -> list[Violation]:
     """Sets dotted keys one after the other, and merges a mapping into a mapping. Mutates tree.
 
-    A reference to a mapping on the way becomes a copy of it, so that only the copy changes. Raises
-    ConfigError for each index that a list does not have, and each mapping that would become something else
-    than null.
+    A reference to a mapping on the way becomes a copy of it, so that only the copy changes. Gives what could
+    not be set: each index that a list does not have, and each mapping that would become something else than
+    null.
     """
     violations = []
     for key, value in values:
@@ -42,8 +42,7 @@ def set_keys(tree: dict[str, Any], values: Iterable[tuple[str, Any]]) -> None:
             _set(tree, key, value)
         except LookupError as error:
             violations.append(Violation(key, error.args[0]))
-    if violations:
-        raise ConfigError(violations)
+    return violations
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:
@@ -73,6 +72,23 @@ def resolved(tree: dict[str, Any]) -> dict[str, Any]:
         return {str(name): value for name, value in slow.items()}
 
 
+def resolved_value(tree: dict[str, Any], key: str) -> Any:
+    """What stands under a dotted key, every reference in it followed; None where nothing does.
+
+    Raises OmegaConfBaseException for what refers to nothing.
+    """
+    node: Any = tree
+    for name in key.split("."):
+        node = _below(node, name)
+        node = _mapping_behind(node, tree) or node
+    try:
+        return _resolved(node, tree)
+    except (LookupError, RecursionError):
+        from omegaconf import OmegaConf
+
+        return OmegaConf.select(OmegaConf.create(tree), key)
+
+
 def _resolved(node: Any, tree: dict[str, Any]) -> Any:
     if isinstance(node, dict):
         return {name: _resolved(value, tree) for name, value in node.items()}
@@ -80,7 +96,24 @@ def _resolved(node: Any, tree: dict[str, Any]) -> Any:
         return [_resolved(value, tree) for value in node]
     if not isinstance(node, str) or ("${" not in node and node != _MISSING):
         return node
-    return _resolved(_referred(node, tree), tree)
+    if _REFERENCE.fullmatch(node):
+        return _resolved(_referred(node, tree), tree)
+    return _with_text(node, tree)
+
+
+def _with_text(text: str, tree: dict[str, Any]) -> str:
+    """A text that holds references, as OmegaConf writes it. Raises LookupError for all but plain ones."""
+    filled = _REFERENCE.sub(lambda match: str(_plain(_resolved(match[0], tree))), text)
+    if "$" in filled or "\\" in text:
+        raise LookupError(text)
+    return filled
+
+
+def _plain(value: Any) -> int | str:
+    """A value whose text is the same everywhere. Raises LookupError for any other."""
+    if isinstance(value, str) or type(value) is int:
+        return value
+    raise LookupError(value)
 
 
 def _referred(reference: str, tree: dict[str, Any]) -> Any:

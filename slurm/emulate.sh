@@ -105,7 +105,9 @@ SelectTypeParameters=CR_Core_Memory
 DefMemPerCPU=256
 GresTypes=gpu
 ReturnToService=2
-JobRequeue=1
+# As on sites where a job that wants to be queued again must say so, and where a log is begun anew.
+JobRequeue=0
+JobFileAppend=0
 KillWait=$kill_wait
 MinJobAge=600
 InactiveLimit=0

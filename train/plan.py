@@ -152,11 +152,12 @@ def summary_rows(figures: dict[str, Any], config: "RunConfig") -> list[tuple[str
     rows.append((f"cache of one sequence of {figures['context']:,}", readable_bytes(figures["cache_bytes"])))
     rows.append(("ranks", config.parallel.describe(figures["world_size"])))
     rows += [(f"memory per rank, {name}", readable_bytes(value)) for name, value in memory.items()]
-    available = config.cluster.memory_gib
-    if available is not None:
-        share = memory["total"] / (available * 2**30)
-        verdict = "" if share <= 0.95 else ": does not fit"
-        rows.append((f"share of {available:g} GiB", f"{share:.0%}{verdict}"))
+    from train.estimate.memory import FITTING_SHARE, share_of_device
+
+    share = share_of_device(config, memory["total"])
+    if share is not None:
+        verdict = "" if share <= FITTING_SHARE else ": does not fit"
+        rows.append((f"share of {config.cluster.memory_gib:g} GiB", f"{share:.0%}{verdict}"))
     return rows
 
 

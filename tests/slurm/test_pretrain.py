@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import psutil
@@ -29,17 +30,23 @@ SCONTROL = """#!/usr/bin/env bash
 case $* in
   "show hostnames"*) echo n1; echo n2 ;;
   "-o show node n1") echo "NodeName=n1 NodeAddr=10.0.0.7 NodeHostName=n1" ;;
+  "-o show job 17") echo "JobId=17 EndTime=${JOB_END:-Unknown} ExcNodeList=${EXCLUDED:-(null)} A=b" ;;
+  requeuehold*) echo "$2" >>"$FAKE/held"; kill -TERM "$PPID" ;;
+  update* | release*) echo "$*" >>"$FAKE/updated" ;;
   requeue*) echo "$2" >>"$FAKE/requeued"; kill -TERM "$PPID" ;;
 esac
 """
-# The trainer's contract, as `python -m train` of the temporary repository.
+# The trainer's contract, as `python -m train` of the temporary repository; its config is the real one.
 TRAINER = """
 import os, pathlib, signal, sys, time
 
 print("ARGS", sys.argv[1:], flush=True)
+print("ENV", {name: os.environ.get(name) for name in os.environ.get("SHOW", "").split()}, flush=True)
 mode, code = os.environ["MODE"], int(os.environ.get("CODE", "0"))
-run = pathlib.Path(next(a for a in reversed(sys.argv) if "run.dir=" in a).split("=", 1)[1])
 if mode == "wait":
+    from train.config.load import compose_run
+
+    run = pathlib.Path(compose_run(sys.argv[1:])["run"]["dir"])
     time.sleep(float(os.environ.get("BOOT", "0")))
     (run / "PREEMPT").unlink(missing_ok=True)
     heard = []
@@ -48,8 +55,11 @@ if mode == "wait":
     while not heard and not (run / "PREEMPT").exists():
         time.sleep(0.02)
     mode = "more"
+if mode == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
 sys.exit(85 if mode == "more" else code)
 """
+PACKAGES = ("conf", "kernels", "data", "model", "parallel", "train", "slurm")
 
 
 class Site:
@@ -57,19 +67,30 @@ class Site:
 
     def __init__(self, folder: Path) -> None:
         self.root, self.fake = folder / "repo", folder / "fake"
-        (self.root / "slurm").mkdir(parents=True)
-        (self.root / "train").mkdir()
         self.fake.mkdir()
-        shutil.copy(ROOT / "slurm/pretrain.sbatch", self.root / "slurm")
+        for package in ("conf", "train", "slurm"):
+            (self.root / package).mkdir(parents=True)
+        for path in (
+            *PACKAGES,
+            *(
+                f"{name}/{file.name}"
+                for name in ("conf", "train", "slurm")
+                for file in (ROOT / name).iterdir()
+            ),
+        ):
+            if not (self.root / path).exists():
+                (self.root / path).symlink_to(ROOT / path)
+        (self.root / "train/__main__.py").unlink()
         (self.root / "train/__main__.py").write_text(TRAINER)
+        (self.root / ".venv").symlink_to(ROOT / ".venv")
         # The waits of the script are written down and cut short.
         sleep = '#!/bin/sh\necho "$1" >>"$FAKE/slept"\nexec /bin/sleep 0.1\n'
         for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("sleep", sleep)):
             (self.fake / name).write_text(text)
             (self.fake / name).chmod(0o755)
 
-    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        """The batch script as the batch step starts it."""
+    def start(self, *arguments: str, before: str = "", **environment: str) -> subprocess.Popen[str]:
+        """The batch script as the batch step starts it, from a shell that did `before`."""
         slurm = {
             "SLURM_SUBMIT_DIR": str(self.root),
             "SLURM_JOB_ID": "17",
@@ -79,7 +100,7 @@ class Site:
         }
         path = {"PATH": f"{self.fake}:{os.environ['PATH']}", "FAKE": str(self.fake)}
         return subprocess.Popen(
-            ["bash", str(self.root / "slurm/pretrain.sbatch"), *arguments],
+            ["bash", "-c", before + 'exec "$0" "$@"', str(self.root / "slurm/pretrain.sbatch"), *arguments],
             env=os.environ | slurm | path | {"MODE": "done"} | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -111,24 +132,54 @@ def test_a_finished_run_ends_with_zero(site: Site) -> None:
 
 
 def test_arguments_reach_the_trainer_unchanged(site: Site) -> None:
-    tokens = ["a='3*(b c)'", 'p="x  y"', "q=$(reboot)", "r=*", "s="]
+    tokens = ["layout.pattern='3*gdn attn'", 'sample.prompt="x  y; $(reboot) *"', "track.entity="]
     code, log = site.run(*tokens)
     assert code == 0, log
-    assert f"ARGS {[*tokens, 'run.dir=runs/slurm-17']}" in log
+    assert f"ARGS {['run.name=slurm-17', *tokens]}" in log
     assert (site.root / "runs/slurm-17").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["run.dir=runs/x_${model.depth}", "model.depth=3"], "runs/x_3"),
+        (["run.dir='runs/a b'"], "runs/a b"),
+        (["run.dir=runs/größe_${oc.env:SOMEBODY}"], "runs/größe_me"),
+        (["run={dir: runs/mapping}"], "runs/mapping"),
+        (["recipe=elsewhere"], "runs/of_recipe_4"),
+        # A prefix that only looks like the key, and a later one that wins.
+        (["run.dir=runs/first", "sample.prompt='run.dir=runs/second'", "++run.dir=runs/last"], "runs/last"),
+    ],
+    ids=["reference", "quotes", "environment", "mapping", "recipe", "last"],
+)
+def test_the_directory_is_that_of_the_composed_config(
+    site: Site, overrides: list[str], expected: str
+) -> None:
+    recipes = site.root / "conf/recipe"
+    recipes.unlink()
+    shutil.copytree(ROOT / "conf/recipe", recipes)
+    text = "# @package _global_\n# A run elsewhere.\nrun:\n  dir: runs/of_recipe_${model.depth}\n"
+    (recipes / "elsewhere.yaml").write_text(text)
+    # In the locale of a bare batch node.
+    code, log = site.run(*overrides, MODE="fail", CODE="1", SOMEBODY="me", LC_ALL="C")
+    assert code == -signal.SIGTERM, log
+    assert [path for path in site.root.glob("runs/*") if path.is_dir()] == [site.root / expected]
+    assert (site.root / expected / "CRASHES").read_text() == "1 \n"
 
 
 def test_one_run_directory_for_every_attempt_of_a_job(site: Site) -> None:
     for attempt, job in enumerate(("17", "17")):
         site.run(MODE="more", SLURM_JOB_ID=job, SLURM_RESTART_COUNT=str(attempt))
     site.run(SLURM_JOB_ID="21", SLURM_ARRAY_JOB_ID="20", SLURM_ARRAY_TASK_ID="3")
-    site.run("run.dir=a", "run.dir=b c")
-    assert sorted(str(path.relative_to(site.root)) for path in site.root.glob("runs/*")) == [
-        "runs/slurm-17",
-        "runs/slurm-20_3",
-    ]
-    assert (site.root / "b c").is_dir()
-    assert not (site.root / "a").exists()
+    assert sorted(path.name for path in site.root.glob("runs/*")) == ["slurm-17", "slurm-20_3"]
+
+
+@pytest.mark.parametrize("wrong", ["run.dri=out", "-m", "slurm.container.kind=pyxis", "run.dir=a\nb"])
+def test_a_config_that_cannot_run_ends_the_job_before_srun(site: Site, wrong: str) -> None:
+    code, log = site.run("run.dir=out", wrong)
+    assert code == 64, log
+    assert log.count("error: ") == 1
+    assert site.noted("srun.arguments") == site.noted("requeued") == []
 
 
 def test_tasks_and_cpus_follow_the_allocation(site: Site) -> None:
@@ -147,19 +198,30 @@ def test_tasks_and_cpus_follow_the_allocation(site: Site) -> None:
 @pytest.mark.parametrize("boot", ["0", "1.5"], ids=["running", "still starting"])
 def test_usr1_saves_and_queues_again(site: Site, boot: str) -> None:
     process = site.start("run.dir=out", MODE="wait", BOOT=boot)
-    run, deadline = site.root / "out", time.monotonic() + 30
-    awaited = run / "READY" if boot == "0" else run
+    run, deadline = site.root / "out", time.monotonic() + 60
+    awaited = run / "READY" if boot == "0" else site.fake / "srun.arguments"
     while not awaited.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     time.sleep(0.1)
     process.send_signal(signal.SIGUSR1)
     try:
-        log, _ = process.communicate(timeout=20)
+        log, _ = process.communicate(timeout=60)
     finally:
         process.kill()
     assert "trainer ended with 85 after USR1" in log
     assert site.noted("requeued") == ["17"]
     assert not psutil.pid_exists(process.pid)
+
+
+@pytest.mark.parametrize(("name", "requeued"), [("USR1", ["17"]), ("TERM", [])])
+def test_a_signal_before_the_trainer_starts_is_heard(
+    site: Site, tmp_path: Path, name: str, requeued: list[str]
+) -> None:
+    (tmp_path / "prolog.sh").write_text(f"kill -{name} $$\n")
+    code, log = site.run("run.dir=out", f"slurm.prolog={tmp_path}/prolog.sh", MODE="wait")
+    assert site.noted("srun.arguments") == []
+    assert site.noted("requeued") == requeued, log
+    assert code == (-signal.SIGTERM if requeued else 128 + signal.SIGTERM)
 
 
 def test_a_stop_is_told_by_its_code(site: Site) -> None:
@@ -179,6 +241,12 @@ def test_old_wishes_do_not_reach_a_new_attempt(site: Site) -> None:
     assert list(out.iterdir()) == []
 
 
+def test_one_who_interrupts_by_hand_ends_the_job(site: Site) -> None:
+    assert site.run("run.dir=out", MODE="fail", CODE="130")[0] == 130
+    assert site.noted("requeued") == []
+    assert not (site.root / "out/CRASHES").exists()
+
+
 @pytest.mark.parametrize("code", [64, 65, 66, 70])
 def test_what_would_fail_again_is_not_queued_again(site: Site, code: int) -> None:
     assert site.run("run.dir=out", MODE="fail", CODE=str(code))[0] == code
@@ -192,18 +260,47 @@ def test_the_first_exit_code_counts_and_not_that_of_killed_peers(site: Site) -> 
 
 
 def test_crashes_are_queued_again_but_not_for_ever(site: Site) -> None:
+    crash = ("run.dir=out", "slurm.max_crashes=2")
     for _ in range(2):
-        assert site.run("run.dir=out", MODE="fail", CODE="1", WEFT_MAX_CRASHES="2")[0] == -signal.SIGTERM
-    code, log = site.run("run.dir=out", MODE="fail", CODE="1", WEFT_MAX_CRASHES="2")
+        assert site.run(*crash, MODE="fail", CODE="1")[0] == -signal.SIGTERM
+    code, log = site.run(*crash, MODE="fail", CODE="1")
     assert code == 1
-    assert "2 crashes in a row" in log
+    assert "3 crashes without a new checkpoint" in log
     assert len(site.noted("requeued")) == 2
 
 
-def test_progress_forgives_crashes(site: Site) -> None:
-    site.run("run.dir=out", MODE="fail", CODE="1", WEFT_MAX_CRASHES="1")
-    site.run("run.dir=out", MODE="more")
-    assert site.run("run.dir=out", MODE="fail", CODE="1", WEFT_MAX_CRASHES="1")[0] == -signal.SIGTERM
+def test_a_new_checkpoint_forgives_crashes(site: Site) -> None:
+    crash = ("run.dir=out", "slurm.max_crashes=1")
+    checkpoints = site.root / "out/checkpoints"
+    checkpoints.mkdir(parents=True)
+    for step in (100, 200, 1000):
+        (checkpoints / f"step_{step:08d}").mkdir()
+        assert site.run(*crash, MODE="fail", CODE="1")[0] == -signal.SIGTERM
+    # A save that was cut off, and a damaged one, are none.
+    for name in ("step_00001100.tmp", "step_00001100.corrupt"):
+        (checkpoints / name).mkdir()
+    assert site.run(*crash, MODE="fail", CODE="1")[0] == 1
+
+
+def test_a_stop_on_request_forgives_crashes(site: Site) -> None:
+    crash = ("run.dir=out", "slurm.max_crashes=1")
+    site.run(*crash, MODE="fail", CODE="1")
+    site.run(*crash, MODE="more")
+    assert site.run(*crash, MODE="fail", CODE="1")[0] == -signal.SIGTERM
+    assert len(site.noted("requeued")) == 3
+
+
+def test_a_node_whose_task_was_killed_is_left_out(site: Site) -> None:
+    killed = {"MODE": "killed", "SLURMD_NODENAME": "n2"}
+    log = site.run("run.dir=out", EXCLUDED="n7", **killed)[1]
+    assert "leaves out n2" in log
+    assert site.noted("held") == ["17"]
+    assert site.noted("updated") == ["update JobId=17 ExcNodeList=n7,n2", "release 17"]
+    # An exception names no node, nor does one who gave up on another.
+    for code in ("1", "75"):
+        site.run("run.dir=other", MODE="fail", CODE=code, SLURMD_NODENAME="n2")
+    site.run("run.dir=third", "slurm.exclude_failed=false", **killed)
+    assert site.noted("held") == ["17"]
     assert len(site.noted("requeued")) == 3
 
 
@@ -215,7 +312,7 @@ def test_full_storage_is_tried_again_ever_later(site: Site) -> None:
 
 
 def test_restarts_are_bounded(site: Site) -> None:
-    code, log = site.run("run.dir=out", MODE="more", SLURM_RESTART_COUNT="4", WEFT_MAX_RESTARTS="4")
+    code, log = site.run("run.dir=out", "slurm.max_restarts=4", MODE="more", SLURM_RESTART_COUNT="4")
     assert code == STOPPED
     assert "4 restarts are used up" in log
     assert site.noted("requeued") == []
@@ -239,3 +336,68 @@ def test_a_job_from_elsewhere_says_where_it_belongs(site: Site, tmp_path: Path) 
     code, log = site.run(SLURM_SUBMIT_DIR=str(tmp_path))
     assert code == 64
     assert "submit from the repository root" in log
+
+
+def test_what_takes_longer_than_slurms_notice_is_asked_for_earlier(site: Site) -> None:
+    (site.root / "out").mkdir()
+    (site.root / "out/NOTICE").write_text("500\n")
+    end = datetime.now() + timedelta(seconds=2000)
+    for overrides, least in (((), 1500), (("slurm.notice_seconds=900",), 1100)):
+        (site.fake / "slept").unlink(missing_ok=True)
+        log = site.run("run.dir=out", *overrides, MODE="wait", JOB_END=end.isoformat(timespec="seconds"))[1]
+        assert "trainer ended with 85 after USR1" in log
+        (first,) = [int(wait) for wait in site.noted("slept") if int(wait) > 300]
+        assert least - 200 <= first <= least
+    # Less than what SLURM itself gives is left to it.
+    (site.root / "out/NOTICE").write_text("90\n")
+    assert (
+        "before the time limit" not in site.run("run.dir=out", JOB_END=end.isoformat(timespec="seconds"))[1]
+    )
+
+
+def test_hooks_change_the_environment_of_the_trainer(site: Site, tmp_path: Path) -> None:
+    prolog = tmp_path / "site prolog.sh"
+    prolog.write_text("export OF_PROLOG=$UNSET-$NCCL_DEBUG LOADED\n")
+    module = 'module() { echo "$*" >>"$FAKE/modules"; LOADED="$2 $3"; }; export -f module; '
+    keys = [
+        f"slurm.prolog='{prolog}'",
+        "slurm.modules=[cuda/13.0, nccl]",
+        "slurm.env.NCCL_DEBUG=INFO",
+        "slurm.env.OTHER='a  b'",
+        "slurm.env.NCCL_IB_TIMEOUT=null",
+    ]
+    names = "OF_PROLOG LOADED OTHER NCCL_IB_TIMEOUT PYTORCH_CUDA_ALLOC_CONF"
+    process = site.start("run.dir=out", *keys, SHOW=names, NCCL_IB_TIMEOUT="1", before=module)
+    log, _ = process.communicate(timeout=60)
+    shown = {
+        "OF_PROLOG": "-INFO",
+        "LOADED": "cuda/13.0 nccl",
+        "OTHER": "a  b",
+        "NCCL_IB_TIMEOUT": None,
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    }
+    assert f"ENV {shown}" in log
+    for said in ("env OTHER=a  b", "env NCCL_IB_TIMEOUT is not set", "env NCCL_IB_RETRY_CNT=7"):
+        assert said in log
+    code, log = site.run("run.dir=out", "slurm.prolog=/nowhere.sh")
+    assert (code, "slurm.prolog: cannot read /nowhere.sh" in log) == (64, True)
+
+
+def test_containers_surround_the_trainer_and_nothing_else(site: Site) -> None:
+    apptainer = '#!/bin/sh\nprintf "%s\\n" "$@" >"$FAKE/apptainer"\nshift 7\nexec "$@"\n'
+    (site.fake / "apptainer").write_text(apptainer)
+    (site.fake / "apptainer").chmod(0o755)
+    python = f"slurm.container.python={ROOT}/.venv/bin/python"
+    keys = [python, "slurm.container.image='/images/a b.sif'", "slurm.container.mounts=[/opt:/opt:ro]"]
+    run, data = site.root.parent / "out", site.root.parent / "tokens"
+    places = [f"run.dir={run}", f"data.directory={data}"]
+    mounts = ",".join([*(f"{path}:{path}" for path in (site.root, run, data)), "/opt:/opt:ro"])
+    code, log = site.run(*places, *keys, "slurm.container.kind=apptainer")
+    assert code == 0, log
+    words = ["exec", "--nv", "--bind", mounts, "--pwd", str(site.root), "/images/a b.sif"]
+    assert site.noted("apptainer")[: len(words) + 3] == [*words, f"{ROOT}/.venv/bin/python", "-m", "train"]
+    code, log = site.run(*places, *keys, "slurm.container.kind=pyxis")
+    assert code == 0, log
+    flags = [flag for flag in site.noted("srun.arguments") if flag.startswith("--container")]
+    image, place = "--container-image=/images/a b.sif", f"--container-workdir={site.root}"
+    assert flags == [image, f"--container-mounts={mounts}", place]

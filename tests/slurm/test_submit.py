@@ -1,181 +1,313 @@
 """Whatever is typed either reaches sbatch as it is, one argument each, or is refused with exit code 64."""
 
+import json
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from conf.errors import ConfigError, DataError, exit_on_error
+from conf.compose import compose_tree
+from conf.errors import ConfigError, DataError, StorageError
 from slurm import submit
+from slurm.options import quoted, read_options
+from slurm.script import Submission, notice_of, sbatch_flags
 
-CLUSTER = {"nodes": 8, "gpus_per_node": 4, "device": "cuda"}
-EMPTY: dict[str, Any] = dict.fromkeys(("nodes", "gpus_per_node", "time", "partition", "account", "job_name"))
-DANGEROUS = "\n\r\t\0`$;&|<>\\!?#^"
-
-
-def plan(**options: Any) -> submit.Job:
-    return submit.plan_job(EMPTY | options, CLUSTER)
+ROOT = submit.ROOT
 
 
-def command_or_refusal(overrides: list[str], **options: Any) -> list[str] | int:
+def config_of(*overrides: str) -> dict:
+    return compose_tree(overrides)
+
+
+def words_of_bash(line: str) -> list[str]:
+    """The words that bash makes of a line, one below the other."""
+    done = subprocess.run(
+        ["bash", "-c", f'{line}\nprintf "%s\\0" "$@"'], capture_output=True, text=True, check=True
+    )
+    return done.stdout.split("\0")[:-1]
+
+
+@given(
+    st.lists(st.from_regex(r"\A[a-z][a-z.]{0,8}=", fullmatch=True), min_size=1, max_size=3),
+    st.text(max_size=12),
+)
+@example(["layout.pattern="], "'3*(gdn kda) attn'")
+@example(["a="], "$(reboot); `reboot` & rm -rf / > x \"' \\ é *?")
+@example(["a="], "1\nreboot")
+def test_an_override_is_one_unchanged_argument_or_refused(keys: list[str], value: str) -> None:
+    overrides = [key + value for key in keys]
     try:
-        submit.check_overrides(overrides)
-        return submit.sbatch_command(plan(**options), overrides)
-    except ConfigError as error:
-        return error.exit_code
-
-
-@given(st.lists(st.text(max_size=12) | st.from_regex(r"\A[a-z.]{1,9}=[a-z0-9*() \[\]'-]{0,9}\Z"), max_size=4))
-@example(["layout.pattern='3*(gdn kda) attn'"])
-@example(["a=1; rm -rf /"])
-def test_an_override_is_one_unchanged_argument_or_refused(overrides: list[str]) -> None:
-    command = command_or_refusal(overrides)
-    if isinstance(command, int):
-        assert command == 64
+        options = read_options(overrides)
+    except ConfigError:
+        assert not value.isprintable()
         return
-    assert command[command.index(submit.SCRIPT) + 1 :] == overrides
-    assert shlex.split(shlex.join(command)) == command
-    assert not any(char in override for override in overrides for char in DANGEROUS)
-    assert not any(override.startswith("-") for override in overrides)
+    assert options.overrides == overrides
+    job = Submission(Path("runs/x"), config_of(), options.overrides)
+    (line,) = [line for line in job.text().splitlines() if line.startswith("set -- ")]
+    assert shlex.split(line)[2:] == overrides
 
 
-@pytest.mark.parametrize("char", [*DANGEROUS, "é", "\u2028", "\x7f"])
-def test_each_dangerous_character_is_refused_wherever_it_stands(char: str) -> None:
-    for override in (f"a={char}", f"a=1{char}", f"{char}a=1", f"a{char}=1", f"a=1{char}b=2"):
-        with pytest.raises(ConfigError):
-            submit.check_overrides([override])
-    for name in (f"x{char}", f"{char}x", f"x{char}y"):
-        for field in ("job_name", "partition", "account", "time"):
-            with pytest.raises(ConfigError, match="--" + field.replace("_", "-")):
-                plan(**{field: name})
+def test_bash_reads_the_overrides_as_they_were_typed() -> None:
+    typed = ["a=$(reboot); `x` & > y", 'b="q\'" \\ * é', "c=${d.e}", "d="]
+    job = Submission(Path("runs/x"), config_of(), typed)
+    (line,) = [line for line in job.text().splitlines() if line.startswith("set -- ")]
+    assert words_of_bash(line) == typed
 
 
 @given(st.text(min_size=1, max_size=12))
-def test_a_job_name_is_one_flag_or_refused(name: str) -> None:
-    command = command_or_refusal([], job_name=name)
-    if isinstance(command, int):
-        assert command == 64
+@example('it\'s "so"')
+@example("größe, [1] {a: b}")
+def test_a_quoted_value_is_read_as_it_was(text: str) -> None:
+    if not text.isprintable() or "\\" in text or "$" in text:
         return
-    assert command[1] == f"--job-name={name}"
-    assert shlex.quote(name) == name
+    assert compose_tree([quoted("run.dir", text)])["run"]["dir"] == text
 
 
-@pytest.mark.parametrize(
-    "override",
-    [
-        "recipe=smoke",
-        "layout.pattern='3*(gdn kda) attn'",
-        "optim.betas=[0.9, 0.95]",
-        "+data.extra={a: 1, b: 2}",
-        "~track",
-        "++optim.lr=3e-4",
-        "parallel@inner=fsdp",
-        "run.dir=/scratch/me/run-1",
-        'sample.prompt="def "',
-    ],
-)
-def test_what_hydra_understands_passes(override: str) -> None:
-    submit.check_overrides([override])
+def test_flags_are_keys_and_win_over_them() -> None:
+    typed = [
+        "slurm.time=1:00:00",
+        "--time",
+        "24:00:00",
+        "-N2",
+        "--gpus-per-node=4",
+        "-p",
+        "a,b",
+        "--mem=900G",
+        "-J",
+        "n",
+    ]
+    options = read_options(typed)
+    flags = sbatch_flags(config_of("cluster=h100_8n", *options.lines))
+    wanted = ["--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--time=24:00:00", "--partition=a,b"]
+    assert set(wanted) | {"--mem=900G", "--job-name=n"} <= set(flags)
+    assert options.passed == []
 
 
-def test_the_cluster_sizes_the_job_and_flags_win() -> None:
-    command = submit.sbatch_command(plan(), ["a=1"])
-    sizes = ["--nodes=8", "--ntasks-per-node=4", "--gpus-per-node=4"]
-    assert command == ["sbatch", *sizes, "slurm/pretrain.sbatch", "a=1"]
-    assert plan(nodes=2, gpus_per_node=1) == submit.Job(nodes=2, tasks_per_node=1, gpus_per_node=1)
+def test_keys_of_the_group_are_flags() -> None:
+    keys = {
+        "qos": ("high", "--qos=high"),
+        "reservation": ("night", "--reservation=night"),
+        "constraint": ("'h100&ib'", "--constraint=h100&ib"),
+        "exclude": ("'n1,n[3-5]'", "--exclude=n1,n[3-5]"),
+        "mail_user": ("me@example.org", "--mail-user=me@example.org"),
+        "memory": ("500G", "--mem=500G"),
+        "notice_seconds": ("600", "--signal=B:USR1@600"),
+        "account": ("proj", "--account=proj"),
+    }
+    flags = sbatch_flags(config_of(*(f"slurm.{name}={value}" for name, (value, _) in keys.items())))
+    assert {flag for _, flag in keys.values()} | {"--mail-type=FAIL,REQUEUE,END", "--exclusive"} <= set(flags)
+    bare = sbatch_flags(config_of("slurm.exclusive=false", "slurm.memory=null"))
+    assert not [
+        flag for flag in bare if flag.startswith(("--exclusive", "--mem", "--qos", "--mail", "--time"))
+    ]
+    assert {"--signal=B:USR1@120", "--requeue", "--open-mode=append"} <= set(bare)
 
 
 def test_a_cluster_without_gpus_asks_for_processes() -> None:
-    job = submit.plan_job(EMPTY, CLUSTER | {"device": "cpu"})
-    assert submit.sbatch_command(job, [])[1:3] == ["--nodes=8", "--ntasks-per-node=4"]
-    assert "--gpus-per-node" not in " ".join(submit.sbatch_command(job, []))
+    flags = sbatch_flags(config_of("cluster=h100_8n", "cluster.device=cpu"))
+    assert {"--nodes=8", "--ntasks-per-node=8"} <= set(flags)
+    assert not [flag for flag in flags if "gpus" in flag]
 
 
-@pytest.mark.parametrize("time", ["1:00:00", "24:00:00", "7-00:00:00", "01:30:59"])
-def test_times_that_slurm_reads_pass(time: str) -> None:
-    assert f"--time={time}" in submit.sbatch_command(plan(time=time), [])
+def test_the_notice_of_an_earlier_start_is_taken(tmp_path: Path) -> None:
+    config = config_of(f"run.dir={tmp_path}")
+    for text, seconds in ((None, 120), ("90\n", 120), ("431\n", 431), ("9999999\n", 65535), ("torn", 120)):
+        if text is not None:
+            (tmp_path / "NOTICE").write_text(text)
+        assert notice_of(config) == seconds
+    assert notice_of(config_of(f"run.dir={tmp_path}", "slurm.notice_seconds=70")) == 70
 
 
-@pytest.mark.parametrize("wrong", [{"nodes": 0}, {"gpus_per_node": -1}, {"time": "90"}, {"time": "1:60:00"}])
-def test_impossible_sizes_are_refused_by_flag(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="^--" + next(iter(wrong)).replace("_", "-")):
-        plan(**wrong)
-
-
-def test_all_violations_come_at_once() -> None:
-    with pytest.raises(ConfigError) as caught:
-        plan(nodes=0, job_name="a b", time="x")
-    assert {violation.key for violation in caught.value.violations} == {"--nodes", "--job-name", "--time"}
-
-
-def test_a_dry_run_shows_the_command_and_starts_nothing(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started = []
-    stock = subprocess.run
-    monkeypatch.setattr(
-        subprocess, "run", lambda *args, **more: started.append(args[0]) or stock(*args, **more)
-    )
-    flags = ["--dry-run", "--job-name=night", "--time", "1:00:00"]
-    assert submit.main(["cluster=h100_8n", *flags, "layout.pattern='gdn attn'"]) == 0
-    assert [command[1:3] for command in started] == [["-m", "train.check"]]
-    shown = shlex.split(capsys.readouterr().out)
-    assert shown[:3] == ["sbatch", "--job-name=night", "--nodes=8"]
-    assert shown[-3:] == ["slurm/pretrain.sbatch", "cluster=h100_8n", "layout.pattern='gdn attn'"]
-
-
-def test_a_run_that_cannot_start_is_not_submitted(capfd: pytest.CaptureFixture[str]) -> None:
-    # Seven nodes: what the cluster alone would allow does not fit the job.
-    assert submit.main(["cluster=h100_8n", "--nodes=7", "parallel.tp=16"]) == 64
-    captured = capfd.readouterr()
-    assert "parallel.tp: 16 does not divide the 56 processes" in captured.err
-    assert "sbatch" not in captured.out
+def test_other_options_go_to_sbatch_as_they_are() -> None:
+    typed = [
+        "--hold",
+        "recipe=smoke",
+        "--comment=a b",
+        "--dependency",
+        "afterok:7",
+        "-w",
+        "n1",
+        "-d=singleton",
+        "-qlow",
+        "~x",
+    ]
+    options = read_options(typed)
+    assert options.passed == [
+        "--hold",
+        "--comment=a b",
+        "--dependency",
+        "afterok:7",
+        "-w",
+        "n1",
+        "-d=singleton",
+    ]
+    assert options.overrides == ["recipe=smoke", "~x"]
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("words", "key"),
     [
-        ["a=$(reboot)"],
-        ["cluster=h100_8n\nreboot"],
-        ["--job-name", "a;b"],
-        ["--nod", "3"],
-        ["recipe"],
-        ["--nodes", "three"],
-        ["--wrap=reboot"],
-        ["cluster=h100_9n"],
+        (["--wrap=reboot"], "--wrap"),
+        (["--array=1-4"], "--array"),
+        (["-a", "1-4"], "-a"),
+        (["--ntasks", "3"], "--ntasks"),
+        (["--gres=gpu:8"], "--gres"),
+        (["--nod", "3"], "--nod"),
+        (["--dry"], "--dry"),
+        (["--nodes", "three"], "--nodes"),
+        (["--nodes=2-4"], "--nodes"),
+        (["--time="], "--time"),
+        (["--job-name", "a\nb"], "--job-name"),
+        (["recipe"], "recipe"),
+        (["a=1\nreboot"], repr("a=1\nreboot")),
+        (["--comment=a\nb"], repr("--comment=a\nb")),
     ],
 )
-def test_refusals_exit_with_64(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended, exit_on_error():
-        submit.main(["--dry-run", *arguments])
-    assert ended.value.code == 64
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ")
+def test_what_cannot_be_submitted_is_refused(words: list[str], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_options(words)
+    assert [violation.key for violation in caught.value.violations] == [key]
 
 
-def test_sbatch_gets_the_tokens_from_the_repository_root(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    (tmp_path / "sbatch").write_text(f'#!/bin/sh\npwd >"{log}"\nprintf "%s\\n" "$@" >>"{log}"\nexit 3\n')
-    (tmp_path / "sbatch").chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    command = [sys.executable, "-m", "slurm.submit", "sample.prompt='a  b'", "--partition=long"]
-    done = subprocess.run(command, cwd=submit.ROOT, env=environment, check=False)
-    assert done.returncode == 3
-    root, *rest = log.read_text().splitlines()
-    assert root == str(submit.ROOT)
-    sizes = ["--nodes=1", "--ntasks-per-node=1", "--partition=long"]
-    assert rest == [*sizes, "slurm/pretrain.sbatch", "sample.prompt='a  b'"]
+class Site:
+    """A machine with an sbatch that writes down what it gets."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log = folder, folder / "log"
+        script = f'#!/bin/sh\npwd >"{self.log}"\nprintf "%s\\n" "$@" >>"{self.log}"\nexit 3\n'
+        (folder / "bin").mkdir()
+        (folder / "bin/sbatch").write_text(script)
+        (folder / "bin/sbatch").chmod(0o755)
+
+    def submit(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """What the command says and returns."""
+        environment = os.environ | {"PATH": f"{self.folder}/bin:{os.environ['PATH']}", "SOMEBODY": "me"}
+        command = [sys.executable, "-m", "slurm.submit", *words]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+    def files(self) -> list[str]:
+        """Everything below the folder but the stand-in."""
+        found = (path.relative_to(self.folder) for path in self.folder.rglob("*"))
+        return sorted(str(path) for path in found if path.parts[0] not in ("bin", "log"))
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+TREE_BEFORE = ("git", "status", "--porcelain", "--ignored", "--untracked-files=all")
+
+
+@pytest.mark.slow
+def test_a_dry_run_says_all_and_writes_nothing(site: Site) -> None:
+    def tree() -> list[str]:
+        done = subprocess.run(TREE_BEFORE, cwd=ROOT, capture_output=True, text=True, check=True)
+        return [line for line in done.stdout.splitlines() if "__pycache__" not in line]
+
+    before, run = tree(), site.folder / "größe me"
+    done = site.submit(
+        "recipe=smoke", "--dry-run", f"run.dir='{site.folder}/größe ${{oc.env:SOMEBODY}}'", "--hold"
+    )
+    assert done.returncode == 0, done.stderr
+    *_, last = done.stdout.splitlines()
+    command = shlex.split(last)
+    assert command[:2] == ["sbatch", "--hold"]
+    assert command[2].startswith(f"{run}/slurm/")
+    assert f"would write {command[2]}" in done.stdout
+    assert "#SBATCH --nodes=1" in done.stdout
+    assert site.files() == []
+    assert not site.log.exists()
+    assert tree() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model.widht=3", "parallel.tp=7"], ["model.widht: unknown key; did you mean model.width?"]),
+        # Seven nodes: what the cluster alone would allow does not fit the job.
+        (
+            ["cluster=h100_8n", "--nodes=7", "parallel.tp=16"],
+            ["parallel.tp: 16 does not divide the 56 processes"],
+        ),
+        (["slurm.qoss=x", "optim.lr=a"], ["slurm.qoss: unknown key", "optim.lr: "]),
+        (["--time", "90", "--qos=a b"], ["--time: ", "--qos: "]),
+        (
+            ["model=mixtral_8x7b", "cluster=h100_1n"],
+            ["cluster.memory_gib: the fullest rank needs "],
+        ),
+    ],
+    ids=["typo", "ranks", "keys", "flags", "memory"],
+)
+def test_a_run_that_cannot_start_is_not_submitted(site: Site, words: list[str], said: list[str]) -> None:
+    for more in ([], ["--dry-run"]):
+        done = site.submit(f"run.dir={site.folder}/run", *words, *more)
+        assert done.returncode == 64, done.stdout
+        for message in said:
+            assert f"error: {message}" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert "sbatch" not in done.stdout
+    assert site.files() == []
+    assert not site.log.exists()
+
+
+@pytest.mark.slow
+def test_a_directory_of_another_run_is_refused(site: Site) -> None:
+    first = json.loads(
+        subprocess.run(
+            [sys.executable, "-m", "train.resolve", "recipe=smoke", "--check"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
+    (site.folder / "run").mkdir()
+    (site.folder / "run/config.json").write_text(json.dumps(first))
+    same = ["recipe=smoke", f"run.dir={site.folder}/run", "--dry-run"]
+    assert site.submit(*same, "slurm.time=1:00:00").returncode == 0
+    done = site.submit(*same, "optim.lr=0.5")
+    assert done.returncode == 64
+    assert "error: optim.lr: the run was started with" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_job_is_written_and_submitted_from_the_repository_root(site: Site) -> None:
+    done = site.submit(
+        "recipe=smoke", f"run.dir='{site.folder}/a b'", "sample.prompt='a  b'", "--wait", "-p", "long"
+    )
+    assert done.returncode == 3, done.stderr
+    root, *rest = site.log.read_text().splitlines()
+    assert root == str(ROOT)
+    (folder,) = (site.folder / "a b/slurm").iterdir()
+    assert rest == ["--wait", str(folder / "job.sbatch")]
+    assert sorted(path.name for path in folder.iterdir()) == ["code", "config.json", "job.sbatch"]
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["run"]["dir"], config["slurm"]["partition"]) == (f"{site.folder}/a b", "long")
+    for name in ("train/loop/run.py", "conf/config.yaml", "slurm/settings.py", "pyproject.toml"):
+        assert (folder / "code" / name).read_bytes() == (ROOT / name).read_bytes()
+    assert not list((folder / "code").rglob("__pycache__"))
+    script = (folder / "job.sbatch").read_text()
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+    assert "#SBATCH --partition=long\n" in script
+
+
+def test_a_run_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    job = Submission(tmp_path / "file/slurm/1", config_of(), [])
+    with pytest.raises(StorageError, match="file/slurm/1"):
+        job.write()
 
 
 def test_a_machine_without_sbatch_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(submit, "check_run", lambda job, overrides: 0)
+    config = config_of(f"run.dir={tmp_path}/run", "slurm.snapshot=false")
+    monkeypatch.setattr(submit, "resolve", lambda lines, options: (0, config))
     with pytest.raises(DataError, match="sbatch: not on the PATH"):
         submit.main([])

@@ -54,6 +54,10 @@ def violations(*overrides: str, world_size: int = 1) -> dict[str, str]:
         ("mixer.hca=5", "mixer.hca", "found 5"),
         ("optim.lr=1e-3,3e-3", "optim.lr", "a sweep over them needs -m"),
         ("optim=adamw,lion", "optim", "a sweep over them needs -m"),
+        ("run.dir=runs/${USER}", "run.dir", "a variable of the environment is ${oc.env:NAME}"),
+        ("run.dir='a$b'", "run.dir", "should match pattern"),
+        ("slurm.env.NCCL_DEBUG=[1]", "slurm.env.NCCL_DEBUG", "found [1]"),
+        ("slurm.container.image=x", "slurm.container", "a container has both or neither"),
     ],
 )
 def test_each_mistake_is_named(override: str, key: str, says: str) -> None:
@@ -72,6 +76,18 @@ def test_a_mapping_is_merged_into_what_its_key_refers_to() -> None:
     nope, attn = (found.mixer[name].rotary_scaling for name in ("nope", "attn"))  # pyright: ignore[reportAttributeAccessIssue]
     assert nope == attn.model_copy(update={"kind": "yarn", "factor": 3.0, "original_context": 64})
     assert attn.kind == "none"
+
+
+def test_letters_and_references_need_no_quotes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLACE", "/größe/a b")
+    for typed, expected in (
+        ("run.dir=runs/größe", "runs/größe"),
+        ("run.dir=${oc.env:PLACE}/x_${model.depth}_${train.seed}", "/größe/a b/x_4_0"),
+        ("run.dir=größe/${oc.env:ABSENT,other}", "größe/other"),
+        ("run.name=öl", "runs/öl"),
+        ("+run.dir='größe, {1}'", "größe, {1}"),
+    ):
+        assert load_config([typed], 1).run.dir == expected
 
 
 def test_all_mistakes_come_at_once() -> None:

@@ -16,7 +16,7 @@ from train.config.fields import RunDraft
 
 COMMANDS = (
     *("train.__main__", "train.check", "train.plan", "train.rehearse", "train.evaluate", "train.sample"),
-    *("train.export", "data.prepare", "slurm.submit", "model.hf.__main__"),
+    *("train.export", "train.resolve", "data.prepare", "slurm.submit", "slurm.settings", "model.hf.__main__"),
     *("kernels.check", "kernels.compiled"),
 )
 

@@ -1,6 +1,10 @@
 """Weights from elsewhere, and back: a run begins from them, its last checkpoint becomes them."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,9 @@ from train.config.load import load_config, open_run
 from train.config.run_config import RunConfig
 from train.eval.restored import load_model
 from train.export import main as export
+from train.loop.sweep import checked_jobs
 
+ROOT = Path(__file__).parents[2]
 # Learning rates this small leave the weights where they began.
 STILL = (
     "optim.lr=1e-30",
@@ -68,6 +74,102 @@ def test_weights_bring_their_architecture_and_typed_keys_change_it(corpus: Corpu
     assert load_config([*plain, "layout=dsa"], 1).layers[0].mixer == "dsa"
     assert load_config([*plain, "model.depth=2"], 1).model.depth == 2
     assert load_config([*plain, "model=mixtral_small", "train.micro_batch=null"], 1).layers[0].mixer == "attn"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["+train.start={given}"],
+        ["train.start='{given}'"],
+        ["train={{start: {given}, seed: 3}}"],
+        ["train.start=${{oc.env:GIVEN}}"],
+        ["run.dir={given}", "train.start=${{run.dir}}"],
+        ["train.start=nowhere", "train.start={given}"],
+    ],
+    ids=["plus", "quotes", "mapping", "environment", "reference", "last"],
+)
+def test_weights_are_those_of_the_composed_config(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    config = config_of(corpus, "model.depth=3", "layout.pattern=mla")
+    write_weights(config, tmp_path / "weights")
+    monkeypatch.setenv("GIVEN", f"{tmp_path}/weights")
+    start = [word.format(given=f"{tmp_path}/weights") for word in words]
+    found = load_config([*start, "data.tokenizer.vocab_size=400"], 1)
+    assert found.layers == config.layers
+    assert found.train.start == f"{tmp_path}/weights"
+
+
+def test_text_that_looks_like_the_key_is_no_start(corpus: Corpus, tmp_path: Path) -> None:
+    write_weights(config_of(corpus, "model.depth=3"), tmp_path / "weights")
+    start = f"train.start={tmp_path}/weights"
+    plain = load_config([], 1)
+    for words in ([start, "train.start=null"], [f"sample.prompt='{start}'"]):
+        assert load_config(words, 1).layers == plain.layers
+    # Any way to choose a model stands against the model of the weights.
+    chosen = load_config([start, "+model=mixtral_small", "data.tokenizer.vocab_size=400"], 1)
+    assert {layer.mixer for layer in chosen.layers} == {"attn"}
+
+
+def test_a_start_that_depends_on_its_own_model_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    write_weights(config_of(corpus, "model.depth=3"), tmp_path / "of_4")
+    with pytest.raises(ConfigError, match=r"brings a model with which it would be .*of_3"):
+        load_config([f"train.start={tmp_path}/of_${{model.depth}}"], 1)
+
+
+def tree_with_recipe(root: Path, text: str) -> Path:
+    """This repository, by links, with one recipe more: `own`."""
+    for package in ("kernels", "data", "model", "parallel", "train"):
+        (root / package).symlink_to(ROOT / package)
+    shutil.copytree(ROOT / "conf", root / "conf")
+    (root / "conf/recipe/own.yaml").write_text(f"# @package _global_\n# A start.\n{text}")
+    return root
+
+
+def test_a_recipe_names_the_weights(corpus: Corpus, tmp_path: Path) -> None:
+    config = config_of(corpus, "model.depth=3", "layout.pattern=mla")
+    write_weights(config, tmp_path / "weights")
+    (tmp_path / "tree").mkdir()
+    text = f"train:\n  start: {tmp_path}/weights\n"
+    tree = tree_with_recipe(tmp_path / "tree", text)
+    command = [sys.executable, "-m", "train.resolve", "recipe=own", "data.tokenizer.vocab_size=400"]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["model"]["depth"], found["layout"]["pattern"]) == (3, "mla")
+
+
+def test_each_run_of_a_sweep_has_the_model_of_its_weights(corpus: Corpus, tmp_path: Path) -> None:
+    for depth in (3, 5):
+        write_weights(config_of(corpus, f"model.depth={depth}"), tmp_path / f"of_{depth}")
+    swept = ["data.tokenizer.vocab_size=400", "sample.prompt=3,5"]
+    for start in (f"{tmp_path}/of_3,{tmp_path}/of_5", f"{tmp_path}/of_${{sample.prompt}}"):
+        words = [*swept[: 2 if "sample" in start else 1], f"train.start={start}"]
+        jobs = checked_jobs([word.replace("prompt=3,5", "prompt='3','5'") for word in words])
+        assert [job.config.model.depth for job in jobs] == [3, 5]
+
+
+@pytest.mark.slow
+def test_hydras_own_line_has_the_model_of_the_weights(corpus: Corpus, tmp_path: Path) -> None:
+    for depth in (1, 2):
+        write_weights(config_of(corpus, f"model.depth={depth}"), tmp_path / f"of_{depth}")
+
+    def line(*words: str) -> str:
+        rest = [word for word in corpus.overrides(tmp_path / "run", "train.steps=1") if "depth" not in word]
+        command = [sys.executable, "-m", "train", *rest, *words]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    shown = line(f"train.start={tmp_path}/of_1", "--cfg", "job", "-p", "model")
+    assert "\ndepth: 1\n" in f"\n{shown}"
+    line("-m", "hydra/launcher=basic", f"train.start={tmp_path}/of_1,{tmp_path}/of_2")
+    for number, depth in ((0, 1), (1, 2)):
+        found = json.loads((tmp_path / f"run/{number}/config.json").read_text())
+        assert (found["model"]["depth"], found["train"]["start"]) == (depth, f"{tmp_path}/of_{depth}")
 
 
 def test_a_restart_goes_on_from_its_checkpoint(corpus: Corpus, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from model.moe.config import MoeConfig
 from model.shape import ModelConfig, ResidualConfig
 from parallel.config.parallel import ParallelConfig
 from train.checkpoint.config import CheckpointConfig
+from train.config.slurm import SlurmConfig
 from train.optim.optimizer import OptimizerConfig, optimizer_type
 from train.optim.schedule import ScheduleConfig, schedule_type
 from train.track.config import TrackConfig
@@ -29,7 +30,9 @@ KernelBackend = Literal["auto", "triton", "reference"]
 class RunDirConfig(Config):
     """Where a run writes."""
 
-    dir: str = Field(min_length=1)
+    # What a shell, a log line and an override can hold.
+    dir: str = Field(pattern=r"^[^\x00-\x1f\x7f$\\]+$")
+    name: str = Field(min_length=1)
 
 
 class ProfileConfig(Config):
@@ -148,6 +151,7 @@ class RunFields(Config):
     cluster: ClusterConfig
     plan: PlanConfig
     rehearse: RehearseConfig
+    slurm: SlurmConfig = SlurmConfig()
 
 
 class RunDraft(RunFields):

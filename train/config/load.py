@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conf.compose import compose_known, validate
+from conf.compose import compose_known, composed_value, typed_keys, validate
 from conf.errors import ConfigError, Violation
 from train.checkpoint.run_files import CONFIG_FILE, read_config
 from train.config.checks import early_violations, model_violations
@@ -22,9 +22,26 @@ def load_config(overrides: Sequence[str], world_size: int | None) -> "RunConfig"
 
     Raises ConfigError with all violations.
     """
-    tree = compose_known(overrides, RunDraft, started_architecture(overrides))
-    sees_mixers = any(override.lstrip("+").startswith("mixer.") for override in overrides)
-    return checked(tree, world_size, sees_mixers=sees_mixers)
+    return checked(compose_run(overrides), world_size, sees_mixers=names_mixers(overrides))
+
+
+def compose_run(overrides: Sequence[str]) -> dict[str, Any]:
+    """The composed config of a run, unchecked; the weights in train.start bring their architecture.
+
+    Raises ConfigError, also where these weights are not ours.
+    """
+    start = composed_value(overrides, "train.start")
+    tree = compose_known(overrides, RunDraft, started_architecture(start))
+    train = tree.get("train")
+    if start is not None and isinstance(train, dict) and train.get("start") != start:
+        message = f"{start} brings a model with which it would be {train.get('start')}; give it as plain text"
+        raise ConfigError([Violation("train.start", message)])
+    return tree
+
+
+def names_mixers(overrides: Sequence[str]) -> bool:
+    """Whether a key of a mixer is typed."""
+    return any(key.startswith("mixer.") for key in typed_keys(overrides))
 
 
 def open_run(directory: str) -> "RunConfig":
@@ -83,26 +100,23 @@ def _product(tree: Any, names: Sequence[str]) -> int:
     return math.prod(size for size in sizes if isinstance(size, int) and size > 0)
 
 
-def started_architecture(overrides: Sequence[str]) -> dict[str, Any] | None:
-    """The architecture of the weights in train.start, where that is typed.
+def started_architecture(start: object) -> dict[str, Any] | None:
+    """The architecture of the weights in a directory; None where `start` is not the name of one.
 
     Raises ConfigError for a directory that does not hold weights of ours.
     """
-    for override in reversed(overrides):
-        key, _, value = override.partition("=")
-        if key.lstrip("+") == "train.start" and value not in ("null", ""):
-            path = Path(value.strip("'\"")) / "config.json"
-            try:
-                found = json.loads(path.read_text())
-            except (OSError, ValueError) as error:
-                raise ConfigError([Violation("train.start", f"cannot read {path}: {error}")]) from error
-            if not isinstance(found, dict) or not isinstance(found.get("architecture"), dict):
-                hint = (
-                    f"{path} is not ours; convert it: python -m model.hf import {path.parent} NEW_DIRECTORY"
-                )
-                raise ConfigError([Violation("train.start", hint)])
-            return found["architecture"]
-    return None
+    if not isinstance(start, str) or not start:
+        # Anything else than text and null is for `validate` to name.
+        return None
+    path = Path(start) / "config.json"
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError([Violation("train.start", f"cannot read {path}: {error}")]) from error
+    if not isinstance(found, dict) or not isinstance(found.get("architecture"), dict):
+        hint = f"{path} is not ours; convert it: python -m model.hf import {path.parent} NEW_DIRECTORY"
+        raise ConfigError([Violation("train.start", hint)])
+    return found["architecture"]
 
 
 def tree_violations(tree: dict, world_size: int | None) -> Sequence[Violation]:

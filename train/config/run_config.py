@@ -1,8 +1,13 @@
 """The run config: everything that a run is, typed and frozen."""
 
+from pathlib import Path
+from typing import Any
+
 from conf.errors import Violation
 from model.config import Architecture
+from train.checkpoint.run_files import CONFIG_FILE, read_config
 from train.config.fields import RunFields
+from train.config.versions import upgraded
 
 
 class RunConfig(RunFields, Architecture):
@@ -20,7 +25,9 @@ class RunConfig(RunFields, Architecture):
 
 
 # What may change between two starts of one run without making it another run.
-CHANGEABLE = ("run", "kernels", "checkpoint", "track", "cluster", "plan", "rehearse", "parallel", "sample")
+CHANGEABLE = (
+    *("run", "kernels", "checkpoint", "track", "cluster", "slurm", "plan", "rehearse", "parallel", "sample"),
+)
 CHANGEABLE_KEYS = (
     *(
         "train.micro_batch",
@@ -35,6 +42,21 @@ CHANGEABLE_KEYS = (
     ),
     "data.verify",
 )
+
+
+def saved_differences(directory: Path, wanted: dict[str, Any]) -> list[Violation]:
+    """The keys in which a plain config differs from that of the run in a directory, if one is there.
+
+    Raises CheckpointError where the run's config is damaged and has no copy, ConfigError where an older
+    version started it in a way that this one does not know.
+    """
+    saved = read_config(directory)
+    if saved is None:
+        return []
+    saved = upgraded(saved, str(directory / CONFIG_FILE))
+    # Mixers that are newer than the run, which it cannot have.
+    saved["mixer"] = wanted["mixer"] | saved["mixer"]
+    return differences(saved, wanted)
 
 
 def differences(saved: object, now: object, prefix: str = "") -> list[Violation]:

@@ -40,6 +40,7 @@ RULES: tuple[Rule, ...] = (
     Added(1, "train.foreign_ids", False),
     Added(2, "checkpoint.accept_step", None),
     Added(3, "parallel.storage_timeout_seconds", 3600),
+    Added(3, "run.name", "default"),
 )
 VERSION = RULES[-1].version
 

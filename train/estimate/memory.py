@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from typing import NamedTuple
 
+from conf.errors import Violation
 from model.config import Architecture
 from model.count import count, half_bytes
 from model.layout import DENSE, HASH, NONE, Layer
@@ -130,6 +131,32 @@ def memory_per_rank(config: RunConfig, world_size: int) -> Memory:
     degrees = config.parallel.degrees(world_size)
     found = [memory_of(config, degrees, share) for share in shares_of(config, degrees)]
     return max(found, key=lambda memory: memory.total)
+
+
+# Of the memory of a device; the rest is for what the formulas leave out.
+FITTING_SHARE = 0.95
+
+
+def share_of_device(config: RunConfig, needed: int) -> float | None:
+    """What the bytes of a rank are of its device's memory; None where that is unknown."""
+    available = config.cluster.memory_gib
+    return None if available is None else needed / (available * 2**30)
+
+
+def memory_violations(config: RunConfig) -> list[Violation]:
+    """What keeps the fullest rank from fitting into the memory of a device of its cluster."""
+    needed = memory_per_rank(config, config.cluster.nodes * config.cluster.gpus_per_node)
+    share = share_of_device(config, needed.total)
+    if share is None or share <= FITTING_SHARE:
+        return []
+    largest = sorted(needed._replace(host=0)._asdict().items(), key=lambda part: -part[1])[:3]
+    parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in largest)
+    message = (
+        f"the fullest rank needs {needed.total / 2**30:.1f} GiB ({parts}), {share:.0%} of "
+        f"{config.cluster.memory_gib:g}; take more ranks, a smaller train.micro_batch or parallel.recompute, "
+        "or set it to null to pass over the estimate"
+    )
+    return [Violation("cluster.memory_gib", message)]
 
 
 def memory_of(config: RunConfig, degrees: Degrees, share: Share) -> Memory:

@@ -8,12 +8,11 @@ from train.checkpoint.run_files import (
     CONFIG_FILE,
     RunFiles,
     new_identity,
-    read_config,
     read_identity,
     refuse_lost_progress,
 )
-from train.config.run_config import RunConfig, differences
-from train.config.versions import VERSION, VERSION_KEY, upgraded
+from train.config.run_config import RunConfig, saved_differences
+from train.config.versions import VERSION, VERSION_KEY
 from train.loop.interrupt import PREEMPT, REQUEUE
 
 
@@ -27,13 +26,8 @@ def claim(directory: Path, config: RunConfig) -> RunFiles:
     wanted = config.model_dump(mode="json")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        saved = read_config(directory)
-        if saved is not None:
-            saved = upgraded(saved, str(directory / CONFIG_FILE))
-            # Mixers that are newer than the run, which it cannot have.
-            saved["mixer"] = wanted["mixer"] | saved["mixer"]
-            if found := differences(saved, wanted):
-                raise ConfigError([*found, _other_directory(directory)])
+        if found := saved_differences(directory, wanted):
+            raise ConfigError([*found, _other_directory(directory)])
         identity = read_identity(directory) or new_identity(directory)
         refuse_lost_progress(directory, identity.step, config.checkpoint.accept_step)
         files = RunFiles(directory, {VERSION_KEY: VERSION, **wanted}, identity)

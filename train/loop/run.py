@@ -28,6 +28,7 @@ from train.loop.initial_weights import begin
 from train.loop.interrupt import REQUEUE, Interrupt, Stopped
 from train.loop.kernel_check import prepare_kernels
 from train.loop.metrics import Metrics
+from train.loop.notice import Notice
 from train.loop.out_of_memory import memory_explained
 from train.loop.report import finish, score
 from train.loop.same_ranks import compare_data, facts_of, refuse_not_finite
@@ -136,6 +137,8 @@ def hooks_of(config: RunConfig, tracker: Tracker, world: World) -> list[StepHook
         hooks.append(GarbageCollection(options.gc_every))
     if options.profile.first_step is not None and world.rank in options.profile.ranks:
         hooks.append(Profiler(options.profile, Path(config.run.dir), world.rank))
+    if world.rank == 0:
+        hooks.append(Notice(Path(config.run.dir)))
     # Last, so that what the others take after a step is in its time.
     return [*hooks, Metrics(config, tracker, world)]
 
