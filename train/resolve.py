@@ -60,7 +60,7 @@ def checked_tree(overrides: Sequence[str]) -> dict:
     from train.config.load import load_config
 
     config = load_config(overrides, None)
-    from train.config.run_config import saved_differences
+    from train.config.saved import saved_differences
     from train.estimate.memory import memory_violations
 
     tree = config.model_dump(mode="json")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from conf.compose import group_options
 from conf.errors import ConfigError
 from train.config.load import load_config
-from train.config.run_config import RunConfig, differences
+from train.config.run_config import RunConfig
+from train.config.saved import differences
 
 
 def violations(*overrides: str, world_size: int = 1) -> dict[str, str]:

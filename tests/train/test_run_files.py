@@ -119,7 +119,7 @@ def test_a_config_that_is_lost_comes_from_the_newest_checkpoint(
     damage(run / "config.json")
     with pytest.raises(ConfigError, match=r"optim\.lr: the run was started with 0.01; found 0.02"):
         claimed(corpus, run, "optim.lr=0.02")
-    assert "taken from the copy in step_00000008" in capsys.readouterr().out
+    assert "taken from the copy in step_00000008" in capsys.readouterr().err
     claimed(corpus, run)
     assert config_of(run) == whole
 
@@ -174,3 +174,35 @@ def test_no_damage_of_a_byte_gives_another_config(
 def test_every_save_notes_its_step(corpus: Corpus, run: Path) -> None:
     assert list_entries(run / "checkpoints").steps == [8, 4]
     assert json.loads((run / "run.json").read_text())["step"] == 8
+
+
+def test_a_run_goes_on_with_its_own_config(corpus: Corpus, run: Path) -> None:
+    before = config_of(run)
+    claim(run, load_config([f"run.dir={run}"], 1))
+    assert config_of(run) == before
+    # What may change does; a group of it replaces the run's whole.
+    changed = load_config(
+        [f"run.dir={run}", "train.max_skipped=9", "track=offline", "track.project=${run.name}"], 1
+    )
+    assert (changed.train.max_skipped, changed.track.wandb, changed.track.project) == (
+        9,
+        "offline",
+        "default",
+    )
+    assert changed.optim.lr == 0.01
+    claim(run, changed)
+    with pytest.raises(ConfigError) as caught:
+        claim(run, load_config([f"run.dir={run}", "optim.lr=0.02"], 1))
+    assert [violation.key for violation in caught.value.violations] == ["optim.lr", "run.dir"]
+
+
+def test_groups_and_typos_are_never_passed_over_for_the_config_of_a_run(run: Path) -> None:
+    # A group makes a run of its own, whose every key is compared.
+    with pytest.raises(ConfigError) as caught:
+        claim(run, load_config([f"run.dir={run}", "layout=kda_3to1"], 1))
+    assert "layout.pattern" in {violation.key for violation in caught.value.violations}
+    with pytest.raises(ConfigError, match=r"optim\.lt: unknown key; did you mean optim\.lr\?"):
+        load_config([f"run.dir={run}", "optim.lt=0.02"], 1)
+    with pytest.raises(ConfigError, match=r"no such option|unknown option|layout"):
+        load_config([f"run.dir={run}", "layout=kda_4to1"], 1)
+    assert load_config([f"run.dir={run}-other"], 1).optim.lr != 0.01

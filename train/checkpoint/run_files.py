@@ -3,6 +3,7 @@
 `config.json` and `run.json` have a copy in the manifest of every checkpoint.
 """
 
+import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -112,7 +113,8 @@ def _read(directory: Path, name: str, of_copy: Any) -> dict[str, Any] | None:
         manifest, problems = inspect_manifest(directory / CHECKPOINTS / step_name(step))
         copy = {} if problems else manifest["extra"].get(COPY)
         if copy:
-            print(f"{problem}; taken from the copy in {step_name(step)}", flush=True)
+            # Not among the output, which some commands give to a program.
+            print(f"{problem}; taken from the copy in {step_name(step)}", file=sys.stderr, flush=True)
             return of_copy(copy)
     if not found.steps and not found.unreadable and not (directory / name).exists():
         return None

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from conf.compose import compose_known, composed_value, typed_keys, validate
 from conf.errors import ConfigError, Violation
-from train.checkpoint.run_files import CONFIG_FILE, read_config
+from train.checkpoint.run_files import CONFIG_FILE
 from train.config.checks import early_violations, model_violations
 from train.config.fields import RunDraft
-from train.config.versions import upgraded
+from train.config.saved import own_tree, saved_tree
 
 if TYPE_CHECKING:
     from train.config.run_config import RunConfig
@@ -28,7 +28,8 @@ def load_config(overrides: Sequence[str], world_size: int | None) -> "RunConfig"
 def compose_run(overrides: Sequence[str]) -> dict[str, Any]:
     """The composed config of a run, unchecked; the weights in train.start bring their architecture.
 
-    Raises ConfigError, also where these weights are not ours.
+    Where run.dir is typed and holds a run, what is not typed is as in that run. Raises ConfigError, also
+    where the weights are not ours, CheckpointError where the config of that run is damaged without a copy.
     """
     start = composed_value(overrides, "train.start")
     tree = compose_known(overrides, RunDraft, started_architecture(start))
@@ -36,7 +37,7 @@ def compose_run(overrides: Sequence[str]) -> dict[str, Any]:
     if start is not None and isinstance(train, dict) and train.get("start") != start:
         message = f"{start} brings a model with which it would be {train.get('start')}; give it as plain text"
         raise ConfigError([Violation("train.start", message)])
-    return tree
+    return own_tree(overrides, tree) or tree
 
 
 def names_mixers(overrides: Sequence[str]) -> bool:
@@ -50,13 +51,13 @@ def open_run(directory: str) -> "RunConfig":
     Raises ConfigError when there is none, CheckpointError when it is damaged and has no copy.
     """
     path = Path(directory) / CONFIG_FILE
-    saved = read_config(Path(directory))
+    saved = saved_tree(Path(directory))
     if saved is None:
         message = f"{path}: no such run; give the directory that `python -m train` printed as run.dir"
         raise ConfigError([Violation("run", message)])
     from train.config.run_config import RunConfig
 
-    return validate(RunConfig, upgraded(saved, str(path)))
+    return validate(RunConfig, saved)
 
 
 def checked(tree: dict[str, Any], world_size: int | None, *, sees_mixers: bool) -> "RunConfig":

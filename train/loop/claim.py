@@ -11,7 +11,8 @@ from train.checkpoint.run_files import (
     read_identity,
     refuse_lost_progress,
 )
-from train.config.run_config import RunConfig, saved_differences
+from train.config.run_config import RunConfig
+from train.config.saved import saved_differences
 from train.config.versions import VERSION, VERSION_KEY
 from train.loop.interrupt import PREEMPT, REQUEUE
 

@@ -1,0 +1,94 @@
+"""The config of a run that is there: read again, changed where it may be, compared where it may not."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from conf.compose import typed_keys
+from conf.errors import Violation
+from conf.tree import set_keys
+from train.checkpoint.run_files import CONFIG_FILE, read_config
+from train.config.versions import upgraded
+
+_ABSENT = object()
+
+# What may change between two starts of one run without making it another run.
+CHANGEABLE = (
+    *("run", "kernels", "checkpoint", "track", "cluster", "slurm", "plan", "rehearse", "parallel", "sample"),
+)
+CHANGEABLE_KEYS = (
+    *(
+        "train.micro_batch",
+        "train.evaluate_every",
+        "train.evaluate_rows",
+        "train.final_rows",
+        "train.max_skipped",
+        # It is about the first start; what a resumed run reads is compared with its own checkpoint.
+        "train.foreign_ids",
+        "train.gc_every",
+        "train.profile",
+    ),
+    "data.verify",
+)
+
+
+def saved_tree(directory: Path) -> dict[str, Any] | None:
+    """The config that the run in a directory was started with, with the keys of today; None without a run.
+
+    Raises as `saved_differences` does.
+    """
+    saved = read_config(directory)
+    return None if saved is None else upgraded(saved, str(directory / CONFIG_FILE))
+
+
+def own_tree(overrides: Sequence[str], composed: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The config of the run in the run.dir that is typed, with the other values that are.
+
+    None where run.dir is not typed or holds no run, where a group is typed that makes another run, and where
+    a key is that `composed`, the config of the same overrides, does not have. Raises as `saved_differences`.
+    """
+    keys = typed_keys(overrides)
+    if "run.dir" not in keys or any("." not in key and key not in CHANGEABLE for key in keys):
+        return None
+    directory = _at(composed, "run.dir")
+    tree = saved_tree(Path(directory)) if isinstance(directory, str) else None
+    values = [(key, _at(composed, key)) for key in keys]
+    if tree is None or any(value is _ABSENT for _, value in values):
+        return None
+    set_keys(tree, values)
+    return tree
+
+
+def _at(tree: Any, key: str) -> Any:
+    for name in key.split("."):
+        if not isinstance(tree, Mapping) or name not in tree:
+            return _ABSENT
+        tree = tree[name]
+    return tree
+
+
+def saved_differences(directory: Path, wanted: dict[str, Any]) -> list[Violation]:
+    """The keys in which a plain config differs from that of the run in a directory, if one is there.
+
+    Raises CheckpointError where the run's config is damaged and has no copy, ConfigError where an older
+    version started it in a way that this one does not know.
+    """
+    saved = saved_tree(directory)
+    if saved is None:
+        return []
+    # Mixers that are newer than the run, which it cannot have.
+    saved["mixer"] = wanted["mixer"] | saved["mixer"]
+    return differences(saved, wanted)
+
+
+def differences(saved: object, now: object, prefix: str = "") -> list[Violation]:
+    """The keys whose values differ between two plain config trees, changeable ones left out."""
+    if prefix in CHANGEABLE or prefix in CHANGEABLE_KEYS or saved == now:
+        return []
+    if isinstance(saved, dict) and isinstance(now, dict):
+        found = []
+        for key in sorted(saved.keys() | now.keys()):
+            name = f"{prefix}.{key}" if prefix else str(key)
+            found += differences(saved.get(key), now.get(key), name)
+        return found
+    return [Violation(prefix, f"the run was started with {saved!r}; found {now!r}")]
