@@ -54,6 +54,7 @@ def violations(*overrides: str, world_size: int = 1) -> dict[str, str]:
         ("mixer.hca=5", "mixer.hca", "found 5"),
         ("optim.lr=1e-3,3e-3", "optim.lr", "a sweep over them needs -m"),
         ("optim=adamw,lion", "optim", "a sweep over them needs -m"),
+        ("~optim", "~optim", "a group has one of its options; choose from adamw, lion"),
     ],
 )
 def test_each_mistake_is_named(override: str, key: str, says: str) -> None:
