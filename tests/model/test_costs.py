@@ -1,4 +1,4 @@
-"""Useful operations of attention by counting the keys that each query sees, one query at a time."""
+"""What mixers cost, counted one query and one number at a time."""
 
 import pytest
 
@@ -26,3 +26,18 @@ def test_attention_counts_the_keys_that_are_seen(context: int, window: int | Non
     keys = sum(seen(query, window, chunk) for query in range(context)) / context
     # Products of a query with a key and of a weight with a value: a multiplication and an addition each.
     assert entry.flops(32, context).core == pytest.approx(2 * HEADS * (KEY + VALUE) * keys, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("entry", "fields", "numbers"),
+    [
+        # Keys of 2 heads of 8 and values of 2 heads of 6 for every token, or for the last 7 of 20.
+        ("attn", "head_dim: 8, value_dim: 6, num_key_heads: 2", 20 * 2 * (8 + 6)),
+        ("attn", "head_dim: 8, value_dim: 6, num_key_heads: 2, window: 7", 7 * 2 * (8 + 6)),
+        # One latent and one shared key for all heads.
+        ("mla", "num_heads: 16, latent_dim: 10, shared_key_dim: 4", 20 * (10 + 4)),
+    ],
+)
+def test_a_cache_holds_what_later_queries_read(entry: str, fields: str, numbers: int) -> None:
+    found = small_architecture([f"mixer.{entry}={{{fields}}}"]).mixer[entry]
+    assert found.cache_bytes(20, element_bytes=2) == 2 * numbers
