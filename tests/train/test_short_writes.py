@@ -39,3 +39,16 @@ def test_a_line_is_written_to_its_end(tmp_path: Path, monkeypatch: pytest.Monkey
     file.close()
     monkeypatch.undo()
     assert read(file.path) == lines
+
+
+def test_a_line_without_its_end_is_torn_also_where_it_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.path.write_bytes(b'{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 2.25}')
+    assert [line["step"] for line in read(file.path)] == [1]
+    file.truncate_after(2)
+    file.append({"step": 2, "loss": 2.0})
+    file.close()
+    assert read(file.path) == [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.0}]
