@@ -1,10 +1,15 @@
 """What transformers drops or never writes, by the names and rules of the published code."""
 
+import json
+from pathlib import Path
+
 import pytest
 
+from conf.errors import CheckpointError
 from model.hf import latent
 from model.hf.families import gqa, qwen3_next
 from model.hf.fields import Fields
+from model.hf.files import HubDirectory
 from model.layout import expand
 from tests.architectures import small_architecture
 
@@ -47,3 +52,11 @@ def test_qwen_counts_layers_with_experts_from_one(read, step: int, only: list[in
     assert expand(pattern.strip("'\""), "", "", 6) == tuple(
         {"d": "dense", "m": "moe"}[kind] for kind in kinds
     )
+
+
+@pytest.mark.parametrize("file", ["../other.safetensors", "/tmp/other.safetensors", "part/other.safetensors"])
+def test_an_index_names_files_of_its_own_directory_alone(tmp_path: Path, file: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": file}}))
+    with pytest.raises(CheckpointError, match=f"x is said to be in '{file}'"):
+        HubDirectory(tmp_path)
