@@ -4,6 +4,7 @@
 #   make test     lint and the test suite; TESTS="tests/data -k packing" runs a part
 #   make prove    the long proofs
 #   make equality every mixer in every parallel layout against one process; writes its table into docs/parallelism.md
+#   make mutants  every seeded defect, tried on the tests nearest to it; MUTANTS="data --workers 2" tries a part
 #   make lint     style, types, import layers and file lengths only
 #   make setup    everything that the commands above need, without running them
 #   make lock     write requirements.lock anew from .venv
@@ -14,7 +15,7 @@ SHELL := /bin/bash
 # Two targets that write one .venv at a time would break it.
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: train test prove equality lint setup lock clean
+.PHONY: train test prove equality mutants lint setup lock clean
 .DEFAULT_GOAL := train
 
 VENV := .venv
@@ -24,6 +25,7 @@ TRITON_NEWEST := 3.9.0
 BIN := $(VENV)/bin
 RUN ?=
 TESTS ?=
+MUTANTS ?= --write bench/results/mutants.json
 
 # Modules are compiled when first imported (below), which needs leave to write the result.
 unexport PYTHONDONTWRITEBYTECODE
@@ -50,11 +52,16 @@ prove: $(VENV)/test.ready $(VENV)/triton-$(TRITON_NEWEST).ready
 	$(BIN)/python -m kernels.compiled
 	PYTHONPATH=$(VENV)/triton-$(TRITON_NEWEST) TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m kernels.compiled
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations 15 -m prove $(TESTS)
+	$(BIN)/python -m tests.mutants --count 30 --workers 2
 
 # Two precisions by thirteen layouts by all mixers; `make prove` runs five in float64.
 equality: $(VENV)/test.ready
 	$(BIN)/python -m pytest -m equality tests/parallel/test_equality.py tests/parallel/test_zero_models.py
 	$(BIN)/python -m bench.equality write
+
+# In copies of the tree in a temporary directory. `make prove` tries thirty, each day others.
+mutants: $(VENV)/test.ready
+	$(BIN)/python -m tests.mutants $(MUTANTS)
 
 lint: $(VENV)/test.ready
 	$(BIN)/ruff check .

@@ -59,6 +59,7 @@ def violations(*overrides: str, world_size: int = 1) -> dict[str, str]:
         ("run.dir='a$b'", "run.dir", "should match pattern"),
         ("slurm.env.NCCL_DEBUG=[1]", "slurm.env.NCCL_DEBUG", "found [1]"),
         ("slurm.container.image=x", "slurm.container", "a container has both or neither"),
+        ("~optim", "~optim", "a group has one of its options; choose from adamw, lion"),
     ],
 )
 def test_each_mistake_is_named(override: str, key: str, says: str) -> None:

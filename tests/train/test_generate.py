@@ -40,3 +40,38 @@ def test_without_temperature_every_token_is_the_likeliest(model) -> None:
 def test_only_pieces_of_the_tokenizer_come_and_the_end_ends(model) -> None:
     assert run(model, vocabulary=10, end=64).max() < 10
     assert len(run(model, vocabulary=2, end=1, tokens=100)) < 100
+
+
+class Sums:
+    """A model whose likeliest next token is the sum of those that it sees, of ten."""
+
+    training = False
+
+    def eval(self) -> None:
+        pass
+
+    def train(self, mode: bool) -> None:
+        pass
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        logits = torch.zeros(1, ids.shape[1], 10)
+        logits[0, -1, int(ids.sum()) % 10] = 1.0
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("context", "end", "expected"),
+    [(2, 9, [3, 5, 8, 3, 1, 4]), (2, 8, [3, 5]), (99, 9, [3, 6, 2, 4, 8, 6])],
+)
+def test_the_last_tokens_are_seen_and_the_end_is_no_text(context: int, end: int, expected: list[int]) -> None:
+    found = generate(
+        Sums(),  # pyright: ignore[reportArgumentType]
+        torch.tensor([1, 2]),
+        tokens=6,
+        temperature=0.0,
+        end=end,
+        vocabulary=10,
+        context=context,
+        generator=torch.Generator(),
+    )
+    assert found.tolist() == expected

@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from conf.compose import group_options
+from conf.errors import ConfigError
 from parallel.apply import Parallel, StepShape, build_parallel
 from parallel.mesh.world import World
 from tests.train.runs import TINY
 from train.config.load import load_config
 from train.config.run_config import RunConfig
+from train.loop.state import TrainState
 from train.optim.param_groups import build_optimizer
 
 # Every parameter that there is, by the last two parts of its name.
@@ -75,3 +77,27 @@ def test_a_tied_head_is_an_embedding() -> None:
     assert apart["head.weight"] > 0
     assert "head.weight" not in tied
     assert tied["embed.weight"] == apart["embed.weight"] == 0
+
+
+def test_the_last_pattern_that_fits_scales_the_rate_and_zero_freezes() -> None:
+    config, built = build("optim.lr_scales={*:0.5,*norm*:2.0,blocks.0.ffn_residual.*:0.0}")
+    state = TrainState(built, build_optimizer(built, config.optim), config.optim)
+    state.set_lr(0.1)
+    rates = {x: group["lr"] for group in state.optimizer.param_groups for x in group["params"]}
+    for name, parameter in built.named_parameters():
+        scale = 0.0 if name.startswith("blocks.0.ffn_residual.") else 2.0 if "norm" in name else 0.5
+        assert parameter.requires_grad == (scale > 0), name
+        assert rates.get(parameter, 0.0) == pytest.approx(0.1 * scale), name
+
+
+@pytest.mark.parametrize(
+    ("scales", "says"),
+    [
+        ("{blocks.7.*:0.5,*norm*:1.0}", r"optim\.lr_scales\.blocks\.7\.\*: fits no parameter"),
+        ("{*:0.0}", r"optim\.lr_scales: freezes every parameter"),
+    ],
+)
+def test_scales_that_reach_nothing_or_leave_nothing_are_refused(scales: str, says: str) -> None:
+    config, built = build(f"optim.lr_scales={scales}")
+    with pytest.raises(ConfigError, match=says):
+        build_optimizer(built, config.optim)

@@ -46,6 +46,10 @@ def test_shapes_are_the_published_ones() -> None:
     assert wsd.factor(0, 100) == 0.1
     assert wsd.factor(9, 100) == wsd.factor(59, 100) == wsd.factor(60, 100) == 1.0
     assert math.isclose(wsd.factor(70, 100), 0.1 + 0.9 * (1 - math.sqrt(10 / 40)))
+    # Half of ten steps would begin within eight of warm-up: the decay is then what is left.
+    late = WsdConfig(kind="wsd", warmup_steps=8, decay_fraction=0.5, floor=0.0)
+    assert late.factor(7, 10) == late.factor(8, 10) == 1.0
+    assert math.isclose(late.factor(9, 10), 1 - math.sqrt(1 / 2))
     cosine = CosineConfig(kind="cosine", warmup_steps=0, floor=0.2)
     assert math.isclose(cosine.factor(50, 100), 0.6)
     assert math.isclose(cosine.factor(25, 100), 0.2 + 0.8 * 0.5 * (1 + math.sqrt(0.5)))

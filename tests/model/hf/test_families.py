@@ -95,10 +95,11 @@ def test_equal_to_transformers_and_round_trip(
         phases=[Phase.explicit, Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(overrides=FAMILIES[name].overrides, tokens=st.integers(1, 70), seed=st.integers(0, 2**20))
-    def check(overrides: list[str], tokens: int, seed: int) -> None:
+    @given(overrides=FAMILIES[name].overrides, short=st.integers(0, 69), seed=st.integers(0, 2**20))
+    def check(overrides: list[str], short: int, seed: int) -> None:
         torch.manual_seed(seed)
-        check_once(name, overrides, tokens, tmp_path_factory.mktemp(name))
+        # The first example is the least one, which one token would be: in it queries and keys change nothing.
+        check_once(name, overrides, 70 - short, tmp_path_factory.mktemp(name))
 
     check()
 
