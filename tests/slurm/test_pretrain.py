@@ -12,6 +12,8 @@ import psutil
 import pytest
 
 from conf.errors import STOPPED
+from train.checkpoint.records import write_record
+from train.config.load import load_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -273,6 +275,8 @@ def test_a_new_checkpoint_forgives_crashes(site: Site) -> None:
     crash = ("run.dir=out", "slurm.max_crashes=1")
     checkpoints = site.root / "out/checkpoints"
     checkpoints.mkdir(parents=True)
+    # Checkpoints without a config beside them are no run's.
+    write_record(site.root / "out/config.json", load_config(["run.dir=out"], 1).model_dump(mode="json"))
     for step in (100, 200, 1000):
         (checkpoints / f"step_{step:08d}").mkdir()
         assert site.run(*crash, MODE="fail", CODE="1")[0] == -signal.SIGTERM
