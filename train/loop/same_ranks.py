@@ -17,6 +17,7 @@ from conf.names import shortened
 from data.loader import Loader
 from parallel.mesh.rendezvous import difference
 from parallel.mesh.world import World
+from parallel.shard.shard_view import GlobalShardView
 from train.checkpoint.ranks import Ranks
 from train.config.run_config import RunConfig
 from train.estimate.local_state import local_part
@@ -72,7 +73,11 @@ def refuse_not_finite(tensors: Mapping[str, Any], where: str, fix: str, world: W
     """
 
     def bad() -> list[str]:
-        return [name for name, tensor in _tensors(tensors) if not torch.isfinite(local_part(tensor)).all()]
+        return [
+            name
+            for name, tensor in _tensors(tensors)
+            if not all(torch.isfinite(part).all() for part in _local_parts(tensor))
+        ]
 
     found = Ranks(world.rank, world.size, world.storage).together(f"{where} not looked into", bad)
     if names := sorted({name for names in found for name in names}):
@@ -85,6 +90,11 @@ def _tensors(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, t
             yield from _tensors(value, f"{prefix}{name}.")
         elif isinstance(value, torch.Tensor) and value.is_floating_point():
             yield prefix + name, value
+
+
+def _local_parts(x: torch.Tensor) -> list[torch.Tensor]:
+    """The memory of this rank behind a tensor: of the form that checkpoints have nothing but its blocks."""
+    return [block for block, _ in x.blocks.values()] if isinstance(x, GlobalShardView) else [local_part(x)]
 
 
 def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
