@@ -206,3 +206,11 @@ def test_groups_and_typos_are_never_passed_over_for_the_config_of_a_run(run: Pat
     with pytest.raises(ConfigError, match=r"no such option|unknown option|layout"):
         load_config([f"run.dir={run}", "layout=kda_4to1"], 1)
     assert load_config([f"run.dir={run}-other"], 1).optim.lr != 0.01
+
+
+def test_weights_are_no_run_directory(corpus: Corpus, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": {}, "model_type": "weft"}))
+    for overrides in ([f"run.dir={tmp_path}"], corpus.overrides(tmp_path, *STEPS)):
+        with pytest.raises(ConfigError, match=r"run\.dir: .*config\.json is not the config of a run"):
+            claim(tmp_path, load_config(overrides, 1))
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

@@ -83,7 +83,7 @@ def test_weights_bring_their_architecture_and_typed_keys_change_it(corpus: Corpu
         ["train.start='{given}'"],
         ["train={{start: {given}, seed: 3}}"],
         ["train.start=${{oc.env:GIVEN}}"],
-        ["run.dir={given}", "train.start=${{run.dir}}"],
+        ["sample.prompt={given}", "train.start=${{sample.prompt}}"],
         ["train.start=nowhere", "train.start={given}"],
     ],
     ids=["plus", "quotes", "mapping", "environment", "reference", "last"],

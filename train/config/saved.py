@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.compose import typed_keys
-from conf.errors import Violation
+from conf.errors import ConfigError, Violation
 from conf.tree import set_keys
 from train.checkpoint.run_files import CONFIG_FILE, read_config
 from train.config.versions import upgraded
@@ -38,7 +38,12 @@ def saved_tree(directory: Path) -> dict[str, Any] | None:
     Raises as `saved_differences` does.
     """
     saved = read_config(directory)
-    return None if saved is None else upgraded(saved, str(directory / CONFIG_FILE))
+    if saved is None:
+        return None
+    if not {"run", "train"} <= saved.keys():
+        message = f"{directory / CONFIG_FILE} is not the config of a run; it may be that of weights"
+        raise ConfigError([Violation("run.dir", f"{message}; give the directory of a run, or a new one")])
+    return upgraded(saved, str(directory / CONFIG_FILE))
 
 
 def own_tree(overrides: Sequence[str], composed: Mapping[str, Any]) -> dict[str, Any] | None:
