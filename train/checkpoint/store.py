@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from conf.errors import CheckpointError, StorageError
-from train.checkpoint.atomic import sync_directory, write_atomically, write_durably
+from train.checkpoint.atomic import sync_directory, write_durably
 from train.checkpoint.entries import Entries, list_entries, remove
 from train.checkpoint.manifest import (
     MANIFEST,
@@ -125,9 +125,12 @@ class CheckpointStore:
 
         def write() -> None:
             self.directory.mkdir(parents=True, exist_ok=True)
+            # Names that the next start uses too: what a kill leaves here does not stay.
             path = self.directory / f".probe.{self._ranks.rank}"
-            write_atomically(path, b"a save can write here\n")
-            path.unlink()
+            renamed = path.with_name(f"{path.name}.renamed")
+            write_durably(path, b"a save can write here\n")
+            path.rename(renamed)
+            renamed.unlink()
             room = os.statvfs(self.directory)
             free = room.f_bavail * room.f_frsize
             if free < planned_bytes:
