@@ -190,6 +190,9 @@ def test_a_run_goes_on_with_its_own_config(corpus: Corpus, run: Path) -> None:
         "default",
     )
     assert changed.optim.lr == 0.01
+    claim(run, load_config([f"run.dir={run}", "slurm.env.MINE=1"], 1))
+    assert load_config([f"run.dir={run}"], 1).slurm.env["MINE"] == "1"
+    assert "MINE" not in load_config([f"run.dir={run}", "slurm=default"], 1).slurm.env
     claim(run, changed)
     with pytest.raises(ConfigError) as caught:
         claim(run, load_config([f"run.dir={run}", "optim.lr=0.02"], 1))
@@ -201,6 +204,11 @@ def test_groups_and_typos_are_never_passed_over_for_the_config_of_a_run(run: Pat
     with pytest.raises(ConfigError) as caught:
         claim(run, load_config([f"run.dir={run}", "layout=kda_3to1"], 1))
     assert "layout.pattern" in {violation.key for violation in caught.value.violations}
+    # It reaches into groups that are not typed: this one brings a layout of its own.
+    vocabulary = "data.tokenizer.vocab_size=400"
+    found = load_config([f"run.dir={run}", "model=mixtral_small", vocabulary], 1)
+    assert {layer.mixer for layer in found.layers} == {"attn"}
+    assert found.optim.lr != 0.01
     with pytest.raises(ConfigError, match=r"optim\.lt: unknown key; did you mean optim\.lr\?"):
         load_config([f"run.dir={run}", "optim.lt=0.02"], 1)
     with pytest.raises(ConfigError, match=r"no such option|unknown option|layout"):

@@ -60,7 +60,10 @@ def own_tree(overrides: Sequence[str], composed: Mapping[str, Any]) -> dict[str,
     values = [(key, _at(composed, key)) for key in keys]
     if tree is None or any(value is _ABSENT for _, value in values):
         return None
-    set_keys(tree, values)
+    # A group stands for all of its keys, also those of free names such as the variables of slurm.env.
+    tree |= {key: value for key, value in values if "." not in key}
+    if violations := set_keys(tree, values):
+        raise ConfigError(violations)
     return tree
 
 
