@@ -1,5 +1,6 @@
 """No start forgets how far a run came or with which config, whatever happened to its files."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -9,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conf.errors import CheckpointError, ConfigError
+from conf.errors import CheckpointError, ConfigError, StorageError
 from tests.train.conftest import Corpus
 from tests.train.runs import log_path, metrics_of, run_to_end
+from train.checkpoint import transient
 from train.checkpoint.entries import list_entries
 from train.checkpoint.manifest import step_name
 from train.config.load import load_config
@@ -131,6 +133,14 @@ def test_an_identity_that_is_damaged_comes_from_the_newest_checkpoint(
     identity = json.loads((run / "run.json").read_text())
     damage(run / "run.json")
     assert claimed(corpus, run).id == identity["id"]
+    # With it what the run had reached.
+    assert json.loads((run / "run.json").read_text()) == identity
+
+
+def test_an_identity_of_an_older_version_counts_what_is_there(corpus: Corpus, run: Path) -> None:
+    (run / "run.json").write_text('{"id": "abc"}')
+    assert claimed(corpus, run).id == "abc"
+    assert json.loads((run / "run.json").read_text())["step"] == 8
 
 
 def test_a_copy_without_its_identity_is_a_run_of_its_own(corpus: Corpus, run: Path) -> None:
@@ -146,6 +156,35 @@ def test_what_is_damaged_without_a_copy_starts_nothing(corpus: Corpus, run: Path
     shutil.rmtree(run / "checkpoints")
     torn(run / name)
     assert "damaged" in refusal(corpus, run)
+
+
+@pytest.mark.parametrize("name", ["config.json", "run.json", "checkpoints"])
+@pytest.mark.parametrize("times", [3, 10_000])
+def test_storage_that_fails_is_asked_again(
+    corpus: Corpus, run: Path, monkeypatch: pytest.MonkeyPatch, name: str, times: int
+) -> None:
+    left = [times]
+
+    def failing(original: Callable) -> Callable:
+        def attempt(path: Path, *args, **kwargs):
+            if path.name == name and left[0]:
+                left[0] -= 1
+                raise OSError(errno.EIO, "Input/output error", str(path))
+            return original(path, *args, **kwargs)
+
+        return attempt
+
+    monkeypatch.setattr(transient, "WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(
+        Path,
+        "iterdir" if name == "checkpoints" else "read_bytes",
+        failing(Path.iterdir if name == "checkpoints" else Path.read_bytes),
+    )
+    if times == 3:
+        assert claimed(corpus, run).id == json.loads((run / "run.json").read_text())["id"]
+        return
+    with pytest.raises(StorageError, match=f"{name}: cannot .*Input/output error"):
+        claimed(corpus, run)
 
 
 @settings(deadline=None)

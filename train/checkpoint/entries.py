@@ -6,8 +6,9 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from conf.errors import CheckpointError
+from conf.errors import CheckpointError, as_storage_error
 from train.checkpoint.manifest import MANIFEST
+from train.checkpoint.transient import PASSING, retried
 
 _COMMITTED = re.compile(r"step_(\d{8,})")
 _LEFTOVER = re.compile(r"step_\d{8,}\.(tmp|deleting|replaced)")
@@ -36,7 +37,8 @@ class Entries(NamedTuple):
 def list_entries(directory: Path) -> Entries:
     """The entries of `directory`, links followed; nothing is verified, and what is not there is empty.
 
-    Raises CheckpointError for a directory that is there and cannot be listed.
+    Raises CheckpointError for a directory that is there and may not be listed, StorageError where storage
+    fails, several times.
     """
     found = Entries([], [], [], [], [])
     for path in _paths(directory):
@@ -67,8 +69,10 @@ def remove(path: Path) -> str:
 
 def _paths(directory: Path) -> list[Path]:
     try:
-        return sorted(directory.iterdir())
+        return sorted(retried(lambda: list(directory.iterdir())))
     except OSError as error:
+        if error.errno in PASSING:
+            raise as_storage_error(error, directory, "list") from error
         if isinstance(error, FileNotFoundError) and not directory.is_symlink():
             return []
         raise CheckpointError(
@@ -80,11 +84,13 @@ def _paths(directory: Path) -> list[Path]:
 def _unopenable(path: Path) -> str:
     """Why a checkpoint cannot be opened; empty when it can, or is no longer there."""
     try:
-        os.close(os.open(path, os.O_RDONLY | os.O_DIRECTORY))
+        os.close(retried(lambda: os.open(path, os.O_RDONLY | os.O_DIRECTORY)))
     except FileNotFoundError:
         return f"a link to {os.readlink(path)}, which is not there" if path.is_symlink() else ""
     except NotADirectoryError:
         return "no directory"
     except OSError as error:
+        if error.errno in PASSING:
+            raise as_storage_error(error, path, "open") from error
         return f"cannot be opened: {error.strerror}"
     return ""

@@ -173,4 +173,6 @@ def _unreadable(path: Path, error: OSError) -> str:
 
 
 def _storage_failed(path: Path, said: str) -> StorageError:
-    return StorageError(f"{path}: cannot be read, in several tries: {said}; nothing was set aside")
+    return StorageError(
+        f"{path}: cannot be read, in several tries: {said}; nothing was set aside; if it stays, move it away"
+    )

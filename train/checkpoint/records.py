@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conf.errors import CheckpointError
+from conf.errors import CheckpointError, as_storage_error
 from train.checkpoint.atomic import write_atomically
 from train.checkpoint.manifest import sha256_of
+from train.checkpoint.transient import PASSING, retried
 
 _DIGEST = "sha256"
 
@@ -22,13 +23,15 @@ def read_record(path: Path) -> dict[str, Any] | None:
     """The fields as they were written; None where there is no file.
 
     A file without digest, as versions before 2026-11-29 wrote, is taken as it is. Raises CheckpointError for
-    one that is damaged, changed by hand, or cannot be read.
+    one that is damaged, changed by hand, or may not be read, StorageError where storage fails, several times.
     """
     try:
-        fields = json.loads(path.read_bytes())
+        fields = json.loads(retried(path.read_bytes))
     except FileNotFoundError:
         return None
     except OSError as error:
+        if error.errno in PASSING:
+            raise as_storage_error(error, path, "read") from error
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged: no JSON ({str(error).splitlines()[0]})") from error

@@ -5,7 +5,7 @@
 
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +53,7 @@ def read_config(directory: Path) -> dict[str, Any] | None:
     A missing or damaged file is replaced by its copy in the newest checkpoint, with a line that says so.
     Raises CheckpointError where there is a run, but no copy.
     """
-    return _read(directory, CONFIG_FILE, lambda copy: copy["config"])
+    return _read(directory, CONFIG_FILE, lambda manifest: manifest["extra"][COPY]["config"])
 
 
 def read_identity(directory: Path) -> Identity | None:
@@ -65,14 +65,24 @@ def read_identity(directory: Path) -> Identity | None:
     path = directory / RUN_FILE
     if not path.exists():
         return None
-    fields = _read(directory, RUN_FILE, lambda copy: {"id": copy["id"]})
+    fields = _read(
+        directory,
+        RUN_FILE,
+        lambda manifest: {"id": manifest["extra"][COPY]["id"], "step": manifest["step"]},
+    )
     assert fields is not None, "it exists"
-    return Identity(str(fields["id"]), int(fields.get("step", 0)))
+    # Versions before 2026-11-29 wrote no step.
+    return Identity(str(fields["id"]), int(fields["step"]) if "step" in fields else newest_step(directory))
 
 
 def new_identity(directory: Path) -> Identity:
     """A new id for what is there."""
-    return Identity(uuid.uuid4().hex[:12], max(_steps(list_entries(directory / CHECKPOINTS)), default=0))
+    return Identity(uuid.uuid4().hex[:12], newest_step(directory))
+
+
+def newest_step(directory: Path) -> int:
+    """The step of the newest checkpoint that a start would look at, 0 without any."""
+    return max(_steps(list_entries(directory / CHECKPOINTS)), default=0)
 
 
 def refuse_lost_progress(directory: Path, reached: int, accept_step: int | None) -> None:
@@ -100,7 +110,9 @@ def _steps(found: Entries) -> list[int]:
     return [*found.steps, *(int(name.split(".")[0].removeprefix("step_")) for name in hidden)]
 
 
-def _read(directory: Path, name: str, of_copy: Any) -> dict[str, Any] | None:
+def _read(
+    directory: Path, name: str, of_manifest: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any] | None:
     problem = f"{directory / name}: not there"
     try:
         fields = read_record(directory / name)
@@ -111,11 +123,10 @@ def _read(directory: Path, name: str, of_copy: Any) -> dict[str, Any] | None:
     found = list_entries(directory / CHECKPOINTS)
     for step in found.steps:
         manifest, problems = inspect_manifest(directory / CHECKPOINTS / step_name(step))
-        copy = {} if problems else manifest["extra"].get(COPY)
-        if copy:
+        if not problems and COPY in manifest["extra"]:
             # Not among the output, which some commands give to a program.
             print(f"{problem}; taken from the copy in {step_name(step)}", file=sys.stderr, flush=True)
-            return of_copy(copy)
+            return of_manifest(manifest)
     if not found.steps and not found.unreadable and not (directory / name).exists():
         return None
     raise CheckpointError(f"{problem}, and no checkpoint has a copy; put it back, or choose another run.dir")
