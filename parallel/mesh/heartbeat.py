@@ -1,19 +1,18 @@
 """Ranks that end or hang while others wait for them: who it was, said by every rank that is left."""
 
 import json
-import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
-from conf.errors import PeerError
+from conf.errors import PeerError, leave
 from parallel.config.degrees import ORDER, Degrees, coordinates
 from parallel.mesh.progress import Progress, leave_record
 from parallel.mesh.rendezvous import process_of
@@ -41,7 +40,8 @@ class Heartbeat:
     Rank 0 judges, from what ranks report and from who has fallen silent; the others read what it found, and
     watch rank 0's heartbeat. Once there is a verdict this process has a moment to end by itself, then it is
     ended: a thread that waits in a collective cannot be interrupted. timeout is in seconds. Into the folder
-    `record` each rank then writes where its threads are and which collectives it called.
+    `record` each rank then writes where its threads are and which collectives it called. own is a second
+    connection to the store.
     """
 
     def __init__(
@@ -76,7 +76,8 @@ class Heartbeat:
     def bounded(self, error: BaseException) -> Iterator[None]:
         """Ends the process where the block, which asks the store, waits for it in vain."""
         limit = 2 * self.silence + 8 * self.interval
-        timer = threading.Timer(limit, _leave, (f"rank {self.rank}: {self._described(0)} hangs: {error}",))
+        found = PeerError(f"rank {self.rank}: {self._described(0)} hangs: {error}")
+        timer = threading.Timer(limit, leave, (found,))
         timer.daemon = True
         timer.start()
         try:
@@ -131,12 +132,22 @@ class Heartbeat:
                 return
 
     def _end(self, found: str) -> None:
-        if self._record is not None:
-            found += leave_record(self._record, self.rank)
-        self._verdict = found
+        self._verdict = found + self._recorded()
         self._is_known.set()
         if not self._is_over.wait(self.silence + 4 * self.interval):
-            _leave(f"rank {self.rank}: {found}")
+            leave(PeerError(f"rank {self.rank}: {self._verdict}"))
+
+    def _recorded(self) -> str:
+        """What `leave_record` says; nothing where the disk takes too long: it may be why a rank hangs."""
+        if self._record is None:
+            return ""
+        written = SimpleQueue[str]()
+        folder = self._record
+        writing = threading.Thread(target=lambda: written.put(leave_record(folder, self.rank)), daemon=True)
+        writing.start()
+        with suppress(Empty):
+            return written.get(timeout=2 * self.interval)
+        return ""
 
     def _read(self) -> str | None:
         if self._own.check(["verdict"]):
@@ -209,26 +220,13 @@ class Heartbeat:
         return f"rank {rank} ({', '.join(axes)})"
 
 
-def _leave(said: str) -> None:
-    print(f"error: {said}", file=sys.stderr, flush=True)
-    os._exit(PeerError.exit_code)
-
-
 @contextmanager
-def monitored(
-    store: TCPStore,
-    own: TCPStore,
-    rank: int,
-    degrees: Degrees,
-    timeout: float,
-    progress: Progress,
-    record: Path | None = None,
-) -> Iterator[None]:
-    """Runs the block under a Heartbeat, which has a connection of its own. Collective.
+def monitored(watch: Heartbeat) -> Iterator[None]:
+    """Runs the block under a Heartbeat. Collective.
 
     Raises PeerError instead of the errors of a collective that another rank broke.
     """
-    watch = Heartbeat(store, own, rank, degrees, timeout, progress, record)
+    rank = watch.rank
     try:
         dist.barrier()
         watch.start()

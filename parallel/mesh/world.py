@@ -16,7 +16,7 @@ from parallel.config.degrees import Degrees
 from parallel.config.parallel import ParallelConfig
 from parallel.config.rendezvous import Rendezvous
 from parallel.mesh.axes import Axes, open_axes, open_group
-from parallel.mesh.heartbeat import monitored, patience
+from parallel.mesh.heartbeat import Heartbeat, monitored, patience
 from parallel.mesh.progress import Progress
 from parallel.mesh.rendezvous import open_store, wait_for_ranks
 
@@ -102,7 +102,7 @@ def open_world(
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         progress = Progress()
-        with monitored(store, own, rank, degrees, wait, progress, record):
+        with monitored(Heartbeat(store, own, rank, degrees, wait, progress, record)):
             axes = open_axes(degrees, rank, partial(open_group, timeout=timeout))
             # On CPUs also where the run is on GPUs: a disk may take longer than a collective of a step.
             patient = timedelta(seconds=config.storage_timeout_seconds)

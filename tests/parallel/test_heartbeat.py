@@ -224,6 +224,19 @@ def test_a_rank_that_hangs_in_its_own_work_is_named(ranks: Ranks, tmp_path: Path
     assert re.search(r"test_heartbeat\.py\", line \d+ in work", stacks.read_text())
 
 
+def test_a_disk_that_hangs_does_not_keep_a_lost_rank_secret(ranks: Ranks, tmp_path: Path) -> None:
+    (tmp_path / "stacks").mkdir()
+    for rank in range(2):
+        # Nobody reads it: to open it for writing waits for ever.
+        os.mkfifo(tmp_path / "stacks" / f"rank_{rank}.stacks")
+        ranks.start(rank, 2, tp=2)
+    ranks.wait_until_all_work()
+    (tmp_path / "hang").touch()
+    for rank in range(2):
+        assert ranks.exit_code(str(rank)) == 75, ranks.said(str(rank))
+        assert "nothing was reported by rank 1" in ranks.error(str(rank))
+
+
 def test_a_late_save_of_one_rank_is_waited_for(ranks: Ranks, tmp_path: Path) -> None:
     for rank in range(2):
         ranks.start(rank, 2, tp=2)

@@ -127,7 +127,8 @@ def test_without_flock_a_run_directory_has_one_owner_too(tmp_path: Path) -> None
         second = subprocess.run(
             [sys.executable, "-c", other_job, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
         )
-        assert "has no flock (Function not implemented); lock.owner and its heartbeat" in second.stdout
+        said = "has no flock (Function not implemented); lock.owner and its heartbeat"
+        assert second.stdout.count(said) == 1
         assert f"in use by pid {holder.pid} on host {os.uname().nodename} (SLURM job 4711)" in second.stderr
     finally:
         holder.kill()
@@ -158,6 +159,20 @@ def test_an_owner_elsewhere_is_dead_once_its_heart_stands_still(tmp_path: Path) 
     finally:
         holder.kill()
         holder.communicate()
+
+
+def test_an_owner_that_has_not_written_yet_is_waited_for(tmp_path: Path) -> None:
+    # It has made the file, and its first words come a moment later.
+    (tmp_path / "owner").touch()
+    words = json.dumps({"pid": 1, "host": "elsewhere", "beat": "000000000000"})
+    threading.Timer(0.3, (tmp_path / "owner").write_text, (words,)).start()
+    found = OwnerFile(tmp_path / "owner", 0.05, 5).take({"pid": 2, "host": "here"})
+    assert found is not None
+    assert found["pid"] == 1
+    (tmp_path / "owner").write_text(words[:20])
+    owner = OwnerFile(tmp_path / "owner", 0.05, 0.3)
+    assert owner.take({"pid": 2, "host": "here"}) is None
+    owner.release()
 
 
 def test_of_many_that_find_a_dead_owner_one_follows(tmp_path: Path) -> None:

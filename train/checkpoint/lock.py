@@ -67,11 +67,11 @@ class RunLock:
         # The file stays: unlinking it would let two processes lock two different files of one name.
         with contextlib.suppress(OSError):
             os.ftruncate(self._descriptor, 0)
-        if self._owner is not None:
-            self._owner.release()
         self._close()
 
     def _close(self) -> None:
+        if self._owner is not None:
+            self._owner.release()
         if self._descriptor is not None:
             os.close(self._descriptor)
         self._descriptor = self._owner = None
@@ -105,20 +105,15 @@ class RunLock:
         except OSError as error:
             if error.errno not in _NO_FLOCK:
                 raise
-            return self._own_by_file(error)
+            if self._owner is None:
+                self._owner = OwnerFile(self.path.with_name("lock.owner"))
+                print(
+                    f"{self.path.parent}: this file system has no flock ({error.strerror}); lock.owner and "
+                    "its heartbeat take its place",
+                    flush=True,
+                )
+            return self._owner.take(self._holder())
         return None
-
-    def _own_by_file(self, error: OSError) -> dict[str, Any] | None:
-        owner = OwnerFile(self.path.with_name("lock.owner"))
-        print(
-            f"{self.path.parent}: this file system has no flock ({error.strerror}); {owner.path.name} and "
-            "its heartbeat take its place",
-            flush=True,
-        )
-        holder = owner.take(self._holder())
-        if holder is None:
-            self._owner = owner
-        return holder
 
     def _holder(self) -> dict[str, Any]:
         return {

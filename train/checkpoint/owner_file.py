@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import sys
 import threading
 import time
 import uuid
@@ -11,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conf.errors import PeerError
+from conf.errors import PeerError, leave
 
 # Seconds between two beats, and those after which an owner that shows none is dead.
 INTERVAL, SILENCE = 5.0, 30.0
@@ -27,6 +26,7 @@ class OwnerFile:
     def __init__(self, path: Path, interval: float = INTERVAL, silence: float = SILENCE) -> None:
         self.path, self._interval, self._silence = path, interval, silence
         self._descriptor: int | None = None
+        self._holder: dict[str, Any] = {}
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -35,7 +35,7 @@ class OwnerFile:
 
         Waits for a silent owner's time to pass. Raises OSError.
         """
-        self._content = {**holder, "token": uuid.uuid4().hex}
+        self._holder = dict(holder)
         while True:
             try:
                 self._descriptor = os.open(
@@ -51,8 +51,9 @@ class OwnerFile:
             return None
 
     def release(self) -> None:
-        """Gives the path up. Mutates the directory."""
-        assert self._descriptor is not None, f"{self.path} is not held"
+        """Gives the path up, where it is held."""
+        if self._descriptor is None:
+            return
         self._is_over.set()
         self._thread.join()
         with contextlib.suppress(OSError):
@@ -62,36 +63,37 @@ class OwnerFile:
         self._descriptor = None
 
     def _bury(self) -> dict[str, Any] | None:
-        """Moves a dead owner's file away; the holder where the owner lives."""
+        """Moves a dead owner's file away; the holder where the owner lives.
+
+        What cannot be read is watched as long as what can: its owner may be about to write it.
+        """
         first = self._read()
         deadline = time.monotonic() + self._silence
-        while first is not None and not _is_dead_here(first) and time.monotonic() < deadline:
+        while not _is_dead_here(_holder_of(first)) and time.monotonic() < deadline:
             time.sleep(self._interval / 5)
             if (now := self._read()) != first:
-                return now
-        grave = self.path.with_name(f"{self.path.name}.{self._content['token']}")
+                return None if now is None else _holder_of(now)
+        grave = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}")
         try:
             self.path.rename(grave)
         except FileNotFoundError:
             return None
         try:
-            buried = json.loads(grave.read_bytes() or b"{}")
-            if buried == first or (first is None and not buried):
+            if (buried := grave.read_bytes()) == first:
                 return None
             # Another process was faster, and this is its file: it gets it back.
             with contextlib.suppress(FileExistsError):
                 os.link(grave, self.path)
-            return buried
+            return _holder_of(buried)
         finally:
             grave.unlink()
 
-    def _read(self) -> dict[str, Any] | None:
-        """What the owner wrote last; None where there is nothing (yet)."""
+    def _read(self) -> bytes | None:
+        """What the file holds; None where it is gone."""
         try:
-            found = json.loads(self.path.read_bytes())
-        except (FileNotFoundError, ValueError):
+            return self.path.read_bytes()
+        except FileNotFoundError:
             return None
-        return found if isinstance(found, dict) else None
 
     def _run(self) -> None:
         beat = 0
@@ -100,7 +102,7 @@ class OwnerFile:
             # A beat that storage refuses is not the end: others wait for several.
             with contextlib.suppress(OSError):
                 if not self._is_ours():
-                    _leave(f"{self.path}: another process took the run directory over; this one ends")
+                    leave(PeerError(f"{self.path}: another process took it over; this one ends"))
                 self._beat(beat)
 
     def _is_ours(self) -> bool:
@@ -113,8 +115,17 @@ class OwnerFile:
     def _beat(self, beat: int) -> None:
         assert self._descriptor is not None, "it runs while the path is held"
         # Of one length, so that a reader never sees the end of an older one.
-        os.pwrite(self._descriptor, json.dumps({**self._content, "beat": f"{beat:012d}"}).encode(), 0)
+        os.pwrite(self._descriptor, json.dumps({**self._holder, "beat": f"{beat:012d}"}).encode(), 0)
         os.fsync(self._descriptor)
+
+
+def _holder_of(content: bytes | None) -> dict[str, Any]:
+    """What the owner wrote of itself, empty where that is not complete."""
+    try:
+        found = json.loads(content or b"{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _is_dead_here(holder: Mapping[str, Any]) -> bool:
@@ -124,13 +135,6 @@ def _is_dead_here(holder: Mapping[str, Any]) -> bool:
         return False
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)
     return False
-
-
-def _leave(said: str) -> None:
-    print(f"error: {said}", file=sys.stderr, flush=True)
-    os._exit(PeerError.exit_code)
