@@ -19,6 +19,15 @@ def copied(node: Any) -> Any:
     return [copied(value) for value in node] if isinstance(node, list) else node
 
 
+def parent_of(tree: dict[str, Any], key: str) -> tuple[dict[str, Any] | None, str]:
+    """The mapping that holds a dotted key, None where the tree has no such group, and the key's last name."""
+    *way, last = key.split(".")
+    node: Any = tree
+    for name in way:
+        node = _below(node, name)
+    return (node if isinstance(node, dict) else None), last
+
+
 def is_referred(tree: dict[str, Any], key: str) -> bool:
     """Whether the key lies within a mapping that is a reference to another one."""
     node: Any = tree

@@ -87,4 +87,4 @@ def test_a_newer_version_is_named(version: Any) -> None:
 
 if __name__ == "__main__":
     SAVED.mkdir(exist_ok=True)
-    (SAVED / f"{VERSION}.json").write_text(json.dumps([plain(form) for form in FORMS], indent=1) + "\n")
+    (SAVED / f"{VERSION}.json").write_text(json.dumps([plain(form) for form in FORMS]) + "\n")

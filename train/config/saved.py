@@ -1,16 +1,14 @@
 """The config of a run that is there: read again, changed where it may be, compared where it may not."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from conf.compose import typed_keys
 from conf.errors import ConfigError, Violation
-from conf.tree import set_keys
+from conf.tree import parent_of, set_keys
 from train.checkpoint.run_files import CONFIG_FILE, read_config
 from train.config.versions import upgraded
-
-_ABSENT = object()
 
 # What may change between two starts of one run without making it another run.
 CHANGEABLE = (
@@ -46,7 +44,7 @@ def saved_tree(directory: Path) -> dict[str, Any] | None:
     return upgraded(saved, str(directory / CONFIG_FILE))
 
 
-def own_tree(overrides: Sequence[str], composed: Mapping[str, Any]) -> dict[str, Any] | None:
+def own_tree(overrides: Sequence[str], composed: dict[str, Any]) -> dict[str, Any] | None:
     """The config of the run in the run.dir that is typed, with the other values that are.
 
     None where run.dir is not typed or holds no run, where a group is typed that makes another run, and where
@@ -55,23 +53,18 @@ def own_tree(overrides: Sequence[str], composed: Mapping[str, Any]) -> dict[str,
     keys = typed_keys(overrides)
     if "run.dir" not in keys or any("." not in key and key not in CHANGEABLE for key in keys):
         return None
-    directory = _at(composed, "run.dir")
+    found = {key: parent_of(composed, key) for key in keys}
+    if any(parent is None or name not in parent for parent, name in found.values()):
+        return None
+    values = [(key, parent[name]) for key, (parent, name) in found.items() if parent is not None]
+    directory = composed["run"]["dir"]
     tree = saved_tree(Path(directory)) if isinstance(directory, str) else None
-    values = [(key, _at(composed, key)) for key in keys]
-    if tree is None or any(value is _ABSENT for _, value in values):
+    if tree is None:
         return None
     # A group stands for all of its keys, also those of free names such as the variables of slurm.env.
     tree |= {key: value for key, value in values if "." not in key}
     if violations := set_keys(tree, values):
         raise ConfigError(violations)
-    return tree
-
-
-def _at(tree: Any, key: str) -> Any:
-    for name in key.split("."):
-        if not isinstance(tree, Mapping) or name not in tree:
-            return _ABSENT
-        tree = tree[name]
     return tree
 
 

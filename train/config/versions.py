@@ -1,9 +1,10 @@
 """Configs of older versions as this one reads them: a rule for each key that came, went or moved."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from conf.errors import CheckpointError, ConfigError, Violation
+from conf.tree import copied, parent_of
 
 # Under this key config.json says which version of the keys it has; one without is of version 0.
 VERSION_KEY = "version"
@@ -38,20 +39,20 @@ Rule = Added | Removed | Renamed
 # In order of their versions. A change of a key adds one, with the next version.
 RULES: tuple[Rule, ...] = (
     Added(1, "train.foreign_ids", False),
-    Added(2, "checkpoint.accept_step", None),
-    Added(3, "parallel.storage_timeout_seconds", 3600),
-    Added(3, "run.name", "default"),
+    Added(1, "checkpoint.accept_step", None),
+    Added(1, "parallel.storage_timeout_seconds", 3600),
+    Added(1, "run.name", "default"),
 )
 VERSION = RULES[-1].version
 
 
-def upgraded(saved: Mapping[str, Any], where: str, rules: Sequence[Rule] = RULES) -> dict[str, Any]:
+def upgraded(saved: dict[str, Any], where: str, rules: Sequence[Rule] = RULES) -> dict[str, Any]:
     """The config tree that `where` holds, with the keys of today; its version is taken out.
 
     Raises CheckpointError for a tree of a newer version, ConfigError for a removed key with a value that
     nothing does any more.
     """
-    tree = _copied(saved)
+    tree = copied(saved)
     version = tree.pop(VERSION_KEY, 0)
     newest = rules[-1].version
     if not isinstance(version, int) or version > newest:
@@ -66,14 +67,14 @@ def upgraded(saved: Mapping[str, Any], where: str, rules: Sequence[Rule] = RULES
 
 
 def _apply(rule: Rule, tree: dict[str, Any], where: str) -> Iterable[Violation]:
-    parent, name = _parent(tree, rule.key)
+    parent, name = parent_of(tree, rule.key)
     if isinstance(rule, Added):
         if parent is not None:
             parent.setdefault(name, rule.value)
     elif parent is not None and name in parent:
         value = parent.pop(name)
         if isinstance(rule, Renamed):
-            target, new = _parent(tree, rule.new)
+            target, new = parent_of(tree, rule.new)
             if target is not None:
                 target[new] = value
         elif value != rule.value:
@@ -82,16 +83,3 @@ def _apply(rule: Rule, tree: dict[str, Any], where: str) -> Iterable[Violation]:
                 "was; go on with the version that started it"
             )
             yield Violation(rule.key, message)
-
-
-def _parent(tree: dict[str, Any], key: str) -> tuple[dict[str, Any] | None, str]:
-    """The mapping that holds a dotted key, None where the tree has no such group, and the key's last name."""
-    *way, last = key.split(".")
-    node: Any = tree
-    for name in way:
-        node = node.get(name) if isinstance(node, dict) else None
-    return (node if isinstance(node, dict) else None), last
-
-
-def _copied(node: Any) -> Any:
-    return {name: _copied(value) for name, value in node.items()} if isinstance(node, Mapping) else node
