@@ -1,4 +1,4 @@
-"""Ranks of one run that are not alike start nothing, and the odd one is named; so are numbers of no use."""
+"""Ranks of one run that differ start nothing, and the odd one is named; so are numbers of no use."""
 
 import json
 import math
@@ -48,10 +48,10 @@ def codes_and_errors(of_rank: Sequence[list[str]]) -> tuple[list[int | None], li
 def test_another_config_is_named_on_every_rank(
     corpus: Corpus, tmp_path: Path, more: tuple[str, ...], key: str, said: str
 ) -> None:
-    alike = corpus.overrides(
+    same = corpus.overrides(
         tmp_path / "run", *FEW, "train.global_batch=6", "moe.num_experts=3", "moe.top_k=1"
     )
-    codes, errors = codes_and_errors([alike, [*alike, *more], alike])
+    codes, errors = codes_and_errors([same, [*same, *more], same])
     assert codes == [64, 64, 64]
     for lines in errors:
         assert lines[0].startswith(f"error: {key}: {said}"), errors
@@ -101,12 +101,10 @@ def test_one_changed_letter_is_other_code(tmp_path: Path) -> None:
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     same = code_digest(ROOT)
     assert code_digest(tmp_path) == same
-    code_digest.cache_clear()
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "page.py").touch()
     assert code_digest(tmp_path) == same
     for name in ("conf/optim/adamw.yaml", "kernels/norm/reference.py"):
-        code_digest.cache_clear()
         path = tmp_path / name
         path.write_text(path.read_text() + "#")
         assert code_digest(tmp_path) != same

@@ -4,7 +4,6 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterator, Mapping
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from parallel.mesh.rendezvous import difference
 from parallel.mesh.world import World
 from parallel.shard.shard_view import GlobalShardView
 from train.checkpoint.ranks import Ranks
+from train.checkpoint.storage import flatten
 from train.config.run_config import RunConfig
 from train.estimate.local_state import local_part
 
@@ -38,7 +38,6 @@ def facts_of(config: RunConfig) -> dict[str, str]:
     }
 
 
-@cache
 def code_digest(root: Path) -> str:
     """sha256 of the sources and configs under `root` that a run consists of."""
     digest = hashlib.sha256()
@@ -75,21 +74,15 @@ def refuse_not_finite(tensors: Mapping[str, Any], where: str, fix: str, world: W
     def bad() -> list[str]:
         return [
             name
-            for name, tensor in _tensors(tensors)
-            if not all(torch.isfinite(part).all() for part in _local_parts(tensor))
+            for name, value in flatten(tensors)[0].items()
+            if isinstance(value, torch.Tensor)
+            and value.is_floating_point()
+            and not all(torch.isfinite(part).all() for part in _local_parts(value))
         ]
 
     found = Ranks(world.rank, world.size, world.storage).together(f"{where} not looked into", bad)
     if names := sorted({name for names in found for name in names}):
         raise CheckpointError(f"{where}: numbers that are not finite in {shortened(names)}; {fix}")
-
-
-def _tensors(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    for name, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _tensors(value, f"{prefix}{name}.")
-        elif isinstance(value, torch.Tensor) and value.is_floating_point():
-            yield prefix + name, value
 
 
 def _local_parts(x: torch.Tensor) -> list[torch.Tensor]:
