@@ -30,26 +30,30 @@ def open_store(rendezvous: Rendezvous, timeout: float, *, is_host: bool) -> TCPS
     deadline = time.monotonic() + min(PORT_WAIT, timeout / 2)
     while True:
         try:
-            return TCPStore(
-                rendezvous.address,
-                rendezvous.port,
-                is_master=is_host,
-                timeout=timedelta(seconds=timeout),
-                wait_for_workers=False,
-            )
+            return _store(rendezvous, timeout, is_host=is_host)
         except dist.DistError as error:
             if not is_host:
                 host = "the launcher" if rendezvous.is_hosted else "rank 0"
-                message = (
+                raise PeerError(
                     f"{host} did not open {endpoint} within {timeout:g} s; it has not started, has ended, or "
-                )
-                raise PeerError(message + "is not reached from here; its log says why") from error
+                    "is not reached from here; its log says why"
+                ) from error
             if time.monotonic() > deadline:
                 raise PeerError(
                     f"rank 0 cannot open {endpoint}: {_first_line(error)}; if that is no process of this run "
                     "which still ends, choose a free port of its machine by MASTER_PORT"
                 ) from error
         time.sleep(0.5)
+
+
+def _store(rendezvous: Rendezvous, timeout: float, *, is_host: bool) -> TCPStore:
+    return TCPStore(
+        rendezvous.address,
+        rendezvous.port,
+        is_master=is_host,
+        timeout=timedelta(seconds=timeout),
+        wait_for_workers=False,
+    )
 
 
 # Facts that an error shows.
@@ -156,7 +160,7 @@ def _differ(store: Store, digests: Mapping[int, str]) -> list[tuple[str, str]]:
         for name in names[:_SHOWN]
     ]
     hidden = len(names) - len(lines)
-    return lines + ([("and", f"{hidden} more keys that differ")] if hidden else [])
+    return lines + ([("others", f"{hidden} more keys differ")] if hidden else [])
 
 
 def _let_read(store: Store, readers: int) -> None:
