@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from conf.errors import ConfigError, Violation
 
 DRY_RUN = "--dry-run"
-# Flags of sbatch that are keys of the run's config, so that there is one place which checks them.
+# Flags of sbatch that are keys of the run's config, so that one list of checks sees them.
 KEYS = {
     "--nodes": "cluster.nodes",
     "--gpus-per-node": "cluster.gpus_per_node",

@@ -55,16 +55,16 @@ def lines_of(config: Mapping[str, Any]) -> list[str]:
 def _container_lines(container: Mapping[str, Any], needed: Sequence[str]) -> list[str]:
     """Flags of srun, the words before the trainer's command, and its interpreter."""
     here = os.getcwd()
-    places = list(dict.fromkeys([here, *needed]))
+    paths = list(dict.fromkeys([here, *needed]))
     # What lies within a mounted folder comes with it.
-    outer = [one for one in places if not any(one.startswith(f"{two}/") for two in places)]
+    outer = [one for one in paths if not any(one.startswith(f"{two}/") for two in paths)]
     mounts = ",".join([*(f"{path}:{path}" for path in outer), *container["mounts"]])
     flags, words, python = [], [], ""
     if container["kind"] != "none":
         python = container["python"]
     if container["kind"] == "pyxis":
-        image, place = container["image"], f"--container-workdir={here}"
-        flags = [f"--container-image={image}", f"--container-mounts={mounts}", place]
+        image, workdir = container["image"], f"--container-workdir={here}"
+        flags = [f"--container-image={image}", f"--container-mounts={mounts}", workdir]
     elif container["kind"] == "apptainer":
         words = ["apptainer", "exec", "--nv", "--bind", mounts, "--pwd", here, container["image"]]
     inside = f"trainer_python={shlex.quote(python)}"

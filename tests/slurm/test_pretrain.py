@@ -394,14 +394,14 @@ def test_containers_surround_the_trainer_and_nothing_else(site: Site) -> None:
     python = f"slurm.container.python={ROOT}/.venv/bin/python"
     keys = [python, "slurm.container.image='/images/a b.sif'", "slurm.container.mounts=[/opt:/opt:ro]"]
     run, data = site.root.parent / "out", site.root.parent / "tokens"
-    places = [f"run.dir={run}", f"data.directory={data}"]
+    paths = [f"run.dir={run}", f"data.directory={data}"]
     mounts = ",".join([*(f"{path}:{path}" for path in (site.root, run, data)), "/opt:/opt:ro"])
-    code, log = site.run(*places, *keys, "slurm.container.kind=apptainer")
+    code, log = site.run(*paths, *keys, "slurm.container.kind=apptainer")
     assert code == 0, log
     words = ["exec", "--nv", "--bind", mounts, "--pwd", str(site.root), "/images/a b.sif"]
     assert site.noted("apptainer")[: len(words) + 3] == [*words, f"{ROOT}/.venv/bin/python", "-m", "train"]
-    code, log = site.run(*places, *keys, "slurm.container.kind=pyxis")
+    code, log = site.run(*paths, *keys, "slurm.container.kind=pyxis")
     assert code == 0, log
     flags = [flag for flag in site.noted("srun.arguments") if flag.startswith("--container")]
-    image, place = "--container-image=/images/a b.sif", f"--container-workdir={site.root}"
-    assert flags == [image, f"--container-mounts={mounts}", place]
+    image, workdir = "--container-image=/images/a b.sif", f"--container-workdir={site.root}"
+    assert flags == [image, f"--container-mounts={mounts}", workdir]

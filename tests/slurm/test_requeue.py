@@ -129,7 +129,7 @@ def in_order(log: str, milestones: list[str]) -> None:
     offset = 0
     for milestone in milestones:
         offset = log.find(milestone, offset)
-        assert offset != -1, f"{milestone!r} is not in the log, or not in this place\n{log}"
+        assert offset != -1, f"{milestone!r} is not in the log, or not in this order\n{log}"
 
 
 @pytest.mark.prove

@@ -81,10 +81,10 @@ def test_a_mapping_is_merged_into_what_its_key_refers_to() -> None:
 
 
 def test_letters_and_references_need_no_quotes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PLACE", "/größe/a b")
+    monkeypatch.setenv("FOLDER", "/größe/a b")
     for typed, expected in (
         ("run.dir=runs/größe", "runs/größe"),
-        ("run.dir=${oc.env:PLACE}/x_${model.depth}_${train.seed}", "/größe/a b/x_4_0"),
+        ("run.dir=${oc.env:FOLDER}/x_${model.depth}_${train.seed}", "/größe/a b/x_4_0"),
         ("run.dir=größe/${oc.env:ABSENT,other}", "größe/other"),
         ("run.name=öl", "runs/öl"),
         ("+run.dir='größe, {1}'", "größe, {1}"),

@@ -109,7 +109,7 @@ class RunLock:
                 self._owner = OwnerFile(self.path.with_name("lock.owner"))
                 print(
                     f"{self.path.parent}: this file system has no flock ({error.strerror}); lock.owner and "
-                    "its heartbeat take its place",
+                    "its heartbeat are the lock",
                     flush=True,
                 )
             return self._owner.take(self._holder())

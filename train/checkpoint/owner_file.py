@@ -17,7 +17,7 @@ INTERVAL, SILENCE = 5.0, 30.0
 
 
 class OwnerFile:
-    """Owns `path` from `take` to `release`. Its thread beats into the file meanwhile.
+    """Owns `path` from `take` to `release`. A thread of it beats into the file.
 
     Where another process takes the path over all the same, because this one did not come to beat for so long,
     this process ends at once with PeerError's code: two owners would overwrite each other's checkpoints.
