@@ -6,34 +6,10 @@ from pathlib import Path
 import pytest
 
 from conf.errors import CheckpointError
-from model.hf import latent
 from model.hf.families import gqa, qwen3_next
 from model.hf.fields import Fields
 from model.hf.files import HubDirectory
 from model.layout import expand
-from tests.architectures import small_architecture
-
-
-def test_modules_that_predict_ahead_have_the_names_of_deepseek() -> None:
-    config = small_architecture(
-        [
-            "moe=sigmoid",
-            "layout.pattern=mla",
-            "layout.ffn.pattern=moe",
-            "model.mtp.depth=1",
-            "model.mtp.mixer=mla",
-        ]
-    )
-    names = {piece.ours: piece.theirs for piece in latent.pieces(config)}
-    # enorm is of the embedding and hnorm of the hidden state; the layer stands behind the last of four.
-    assert {
-        ours: name for ours, name in names.items() if ours.startswith("mtp.0.") and "block" not in ours
-    } == {
-        "mtp.0.embed_norm.weight": "model.layers.4.enorm.weight",
-        "mtp.0.hidden_norm.weight": "model.layers.4.hnorm.weight",
-        "mtp.0.in_proj.weight": "model.layers.4.eh_proj.weight",
-        "mtp.0.norm.weight": "model.layers.4.shared_head.norm.weight",
-    }
 
 
 @pytest.mark.parametrize(
