@@ -73,6 +73,10 @@ def test_up():
     assert up(1) == 2
 
 
+def test_slow():
+    time.sleep(600)
+
+
 def test_down():
     if down(1) != 0:
         child = subprocess.Popen(["sleep", "600"])
@@ -134,10 +138,13 @@ def test_a_defect_is_caught_lives_breaks_or_is_blamed_wrongly(
     assert "caught" in capsys.readouterr().out
 
 
-def test_a_test_that_hangs_is_ended_and_counts_as_noticed(toy: Path, tmp_path: Path) -> None:
-    defect = seeded("hangs", "number - 1", "number - 2", "tests/test_toy.py::test_down")
-    (outcome,) = attempt_all([defect], toy, seconds=10.0, heavy=())
-    assert outcome.verdict == "timed out"
+def test_a_test_that_hangs_by_the_defect_alone_is_ended_and_counts_as_noticed(toy: Path, tmp_path: Path) -> None:
+    defects = [
+        seeded("hangs", "number - 1", "number - 2", "tests/test_toy.py::test_down"),
+        seeded("slow", "number - 1", "number - 2", "tests/test_toy.py::test_slow"),
+    ]
+    outcomes = attempt_all(defects, toy, seconds=10.0, heavy=())
+    assert [outcome.verdict for outcome in outcomes] == ["timed out", "unproven"]
     pids = [int(pid) for pid in (tmp_path / "pid").read_text().split()]
     assert len(pids) == 2
     assert [pid for pid in pids if is_running(pid)] == []

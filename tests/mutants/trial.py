@@ -141,7 +141,8 @@ def attempt_all(
 ) -> list[Outcome]:
     """What became of each defect, with a line printed as each is known.
 
-    A caught one is `unproven` where the test that failed also fails without the defect.
+    One that was noticed is `unproven` where the test that failed also fails without the defect, or where its
+    tests need more than `seconds` without it too.
     """
     outcomes: list[Outcome] = []
     for interpreted in (False, True):
@@ -169,11 +170,15 @@ def _attempt_with(free: "SimpleQueue[Trials]", defects: Sequence[Defect], second
     finally:
         pool.shutdown(cancel_futures=True)
     noticed = sorted({test for outcome in outcomes for test in outcome.failed})
-    wrong = free.get().failing(noticed, 60.0 + 30.0 * len(noticed)) if noticed else []
-    return [
-        replace(outcome, verdict="unproven") if {*outcome.failed} & {*wrong} else outcome
-        for outcome in outcomes
-    ]
+    trials = free.get()
+    wrong = trials.failing(noticed, 60.0 + 30.0 * len(noticed)) if noticed else []
+
+    def is_proven(outcome: Outcome) -> bool:
+        if outcome.verdict == "timed out":
+            return not trials.failing(outcome.defect.tests, seconds)
+        return not {*outcome.failed} & {*wrong}
+
+    return [outcome if is_proven(outcome) else replace(outcome, verdict="unproven") for outcome in outcomes]
 
 
 def _printed(outcomes: Iterator[Outcome], count: int) -> Iterator[Outcome]:
@@ -193,6 +198,8 @@ def copy_tree(tree: Path, target: Path) -> None:
             shutil.copy2(path, target)
         elif path.name in COPIED:
             shutil.copytree(path, target / path.name, ignore=LEFT_OUT)
+    # The job script starts the Python of its tree.
+    (target / ".venv").symlink_to(tree / ".venv")
 
 
 def _verdict(found: dict[str, Any]) -> str:
