@@ -138,7 +138,7 @@ def test_a_defect_is_caught_lives_breaks_or_is_blamed_wrongly(
     assert "caught" in capsys.readouterr().out
 
 
-def test_a_test_that_hangs_by_the_defect_alone_is_ended_and_counts_as_noticed(toy: Path, tmp_path: Path) -> None:
+def test_a_hang_of_the_defect_counts_as_noticed_and_a_slow_test_does_not(toy: Path, tmp_path: Path) -> None:
     defects = [
         seeded("hangs", "number - 1", "number - 2", "tests/test_toy.py::test_down"),
         seeded("slow", "number - 1", "number - 2", "tests/test_toy.py::test_slow"),
