@@ -80,6 +80,12 @@ def test_a_mapping_is_merged_into_what_its_key_refers_to() -> None:
     assert attn.kind == "none"
 
 
+def test_a_value_does_not_stay_for_the_next_config() -> None:
+    before = load_config([], 1)
+    assert load_config(["train.seed=77", "mixer.attn.head_dim=8"], 1) != before
+    assert load_config([], 1) == before
+
+
 def test_letters_and_references_need_no_quotes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOLDER", "/größe/a b")
     for typed, expected in (
