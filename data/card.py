@@ -17,6 +17,7 @@ TOKENIZER = "tokenizer.model"
 HELD_OUT_TEXT = "held_out.txt"
 
 _MAX_CARD_BYTES = 16 << 20
+_DIGEST = "sha256"
 
 
 class _Record(BaseModel):
@@ -93,12 +94,16 @@ class Card(_Record):
 
 
 def write_card(card: Card, path: Path) -> None:
-    """The card as JSON with a fixed key order: the same card gives the same bytes. Raises OSError."""
-    write_whole(path, (json.dumps(card.model_dump(), indent=1) + "\n").encode())
+    """The card as JSON with a digest of its own: the same card gives the same bytes. Raises OSError."""
+    fields = card.model_dump()
+    write_whole(path, (json.dumps({_DIGEST: _digest_of(fields), **fields}, indent=1) + "\n").encode())
 
 
 def read_card(directory: Path) -> Card:
-    """The card of a prepared dataset. Raises DataError when there is none, or it is damaged."""
+    """The card of a prepared dataset. Raises DataError when there is none, or it is damaged.
+
+    One without a digest of its own, as earlier versions wrote, is taken as it is.
+    """
     path = directory / CARD
     try:
         size = path.stat().st_size
@@ -110,11 +115,31 @@ def read_card(directory: Path) -> Card:
             f"{path}: cannot read: {error.strerror}; run python -m data.prepare data.directory={directory}"
         ) from error
     try:
-        return Card.model_validate_json(content)
+        return Card.model_validate_json(_checked(content, path))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"])) or "the file"
         raise DataError(f"{path}: damaged card: {key}: {first['msg']}; prepare the dataset again") from error
+
+
+def _checked(content: bytes, path: Path) -> bytes:
+    """The card without its digest; what is no JSON object as it is. Raises DataError where they differ."""
+    try:
+        fields = json.loads(content)
+    except (ValueError, RecursionError):
+        return content
+    if not isinstance(fields, dict) or _DIGEST not in fields:
+        return content
+    if fields.pop(_DIGEST) != _digest_of(fields):
+        raise DataError(
+            f"{path}: damaged card, or changed by hand: its {_DIGEST} is not the one written in it; prepare "
+            "the dataset again, or copy it anew"
+        )
+    return json.dumps(fields).encode()
+
+
+def _digest_of(fields: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def content_settings(config: DataConfig) -> dict[str, Any]:

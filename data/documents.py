@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -78,7 +79,7 @@ def _lines(path: Path) -> Iterator[bytes]:
                 if len(line) == _MAX_LINE_BYTES:
                     raise DataError(f"{path}:{number}: a line of {_MAX_LINE_BYTES} bytes or more; split it")
                 yield line
-    except (EOFError, lzma.LZMAError, OSError) as error:
+    except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
         raise DataError(
             f"{path}:{number + 1}: cannot read: {error}; the file is cut short or damaged, fetch it again"
         ) from error

@@ -216,6 +216,7 @@ def test_verifying_finds_a_changed_token(copy: Path, loader: Loader) -> None:
 def test_the_fingerprint_follows_the_content(dataset: Prepared, loader: Loader, copy: Path) -> None:
     assert open_loader(copy).fingerprint == loader.fingerprint == dataset.card.fingerprint
     card = json.loads((copy / "card.json").read_text())
+    del card["sha256"]
     card["corpora"]["code"]["bin_digest"] = "0" * 32
     (copy / "card.json").write_text(json.dumps(card))
     assert open_loader(copy).fingerprint != loader.fingerprint
@@ -235,6 +236,14 @@ def test_a_directory_that_is_not_prepared_says_what_to_run(tmp_path: Path) -> No
 def test_a_damaged_card_is_named(copy: Path, content: bytes) -> None:
     (copy / "card.json").write_bytes(content)
     one_line(rf"{copy}/card\.json: damaged card", lambda: open_loader(copy))
+
+
+def test_a_card_changed_by_hand_is_refused(copy: Path) -> None:
+    card = json.loads((copy / "card.json").read_text())
+    # Of no file, so that nothing else would show it, and bits per byte would follow.
+    card["held_out"]["bytes"] += 1
+    (copy / "card.json").write_text(json.dumps(card))
+    one_line(r"card\.json: damaged card, or changed by hand", lambda: open_loader(copy))
 
 
 def test_another_tokenizer_is_refused_with_both_digests(copy: Path, loader: Loader) -> None:

@@ -187,6 +187,20 @@ def test_storage_that_fails_is_asked_again(
         claimed(corpus, run)
 
 
+def test_a_finished_run_without_its_metrics_has_no_rate(corpus: Corpus, run: Path) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    overrides = corpus.overrides(run, *STEPS)
+    for kept, missing in ((4, 5), (0, 8)):
+        # A line that is whole JSON, and yet no line of ours.
+        damaged = [lines[4].replace('"seconds"', '"secondt"')] if kept else []
+        (run / "metrics.jsonl").write_text("".join([*lines[kept + 1 :], *damaged] if kept else []))
+        assert run_to_end(overrides) == 0
+        assert f"no line for {missing} of the steps up to 8" in log_path(overrides).read_text()
+        found = json.loads((run / "result.json").read_text())
+        assert "training seconds" not in found
+        assert ("tokens per second" in found) == bool(kept)
+
+
 @settings(deadline=None)
 @given(st.data())
 def test_no_damage_of_a_byte_gives_another_config(

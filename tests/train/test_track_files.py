@@ -116,7 +116,8 @@ def test_lines_that_no_disk_ever_takes_are_counted(
 
 def test_what_is_cut_off_stands_beside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / METRICS
-    lines = [f'{{"step": {step}}}\n' for step in (1, 3, 4, 5)]
+    numbers = '"loss": 1.0, "lr": 0.1, "grad_norm": null, "seconds": 1'
+    lines = [f'{{"step": {step}, {numbers}}}\n' for step in (1, 3, 4, 5)]
     path.write_text("".join(lines) + '{"step": 6, "lo')
     tracker = Tracker(DISABLED, tmp_path, "id", {}, 0, 10)
     tracker.resume(4)
@@ -179,9 +180,9 @@ def test_an_evaluation_of_the_same_step_replaces_the_first(tmp_path: Path) -> No
     tracker = Tracker(DISABLED, tmp_path, "id", {}, 0, 10)
     tracker.resume(0)
     for loss in (3.0, 2.0):
-        tracker.log_evaluation(5, {"loss": loss})
+        tracker.log_evaluation(5, {"loss": loss, "targets": 7})
     tracker.close()
-    assert tracker.evaluations() == [{"step": 5, "loss": 2.0}]
+    assert tracker.evaluations() == [{"step": 5, "loss": 2.0, "targets": 7}]
 
 
 def test_other_ranks_write_and_show_nothing(

@@ -75,16 +75,20 @@ def finish(
 def result_of(state: TrainState, config: RunConfig, tracker: Tracker) -> dict[str, float | str]:
     """What the run did."""
     counts = count(config.architecture)
-    seconds = sum(line["seconds"] for line in tracker.metrics())
-    return {
+    result: dict[str, float | str] = {
         "run directory": config.run.dir,
         "steps": state.step,
         "tokens": state.tokens,
         "parameters": counts.total,
         "active parameters": counts.active,
-        "training seconds": seconds,
-        "tokens per second": state.tokens / seconds,
     }
+    # Lines may have been lost: the rate is that of the steps that have one.
+    seconds = [line["seconds"] for line in tracker.metrics() if line["seconds"] is not None]
+    if len(seconds) == state.step:
+        result["training seconds"] = sum(seconds)
+    if sum(seconds) > 0:
+        result["tokens per second"] = state.tokens / state.step * len(seconds) / sum(seconds)
+    return result
 
 
 def score_of(held_out: Evaluation, loader: Loader, rows: int) -> dict[str, float | str]:

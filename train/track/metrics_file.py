@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -105,10 +105,13 @@ class MetricsFile:
         self._is_refused = True
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of the metrics file at `path`, in order, without a torn last one; none if it is missing."""
+def read(path: Path, numbers: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The whole lines of the metrics file at `path`, in order; none if it is missing.
+
+    A line is whole where it has an end, a step, and a number or null under each of `numbers`.
+    """
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return [values for line in lines if (values := _values(line)) is not None]
+    return [values for line in lines if (values := _values(line, numbers)) is not None]
 
 
 def _append(path: Path, data: bytes) -> None:
@@ -133,13 +136,16 @@ def _split(whole: bytes, step: int) -> tuple[list[bytes], list[bytes], list[byte
     return kept, undone, torn
 
 
-def _values(line: bytes) -> dict[str, Any] | None:
-    """What a line holds; None for one that a kill inside a write left."""
+def _values(line: bytes, numbers: Sequence[str] = ()) -> dict[str, Any] | None:
+    """What a line holds; None for one that a kill inside a write left, or that is damaged."""
     try:
         values = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    is_whole = line.endswith(b"\n") and isinstance(values, dict) and isinstance(values.get("step"), int)
+    if not line.endswith(b"\n") or not isinstance(values, dict):
+        return None
+    found = [values.get(name, "missing") for name in numbers]
+    is_whole = type(values.get("step")) is int and all(type(x) in (int, float, type(None)) for x in found)
     return values if is_whole else None
 
 

@@ -10,6 +10,8 @@ from train.track.progress import Progress
 from train.track.wandb_sink import WandbSink
 
 METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+# What is read back of a line.
+METRIC_NUMBERS, EVALUATION_NUMBERS = ("loss", "lr", "grad_norm", "seconds"), ("loss", "targets")
 
 
 class Tracker:
@@ -69,11 +71,11 @@ class Tracker:
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of the metrics file."""
-        return read(self._metrics.path)
+        return read(self._metrics.path, METRIC_NUMBERS)
 
     def evaluations(self) -> list[dict[str, Any]]:
         """All lines of the evaluations file."""
-        return read(self._evaluations.path)
+        return read(self._evaluations.path, EVALUATION_NUMBERS)
 
     def close(self, *, is_failed: bool = False) -> None:
         """Ends the display and gives Weights & Biases its last seconds; `is_failed` is shown there."""
