@@ -11,7 +11,7 @@ from conf.errors import STOPPED
 from train.loop.report import RESULT_FILE
 from train.track.metrics_file import read
 from train.track.report import print_table
-from train.track.tracker import METRIC_NUMBERS, METRICS
+from train.track.tracker import METRICS
 
 HELD_OUT = "held-out loss (nats per token)"
 
@@ -47,7 +47,7 @@ def score_of(run: Ended) -> tuple[int, float, str]:
         result: dict[str, Any] = json.loads((directory / RESULT_FILE).read_text())
         if math.isfinite(result.get(HELD_OUT, math.nan)):
             return 0, result[HELD_OUT], f"{result[HELD_OUT]:.4f} held out"
-    lines = read(directory / METRICS, METRIC_NUMBERS) if run.is_claimed else []
+    lines = read(directory / METRICS, ("loss",)) if run.is_claimed else []
     lines = [line for line in lines if line["loss"] is not None]
     if lines:
         return 1, lines[-1]["loss"], f"{lines[-1]['loss']:.4f} at step {lines[-1]['step']}"
