@@ -51,18 +51,20 @@ class Axes:
     tokens: Axis
 
 
-Opener = Callable[[Sequence[int]], dist.ProcessGroup | None]
+Opener = Callable[[Sequence[int], str], dist.ProcessGroup | None]
 
 
 def open_group(
-    ranks: Sequence[int], timeout: timedelta | None = None, backend: str | None = None
+    ranks: Sequence[int], name: str, timeout: timedelta | None = None, backend: str | None = None
 ) -> dist.ProcessGroup | None:
     """A process group of some ranks, None on others. Every rank of the world must call it.
+
+    name is how torch's flight record calls it.
 
     timeout is how long a collective of it waits; None is what torch has for the backend, not what the world
     has. backend is that of the world where it is None.
     """
-    group = dist.new_group(list(ranks), timeout=timeout, backend=backend)
+    group = dist.new_group(list(ranks), timeout=timeout, backend=backend, group_desc=name)
     return group if isinstance(group, dist.ProcessGroup) else None
 
 
@@ -87,7 +89,7 @@ def open_axes(degrees: Degrees, rank: int, opener: Opener = open_group) -> Axes:
         least = 1 if degrees.dp_replicate > 1 and name in ("shard", "edp") else 2
         for line in lines:
             if len(line) >= least and line not in made:
-                made[line] = opener(line)
+                made[line] = opener(line, name)
             if rank in line:
                 own = line
         return Axis(name, own.index(rank), own, made.get(own))

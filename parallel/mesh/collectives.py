@@ -103,6 +103,18 @@ class AsyncAllToAll:
         self.work.wait()
 
 
+def swapped(x: Tensor, peer: int, axis: Axis) -> Tensor:
+    """The tensor of the global rank `peer`, which gets x: both call it. Without a gradient."""
+    own, other = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    operations = [
+        dist.P2POp(dist.isend, own, peer, axis.group),
+        dist.P2POp(dist.irecv, other, peer, axis.group),
+    ]
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()
+    return other
+
+
 def gathered(x: Tensor, axis: Axis, dim: int = 0) -> Tensor:
     """`gather` without a gradient."""
     if axis.size == 1:

@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from conf.errors import PeerError, leave
 from parallel.config.degrees import ORDER, Degrees, coordinates
-from parallel.mesh.progress import Progress, leave_record
+from parallel.mesh.progress import UNKNOWN, Progress, leave_record, waits_for
 from parallel.mesh.rendezvous import process_of
 
 # What the libraries beneath say when a peer is the cause; torch has no type for it.
@@ -66,6 +66,7 @@ class Heartbeat:
         self._is_known, self._is_over = threading.Event(), threading.Event()
         self._heard = {peer: (b"", time.monotonic()) for peer in self._peers()}
         self._failure_seen: float | None = None
+        self._has_told = False
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
@@ -154,8 +155,17 @@ class Heartbeat:
             found = self._own.get("verdict").decode()
             self._own.add("heard", 1)
             return found
-        seconds = self.silence if self._own.add("failures", 0) else self.timeout
+        has_failed = self._own.add("failures", 0) > 0
+        if has_failed:
+            self._tell()
+        seconds = self.silence if has_failed else self.timeout
         return self._of_silent([0], seconds, is_closed=False) if self._silent(seconds) else None
+
+    def _tell(self) -> None:
+        """Says once what this rank waits for while another one waits in vain."""
+        if not self._has_told:
+            self._own.set(f"waits/{self.rank}", json.dumps(waits_for()))
+            self._has_told = True
 
     def _judged(self) -> str | None:
         found = self._judge()
@@ -169,6 +179,7 @@ class Heartbeat:
             return self._of_silent(silent, self.timeout, is_closed=False)
         if not self._own.add("failures", 0):
             return None
+        self._tell()
         reports = self._reports()
         for peer, (is_of_peer, said) in sorted(reports.items()):
             if not is_of_peer:
@@ -182,10 +193,25 @@ class Heartbeat:
         if silent:
             is_closed = any(word in text for _, text in reports.values() for word in _CLOSED)
             return self._of_silent(silent, self.silence, is_closed=is_closed)
-        reporters = ", ".join(map(str, sorted(reports)))
-        others = [peer for peer in range(self.size) if peer not in reports]
-        missed = f"; nothing was reported by {self._all_named(others)}" if others else ""
-        return f"every rank is alive, but rank {reporters} waited in vain for another{missed}: {said}"
+        return self._of_alive(list(reports), said)
+
+    def _of_alive(self, reporters: list[int], said: str) -> str:
+        """Who keeps the reporters waiting, where no rank is lost: one that waits for none itself."""
+        others = [peer for peer in range(self.size) if peer not in reporters]
+        waits = {peer: self._waits_of(peer) for peer in others}
+        text = f"rank {', '.join(map(str, sorted(reporters)))} waited in vain for another"
+        if idle := [peer for peer in others if waits[peer] is None]:
+            text = f"{self._all_named(idle)}: waits for no other rank, and {text}"
+        else:
+            named = "; ".join(f"{self._named(peer)}, waits for {waits[peer]}" for peer in others[:8])
+            text += f"; nothing was reported by {named}" if named else ""
+        return f"every rank is alive, but {text}: {said}"
+
+    def _waits_of(self, rank: int) -> str | None:
+        with suppress(dist.DistError):
+            if self._own.check([f"waits/{rank}"]):
+                return json.loads(self._own.get(f"waits/{rank}"))
+        return UNKNOWN
 
     def _of_silent(self, silent: list[int], seconds: float, *, is_closed: bool) -> str:
         what = "ended without a word" if is_closed else "hangs, or its machine is gone"

@@ -106,7 +106,7 @@ def open_world(
             axes = open_axes(degrees, rank, partial(open_group, timeout=timeout))
             # On CPUs also where the run is on GPUs: a disk may take longer than a collective of a step.
             patient = timedelta(seconds=config.storage_timeout_seconds)
-            storage = open_group(range(size), patient, "gloo")
+            storage = open_group(range(size), "storage", patient, "gloo")
             yield World(rank, size, device, axes, storage, progress)
     finally:
         dist.destroy_process_group()

@@ -22,6 +22,7 @@ from model.language_model import Losses, ModelPart, loss_names
 from model.layout import DENSE, MOE, NONE
 from parallel.config.pipeline import PipelinePlan, plan_violations
 from parallel.mesh.axes import Axis
+from parallel.mesh.collectives import swapped
 from parallel.micro_batches import Denominators, MicroBatch, added, objective_of, undivided
 from parallel.pipeline.schedules import build_schedule
 
@@ -225,16 +226,8 @@ class Pipeline:
             tables[0].add_(tables[1])
             tables[1].copy_(tables[0])
         elif tables:
-            ranks, group = self._axis.ranks, self._axis.group
-            peer = ranks[-1] if self._axis.rank == 0 else ranks[0]
-            own, other = tables[0].contiguous(), torch.empty_like(tables[0]).contiguous()
-            operations = [
-                dist.P2POp(dist.isend, own, peer, group),
-                dist.P2POp(dist.irecv, other, peer, group),
-            ]
-            for work in dist.batch_isend_irecv(operations):
-                work.wait()
-            tables[0].add_(other)
+            peer = self._axis.ranks[-1 if self._axis.rank == 0 else 0]
+            tables[0].add_(swapped(tables[0], peer, self._axis))
 
     def _joined(self, sums: list[Losses]) -> Losses:
         # Every rank must name all losses of the model, also those of other stages.

@@ -33,8 +33,8 @@ def stand_in(config: ParallelConfig, rank: int, size: int) -> Iterator[World]:
         yield World.alone(device)
         return
 
-    def own_group(ranks: Sequence[int]) -> dist.ProcessGroup | None:
-        return open_group(ranks) if rank in ranks else None
+    def own_group(ranks: Sequence[int], name: str) -> dist.ProcessGroup | None:
+        return open_group(ranks, name) if rank in ranks else None
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:

@@ -89,7 +89,7 @@ def test_every_rank_is_once_on_every_axis() -> None:
     for along in (("pp",), ("tp",), ("dp_replicate", "dp_shard"), ("dp_shard", "cp")):
         lines = grid_lines(degrees, along)
         assert sorted(rank for line in lines for rank in line) == list(range(32))
-    opened = [open_axes(degrees, rank, lambda _: None) for rank in range(32)]
+    opened = [open_axes(degrees, rank, lambda *_: None) for rank in range(32)]
     for rank, axes in enumerate(opened):
         for name in (
             "pp",
