@@ -15,7 +15,7 @@ from torch._C._distributed_c10d import TCPStore
 from conf.errors import PeerError, leave
 from parallel.config.degrees import ORDER, Degrees, coordinates
 from parallel.mesh.progress import UNKNOWN, Progress, leave_record, waits_for
-from parallel.mesh.rendezvous import process_of
+from parallel.mesh.rendezvous import host_of, process_of
 
 # What the libraries beneath say when a peer is the cause; torch has no type for it.
 _OF_PEERS = ("gloo/transport", "Application timeout caused pair closure", "ncclRemoteError")
@@ -67,6 +67,9 @@ class Heartbeat:
         self._heard = {peer: (b"", time.monotonic()) for peer in self._peers()}
         self._failure_seen: float | None = None
         self._has_told = False
+        # Asked for while it can be: rank 0 takes the store with it.
+        self._first_host = host_of(store, 0)
+        self._lost: str | None = None
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
@@ -77,8 +80,13 @@ class Heartbeat:
     def bounded(self, error: BaseException) -> Iterator[None]:
         """Ends the process where the block, which asks the store, waits for it in vain."""
         limit = 2 * self.silence + 8 * self.interval
-        found = PeerError(f"rank {self.rank}: {self._described(0)} hangs: {error}")
-        timer = threading.Timer(limit, leave, (found,))
+
+        def give_up() -> None:
+            self._lost = self._first_host
+            found = f"rank {self.rank}: {self._described(0)} hangs: {error}"
+            leave(PeerError(found + self._recorded()))
+
+        timer = threading.Timer(limit, give_up)
         timer.daemon = True
         timer.start()
         try:
@@ -128,6 +136,7 @@ class Heartbeat:
                 found = self._judged() if self.rank == 0 else self._read()
             except dist.DistError:
                 found = f"{self._named(0)} ended, or its machine is gone: the connection to it is lost"
+                self._lost = self._first_host
             if found is not None:
                 self._end(found)
                 return
@@ -144,7 +153,9 @@ class Heartbeat:
             return ""
         written = SimpleQueue[str]()
         folder = self._record
-        writing = threading.Thread(target=lambda: written.put(leave_record(folder, self.rank)), daemon=True)
+        writing = threading.Thread(
+            target=lambda: written.put(leave_record(folder, self.rank, self._lost)), daemon=True
+        )
         writing.start()
         with suppress(Empty):
             return written.get(timeout=2 * self.interval)
@@ -152,7 +163,7 @@ class Heartbeat:
 
     def _read(self) -> str | None:
         if self._own.check(["verdict"]):
-            found = self._own.get("verdict").decode()
+            found, self._lost = json.loads(self._own.get("verdict"))
             self._own.add("heard", 1)
             return found
         has_failed = self._own.add("failures", 0) > 0
@@ -170,7 +181,7 @@ class Heartbeat:
     def _judged(self) -> str | None:
         found = self._judge()
         if found is not None:
-            self._own.set("verdict", found)
+            self._own.set("verdict", json.dumps([found, self._lost]))
         return found
 
     def _judge(self) -> str | None:
@@ -201,6 +212,7 @@ class Heartbeat:
         waits = {peer: self._waits_of(peer) for peer in others}
         text = f"rank {', '.join(map(str, sorted(reporters)))} waited in vain for another"
         if idle := [peer for peer in others if waits[peer] is None]:
+            self._blame(idle)
             text = f"{self._all_named(idle)}: waits for no other rank, and {text}"
         else:
             named = "; ".join(f"{self._named(peer)}, waits for {waits[peer]}" for peer in others[:8])
@@ -213,7 +225,13 @@ class Heartbeat:
                 return json.loads(self._own.get(f"waits/{rank}"))
         return UNKNOWN
 
+    def _blame(self, ranks: list[int]) -> None:
+        """Notes the machine of the ranks that are the cause, where it is one."""
+        hosts = {self._first_host if rank == 0 else host_of(self._own, rank) for rank in ranks}
+        self._lost = hosts.pop() if len(hosts) == 1 else None
+
     def _of_silent(self, silent: list[int], seconds: float, *, is_closed: bool) -> str:
+        self._blame(silent)
         what = "ended without a word" if is_closed else "hangs, or its machine is gone"
         return f"{self._all_named(silent)}: {what}; silent for {seconds:g} s"
 

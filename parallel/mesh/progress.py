@@ -17,6 +17,7 @@ from torch._C._distributed_c10d import _dump_fr_trace_json  # pyright: ignore[re
 # Where the main thread stands while it waits for a message; collectives are in torch's flight record.
 _MESSAGES = (str(Path(dist.__file__).parent), str(Path(__file__).with_name("collectives.py")))
 UNKNOWN = "unknown"
+LOST_NODE = "lost_node"
 
 
 class Progress:
@@ -63,14 +64,20 @@ def _message() -> str | None:
     return "a message" if frame and frame.f_code.co_filename.startswith(_MESSAGES) else None
 
 
-def leave_record(folder: Path, rank: int) -> str:
+def leave_record(folder: Path, rank: int, lost: str | None) -> str:
     """Writes stacks of all threads and the last collectives into the folder; a line that says so.
 
-    Where that fails the line says nothing of it: the process is about to end for a better reason.
+    The machine that was lost goes into LOST_NODE beside them, for whoever starts the run again. Where that
+    fails the line says nothing of it: the process is about to end for a better reason.
     """
     written = []
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
+        if lost is not None:
+            # By several ranks, none of which may find half of it.
+            beside = folder / f"{LOST_NODE}.{rank}"
+            beside.write_text(f"{lost}\n")
+            beside.replace(folder / LOST_NODE)
         path = folder / f"rank_{rank}.stacks"
         with path.open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)

@@ -84,6 +84,7 @@ def wait_for_ranks(
     """
     text = json.dumps(facts or {}, sort_keys=True)
     store.set(f"facts/{rank}", text)
+    store.set(f"host/{rank}", rendezvous.host)
     own = f"pid {os.getpid()} on {rendezvous.host}"
     if store.add(f"came/{rank}", 1) > 1:
         first = json.loads(store.get(f"here/{rank}"))[1]
@@ -127,6 +128,11 @@ def difference(values: Mapping[int, str]) -> Difference | None:
 def process_of(store: Store, rank: int) -> str:
     """Process and machine of a rank that came."""
     return str(json.loads(store.get(f"here/{rank}"))[1])
+
+
+def host_of(store: Store, rank: int) -> str:
+    """The machine of a rank that came."""
+    return store.get(f"host/{rank}").decode()
 
 
 def _look(store: Store, size: int, timeout: float) -> dict:

@@ -54,7 +54,7 @@ def work(rank: int, size: int, port: int, cut: dict[str, int], folder: str, step
     }
     keys |= {"zero": {"stage": 2, "offload": "none", "whole_below": 0}}
     config = ParallelConfig(**keys)
-    rendezvous = Rendezvous("127.0.0.1", port, is_hosted=False, host="here")
+    rendezvous = Rendezvous("127.0.0.1", port, is_hosted=False, host=f"node{rank}")
     record = Path(folder) / "stacks"
     with exit_on_error(), open_world(config, rank, size, rank, rendezvous, None, record) as world:
         for step in range(steps):
@@ -190,6 +190,7 @@ def test_every_rank_that_is_left_names_the_lost_one(
         said = ranks.error(str(rank))
         assert f"rank {victim} (cp {victim // 2}, tp {victim % 2})" in said, said
         assert any(text in said for text in what), said
+    assert (ranks.folder / "stacks" / "lost_node").read_text() == f"node{victim}\n"
     assert time.monotonic() - since < DEADLINE + SPARE
 
 
@@ -204,6 +205,8 @@ def test_an_error_of_one_rank_is_told_by_the_others(ranks: Ranks, tmp_path: Path
         assert "failed: ValueError: broken here" in ranks.error(name)
     assert ranks.exit_code("1") not in (0, 75)
     assert 'raise ValueError("broken here")' in ranks.said("1")
+    # Its machine is not to blame.
+    assert not (tmp_path / "stacks" / "lost_node").exists()
 
 
 def test_a_rank_that_hangs_in_its_own_work_is_named(ranks: Ranks, tmp_path: Path) -> None:
@@ -224,6 +227,7 @@ def test_a_rank_that_hangs_in_its_own_work_is_named(ranks: Ranks, tmp_path: Path
         assert str(stacks) in ranks.error(str(rank))
         record = json.loads(stacks.with_suffix(".collectives.json").read_text())
         assert record["entries"][-1]["profiling_name"] == "gloo:all_reduce"
+    assert (tmp_path / "stacks" / "lost_node").read_text() == "node1\n"
     # The line that hangs.
     assert re.search(r"test_heartbeat\.py\", line \d+ in work", stacks.read_text())
 

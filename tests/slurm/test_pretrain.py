@@ -57,6 +57,11 @@ if mode == "wait":
     while not heard and not (run / "PREEMPT").exists():
         time.sleep(0.02)
     mode = "more"
+if "LOSES" in os.environ:
+    (run,) = (word.removeprefix("run.dir=") for word in sys.argv if word.startswith("run.dir="))
+    stacks = pathlib.Path(run, "stacks")
+    stacks.mkdir(parents=True, exist_ok=True)
+    (stacks / "lost_node").write_text(os.environ["LOSES"])
 if mode == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 sys.exit(85 if mode == "more" else code)
@@ -306,6 +311,22 @@ def test_a_node_whose_task_was_killed_is_left_out(site: Site) -> None:
     site.run("run.dir=third", "slurm.exclude_failed=false", **killed)
     assert site.noted("held") == ["17"]
     assert len(site.noted("requeued")) == 3
+
+
+def test_a_node_that_hung_is_left_out(site: Site) -> None:
+    # What the ranks that gave up on it have left.
+    (site.root / "out/stacks").mkdir(parents=True)
+    lost = site.root / "out/stacks/lost_node"
+    lost.write_text("n1\n")
+    failed = {"MODE": "fail", "CODE": "75", "SLURMD_NODENAME": "n2"}
+    site.run("run.dir=out", **failed)
+    # That was of an attempt before.
+    assert site.noted("updated") == []
+    log = site.run("run.dir=out", LOSES="n1", **failed)[1]
+    assert "leaves out n1" in log
+    assert site.noted("updated") == ["update JobId=17 ExcNodeList=n1", "release 17"]
+    site.run("run.dir=other", "slurm.exclude_failed=false", LOSES="n1", **failed)
+    assert site.noted("held") == ["17"]
 
 
 def test_full_storage_is_tried_again_ever_later(site: Site) -> None:

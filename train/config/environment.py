@@ -52,7 +52,9 @@ def _read_rendezvous() -> Rendezvous:
         raise ConfigError([Violation("MASTER_PORT", f"must be a port from 1 to {2**16 - 1}; found {port!r}")])
     # torchrun keeps the store itself.
     is_hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return Rendezvous(os.environ["MASTER_ADDR"], int(port), is_hosted, socket.gethostname())
+    # The name by which SLURM leaves a node out.
+    host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    return Rendezvous(os.environ["MASTER_ADDR"], int(port), is_hosted, host)
 
 
 def share_processors() -> None:
