@@ -119,7 +119,9 @@ class Trials:
     def _ask(self, tests: Sequence[str], seconds: float, *more: str) -> dict[str, Any]:
         # Its plugins are imported before it: nobody reads the assertions in them.
         warnings = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
-        arguments = ["-q", "-p", "no:cacheprovider", *warnings, "-m", self._marks, *more]
+        # A folder of its own: the common one is swept by every pytest that ends on this machine.
+        own = f"--basetemp={self._folder.name}/tmp"
+        arguments = ["-q", "-p", "no:cacheprovider", own, *warnings, "-m", self._marks, *more]
         job = {"tests": list(tests), "arguments": arguments, "seconds": seconds, "log": str(self._log)}
         assert self._worker.stdin is not None
         assert self._worker.stdout is not None
