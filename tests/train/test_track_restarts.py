@@ -189,3 +189,17 @@ def test_what_the_server_has_is_not_sent_again(tmp_path: Path, monkeypatch: pyte
         {"step": 7, "loss": 1.0},
         {"_held_out_step": 7, "step": 7, "held_out": 2.0},
     ]
+
+
+def test_a_start_without_records_hides_no_earlier_one(tmp_path: Path) -> None:
+    for step in (1, 2):
+        sink = WandbSink(OFFLINE, tmp_path, "id", {})
+        for again in range(1, step + 1):
+            sink.log({"step": again, "loss": 1.0})
+        sink.close()
+        # What a machine that fails right after a start leaves, and what it may make of the records.
+        for number, content in enumerate((b"", b"torn")):
+            folder = tmp_path / f"wandb/offline-run-2999{step}{number}01_000000-id"
+            folder.mkdir()
+            (folder / "run-id.wandb").write_bytes(content)
+    assert steps_of(starts_of(tmp_path), "loss") == [1, 2]

@@ -140,20 +140,28 @@ def _last_values(settings: Mapping[str, Any], run: Any) -> Mapping[str, Any]:
     if not run.offline:
         # What the server has of a run that goes on.
         return dict(run.summary.items())
-    try:
-        directory = os.path.join(settings["directory"], "wandb")
-        logs = glob.glob(f"*run-*-{settings['run_id']}/run-*.wandb", root_dir=directory)
-        # By the moment of the start. Its own has nothing yet.
-        for log in sorted(logs, key=lambda name: name.partition("run-")[2], reverse=True):
-            command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json"]
-            command.append(os.path.join(directory, log))
-            found = subprocess.run(command, capture_output=True, check=True, timeout=_READ_SECONDS)
-            summary = json.loads(found.stdout)["summary"]
-            if "step" in summary:
-                return summary
-    except (OSError, ValueError, LookupError, subprocess.SubprocessError) as error:
-        _say(f"cannot read what earlier starts recorded ({error}); steps that are done again stand twice")
+    directory = os.path.join(settings["directory"], "wandb")
+    own = os.path.basename(os.path.dirname(run.dir))
+    found = glob.glob(f"*run-*-{settings['run_id']}/run-*.wandb", root_dir=directory)
+    # The newest start first: each records only what is beyond those before it.
+    for name in sorted(found, key=lambda name: name.partition("run-")[2], reverse=True):
+        log = os.path.join(directory, name)
+        is_other = os.path.dirname(name) != own and os.path.getsize(log) > 0
+        summary = _summary(log) if is_other else {}
+        if "step" in summary:
+            return summary
     return {}
+
+
+def _summary(log: str) -> dict[str, Any]:
+    """The last values in the records of one start, as wandb's own reader finds them."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--summary", "--json", log]
+    try:
+        done = subprocess.run(command, capture_output=True, check=True, timeout=_READ_SECONDS)
+        return json.loads(done.stdout)["summary"]
+    except (OSError, ValueError, LookupError, subprocess.SubprocessError) as error:
+        _say(f"cannot read {log} ({_first_line(error)}); steps of it that are done again stand twice")
+        return {}
 
 
 def _shown(values: Mapping[str, Any]) -> dict[str, Any]:
