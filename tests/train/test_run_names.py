@@ -8,9 +8,9 @@ import pytest
 
 from conf.errors import ConfigError
 from conf.revision import REVISION_FILE, revision
-from tests.train.conftest import Corpus
-from tests.train.runs import run_to_end
+from train.checkpoint.records import write_record
 from train.config.load import compose_run, load_config
+from train.config.versions import VERSION, VERSION_KEY
 from train.loop.sweep import checked_jobs
 
 
@@ -42,10 +42,14 @@ def test_a_sweep_is_a_group(tmp_path: Path) -> None:
     assert {job.config.track.group for job in checked_jobs([*typed, "track.group=g"])} == {"g"}
 
 
-def test_what_goes_on_by_its_directory_alone_keeps_its_group(corpus: Corpus, tmp_path: Path) -> None:
-    assert run_to_end(corpus.overrides(tmp_path / "run", "train.steps=1")) == 0
-    track = compose_run([f"run.dir={tmp_path}/run"])["track"]
-    assert (track["name"], track["group"]) == ("run", "qwen3_next_small gdn attn")
+@pytest.mark.parametrize("group", ["mine", None])
+def test_what_goes_on_by_its_directory_alone_keeps_its_group(tmp_path: Path, group: str | None) -> None:
+    saved = load_config(["recipe=smoke", f"run.dir={tmp_path}"], 1).model_dump(mode="json")
+    # Runs from before there were groups have none, and their recipe is not known any more.
+    saved["track"] |= {"name": None, "group": group}
+    write_record(tmp_path / "config.json", {VERSION_KEY: VERSION, **saved})
+    track = compose_run([f"run.dir={tmp_path}"])["track"]
+    assert (track["name"], track["group"]) == (tmp_path.name, group)
 
 
 def git(root: Path, *words: str) -> str:
