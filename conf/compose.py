@@ -116,6 +116,18 @@ def typed_keys(overrides: Sequence[str]) -> list[str]:
     return keys
 
 
+def typed_values(overrides: Sequence[str]) -> dict[str, Any]:
+    """The option or value of each override by its key or group; those that Hydra cannot read are left out."""
+    from hydra.errors import HydraException
+
+    values = {}
+    for override in overrides:
+        with suppress(HydraException):
+            parsed = _parsed(override)
+            values[parsed.key_or_group] = parsed.value()
+    return values
+
+
 Groups = Callable[[tuple[str, ...]], dict[str, Any]]
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import as_storage_error
+from conf.revision import PACKAGES, REVISION_FILE, revision
 from slurm.settings import ROOT, lines_of
 
 TEMPLATE = ROOT / "slurm/pretrain.sbatch"
-PACKAGES = ("conf", "kernels", "data", "model", "parallel", "train", "slurm")
 # What the job has where neither the key nor the run itself says more, in seconds.
 NOTICE_SECONDS = 120
 _LONGEST_NOTICE = 65535
@@ -68,6 +68,8 @@ class Submission:
         """Makes the folder with script, resolved config and code. Raises StorageError."""
         try:
             self.folder.mkdir(parents=True)
+            # sbatch makes no directory, and without one a job ends with no word.
+            (ROOT / self.config["run"]["dir"] / "logs").mkdir(exist_ok=True)
             (self.folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
             if self.config["slurm"]["snapshot"]:
                 copy_code(self.code)
@@ -85,6 +87,7 @@ def copy_code(target: Path) -> None:
         shutil.copytree(ROOT / package, target / package, ignore=ignored)
     # Its version is asked for by --version and recorded.
     shutil.copy(ROOT / "pyproject.toml", target)
+    (target / REVISION_FILE).write_text(json.dumps(revision(ROOT)) + "\n")
 
 
 def sbatch_flags(config: Mapping[str, Any]) -> list[str]:
@@ -111,10 +114,16 @@ def sbatch_flags(config: Mapping[str, Any]) -> list[str]:
         "mail-type": ",".join(slurm["mail_types"]) if slurm["mail_user"] else None,
         "signal": f"B:USR1@{notice_of(config)}",
         "open-mode": "append",
-        "output": str(ROOT / "slurm/%x-%j.out"),
+        # A file for all attempts of a job, which `tail -F` follows; sbatch has no name for one of them.
+        "output": str(log_folder(config) / "%x-%j.out"),
     }
     given = [f"--{name}={value}" for name, value in values.items() if value is not None]
     return [*given, "--requeue", *(["--exclusive"] if slurm["exclusive"] else [])]
+
+
+def log_folder(config: Mapping[str, Any]) -> Path:
+    """Where the output of jobs goes, as sbatch writes a path: a percent sign is two."""
+    return Path(str(ROOT / config["run"]["dir"] / "logs").replace("%", "%%"))
 
 
 def notice_of(config: Mapping[str, Any]) -> int:
@@ -130,7 +139,10 @@ def notice_of(config: Mapping[str, Any]) -> int:
 def _as_directive(flag: str) -> str:
     """A flag as sbatch reads it in a script, where quotes keep a value with spaces together."""
     name, sign, value = flag.partition("=")
-    return f'{name}="{value}"' if sign and re.search(r"\s", value) else flag
+    if not sign or not re.search(r"[\s#'\"]", value):
+        return flag
+    quoted = value.replace('"', '\\"')
+    return f'{name}="{quoted}"'
 
 
 def _filled(text: str, part: str, lines: Sequence[str]) -> str:

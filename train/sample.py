@@ -53,7 +53,9 @@ def main(arguments: list[str]) -> None:
     if line := restored.compare(Ids(str(path), tokenizer.digest)):
         print(line, file=sys.stderr)
     print(f"step {restored.step} of {command.run}", file=sys.stderr)
-    sample = SampleConfig(prompt=command.prompt, tokens=command.tokens, temperature=command.temperature)
+    sample = SampleConfig(
+        prompt=command.prompt, tokens=command.tokens, temperature=command.temperature, every=None
+    )
     train = config.train.model_copy(update={"seed": command.seed})
     world = World.alone(torch.device("cpu"))
     config = config.model_copy(update={"sample": sample, "train": train})

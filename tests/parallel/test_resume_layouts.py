@@ -60,8 +60,8 @@ def go_on(
     loader, state = open_data(config, rank), build_state(config, world)
     fill(state, config)
     store = CheckpointStore(directory, keep=2, rank=rank, size=size)
-    is_resumed = resume(state, store, loader, world)
-    assert is_resumed == directory.exists()
+    resumed_from = resume(state, store, loader, world)
+    assert (resumed_from is not None) == directory.exists()
     rows, _ = config.rank_rows(world.axes.batch.size)
     steps = []
     while state.step < until:

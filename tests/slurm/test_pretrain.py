@@ -132,6 +132,32 @@ def site(tmp_path: Path) -> Site:
     return Site(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["x y", None])
+def test_attempts_of_a_job_by_hand_have_one_log_in_the_run_directory(site: Site, name: str | None) -> None:
+    outputs = site.root / "slurm", site.root / "a b/logs"
+    file = f"{name or 'weft'}-17.out"
+    given = {"SLURM_JOB_NAME": name} if name else {}
+    for restarts in ("0", "1"):
+        # As slurmd opens it, by --open-mode=append.
+        redirect = f"exec >>'{outputs[0] / file}' 2>&1; "
+        process = site.start("run.dir='a b'", before=redirect, SLURM_RESTART_COUNT=restarts, **given)
+        assert process.communicate(timeout=60) == ("", None)
+        assert process.returncode == 0
+    attempts = [line for line in (outputs[1] / file).read_text().splitlines() if " attempt " in line]
+    assert [f"attempt {number}:" in line for number, line in enumerate(attempts, 1)] == [True, True]
+    assert (outputs[1] / file).read_text().count("ARGS") == 2
+    assert (outputs[0] / file).read_text().count(f"log of job 17: a b/logs/{file}\n") == 2
+    assert "ARGS" not in (outputs[0] / file).read_text()
+
+
+def test_an_output_that_somebody_chose_stays(site: Site, tmp_path: Path) -> None:
+    process = site.start("run.dir=out", before=f"exec >>'{tmp_path}/mine-17.out' 2>&1; ")
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "ARGS" in (tmp_path / "mine-17.out").read_text()
+    assert not (site.root / "out/logs").exists()
+
+
 def test_a_finished_run_ends_with_zero(site: Site) -> None:
     code, log = site.run("run.dir=out")
     assert code == 0, log

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from conf.compose import compose_tree
 from conf.errors import ConfigError, DataError, StorageError
+from conf.revision import revision
 from slurm import submit
 from slurm.options import quoted, read_options
 from slurm.script import Submission, notice_of, sbatch_flags
@@ -112,6 +113,20 @@ def test_a_cluster_without_gpus_asks_for_processes() -> None:
     flags = sbatch_flags(config_of("cluster=h100_8n", "cluster.device=cpu"))
     assert {"--nodes=8", "--ntasks-per-node=8"} <= set(flags)
     assert not [flag for flag in flags if "gpus" in flag]
+
+
+@pytest.mark.parametrize(
+    ("directory", "directive"),
+    [
+        ("runs/x", f"#SBATCH --output={ROOT}/runs/x/logs/%x-%j.out"),
+        ("/a/100%j", "#SBATCH --output=/a/100%%j/logs/%x-%j.out"),
+        ('/a #b "c" it\'s', '#SBATCH --output="/a #b \\"c\\" it\'s/logs/%x-%j.out"'),
+    ],
+)
+def test_the_log_of_a_job_lies_in_its_run_directory(directory: str, directive: str) -> None:
+    # Each form was seen to be read so by sbatch 22.05.
+    config = config_of("recipe=smoke") | {"run": {"dir": directory}}
+    assert [line for line in Submission(Path(), config, []).directives() if "--output" in line] == [directive]
 
 
 def test_the_notice_of_an_earlier_start_is_taken(tmp_path: Path) -> None:
@@ -288,6 +303,10 @@ def test_the_job_is_written_and_submitted_from_the_repository_root(site: Site) -
     (folder,) = (site.folder / "a b/slurm").iterdir()
     assert rest == ["--wait", str(folder / "job.sbatch")]
     assert sorted(path.name for path in folder.iterdir()) == ["code", "config.json", "job.sbatch"]
+    assert (site.folder / "a b/logs").is_dir()
+    copied, found = (revision(root) for root in (folder / "code", ROOT))
+    assert copied == found
+    assert len(found["commit"]) == 40
     config = json.loads((folder / "config.json").read_text())
     assert (config["run"]["dir"], config["slurm"]["partition"]) == (f"{site.folder}/a b", "long")
     for name in ("train/loop/run.py", "conf/config.yaml", "slurm/settings.py", "pyproject.toml"):

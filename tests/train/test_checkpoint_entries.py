@@ -204,7 +204,7 @@ def test_a_run_goes_on_through_links(
     change(run)
     overrides = corpus.overrides(run, "train.steps=6")
     assert run_to_end(overrides) == 0
-    assert "resumed at step 4" in log_path(overrides).read_text()
+    assert "resume step 4/" in log_path(overrides).read_text()
     assert metrics_of(run) == metrics_of(stopped)
 
 

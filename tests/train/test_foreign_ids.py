@@ -180,4 +180,4 @@ def test_a_run_of_before_opens_and_says_that_nothing_was_compared(
     # It goes on too: the digest of the dataset, which is compared, covers the tokenizer.
     overrides = corpus.overrides(old, *FEW)
     assert run_to_end(overrides) == 0
-    assert "resumed at step 2" in log_path(overrides).read_text()
+    assert "resume step 2/" in log_path(overrides).read_text()

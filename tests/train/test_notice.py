@@ -33,5 +33,5 @@ def test_the_notice_covers_the_longest_step_and_save_twice(
         hook.after_step(nothing, nothing)
         if save is not None:
             now += save
-            hook.after_save(nothing)
+            hook.after_save(nothing, nothing)
         assert int(written.read_text()) == expected

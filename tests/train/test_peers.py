@@ -56,5 +56,5 @@ def test_a_rank_lost_in_a_step_is_named_and_nothing_is_lost(
     newest = max((directory / "checkpoints").glob("step_????????"))
     assert not verify(newest)
     assert run_to_end(corpus.overrides(directory, *KEYS), 2) == 0
-    assert f"resumed at step {int(newest.name.removeprefix('step_'))} " in log_path(overrides).read_text()
+    assert f"resume step {int(newest.name.removeprefix('step_'))}/" in log_path(overrides).read_text()
     assert metrics_of(directory) == metrics_of(uninterrupted)

@@ -183,7 +183,7 @@ def test_a_restart_goes_on_from_its_checkpoint(corpus: Corpus, tmp_path: Path) -
     )
     again = corpus.overrides(tmp_path / "again", f"train.start={tmp_path}/given", "train.steps=9")
     assert run_to_end(again) == 0
-    assert "resumed at step 4" in log_path(again).read_text()
+    assert "resume step 4/" in log_path(again).read_text()
     assert metrics_of(tmp_path / "again") == whole[4:]
 
 

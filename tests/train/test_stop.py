@@ -89,7 +89,7 @@ def test_ctrl_c_saves_and_keeps_what_follows_from_starting(
     step = len(metrics_of(directory))
     assert 0 < step < 40
     assert (directory / "checkpoints" / f"step_{step:08d}" / "manifest.json").exists()
-    assert f"asked to stop: saved step {step} of 40" in said
+    assert f' stop step {step}/40 reason "asked to stop"\n' in said
     assert run_to_end(overrides) == 0
     assert metrics_of(directory) == metrics_of(uninterrupted)
 

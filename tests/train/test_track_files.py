@@ -16,14 +16,17 @@ from pydantic import ValidationError
 from conf.compose import CONF_DIR, validate
 from conf.errors import ConfigError, StorageError
 from train.checkpoint.config import CheckpointConfig
-from train.track import metrics_file
+from train.track import line_file
 from train.track import tracker as tracker_module
 from train.track.config import TrackConfig
 from train.track.metrics_file import MetricsFile, read
 from train.track.tracker import EVALUATIONS, METRICS, Tracker
 
 ROOT = Path(__file__).parents[2]
-DISABLED = TrackConfig(wandb="disabled", project="p", entity=None, name=None, tags=(), timeout_seconds=1.0)
+DISABLED = TrackConfig(
+    wandb="disabled", project="p", entity=None, name=None, group=None, tags=(), router_every=None,
+    log_every=10, timeout_seconds=1.0,
+)  # fmt: skip
 
 
 def line_of(step: int, seconds: float = 0.0) -> dict[str, Any]:
@@ -108,7 +111,7 @@ def test_lines_that_no_disk_ever_takes_are_counted(
         file.append({"step": step})
     file.close()
     assert "2 lines of it are lost" in capsys.readouterr().out
-    monkeypatch.setattr(metrics_file, "MOST_WAITING", 20)
+    monkeypatch.setattr(line_file, "MOST_WAITING", 20)
     file.append({"step": 3})
     with pytest.raises(StorageError, match="the disk is full"):
         file.append({"step": 4})
@@ -119,7 +122,7 @@ def test_what_is_cut_off_stands_beside(tmp_path: Path, capsys: pytest.CaptureFix
     numbers = '"loss": 1.0, "lr": 0.1, "grad_norm": null, "seconds": 1'
     lines = [f'{{"step": {step}, {numbers}}}\n' for step in (1, 3, 4, 5)]
     path.write_text("".join(lines) + '{"step": 6, "lo')
-    tracker = Tracker(DISABLED, tmp_path, "id", {}, 0, 10)
+    tracker = Tracker(DISABLED, tmp_path, "id", {}, {}, 0, 10)
     tracker.resume(4)
     tracker.close()
     assert path.read_text() == "".join(lines[:3])
@@ -135,12 +138,12 @@ def test_what_is_cut_off_stands_beside(tmp_path: Path, capsys: pytest.CaptureFix
 
 def run_to(total: int, run_dir: Path, resume_at: int) -> None:
     """What the loop does, for another process: says each step that is on disk."""
-    tracker = Tracker(DISABLED, run_dir, "id", {}, 0, total)
+    tracker = Tracker(DISABLED, run_dir, "id", {}, {}, 0, total)
     tracker.resume(resume_at)
     for step in range(resume_at + 1, total + 1):
         tracker.log(step, line_of(step, seconds=resume_at + 0.5))
         if step % 5 == 0:
-            tracker.log_evaluation(step, {"loss": 1 / step})
+            tracker.log_evaluation(step, {"loss": 1 / step}, 0.5)
         print(f"at {step}", flush=True)
     tracker.close()
 
@@ -177,10 +180,10 @@ def test_a_killed_and_resumed_run_leaves_the_files_of_an_unbroken_one(tmp_path: 
 
 
 def test_an_evaluation_of_the_same_step_replaces_the_first(tmp_path: Path) -> None:
-    tracker = Tracker(DISABLED, tmp_path, "id", {}, 0, 10)
+    tracker = Tracker(DISABLED, tmp_path, "id", {}, {}, 0, 10)
     tracker.resume(0)
     for loss in (3.0, 2.0):
-        tracker.log_evaluation(5, {"loss": loss, "targets": 7})
+        tracker.log_evaluation(5, {"loss": loss, "targets": 7}, 0.5)
     tracker.close()
     assert tracker.evaluations() == [{"step": 5, "loss": 2.0, "targets": 7}]
 
@@ -190,10 +193,10 @@ def test_other_ranks_write_and_show_nothing(
 ) -> None:
     monkeypatch.setattr(tracker_module, "WandbSink", None)
     offline = DISABLED.model_copy(update={"wandb": "offline"})
-    tracker = Tracker(offline, tmp_path, "id", {}, 1, 10)
+    tracker = Tracker(offline, tmp_path, "id", {}, {}, 1, 10)
     tracker.resume(0)
     tracker.log(1, line_of(1))
-    tracker.log_evaluation(1, {"loss": 1.0})
+    tracker.log_evaluation(1, {"loss": 1.0}, 0.5)
     tracker.close()
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
@@ -210,7 +213,7 @@ class Sink:
         self.run_id = run_id
         Sink.made = self
 
-    def log(self, values: dict[str, Any]) -> None:
+    def log(self, values: dict[str, Any], kind: str) -> None:
         self.lines.append(values)
 
     def close(self, *, is_failed: bool) -> None:
@@ -221,11 +224,11 @@ def test_wandb_gets_the_panels_under_the_steps_of_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracker_module, "WandbSink", Sink)
-    tracker = Tracker(DISABLED.model_copy(update={"wandb": "offline"}), tmp_path, "abc", {}, 0, 10)
+    tracker = Tracker(DISABLED.model_copy(update={"wandb": "offline"}), tmp_path, "abc", {}, {}, 0, 10)
     tracker.resume(3)
     tracker.log(4, line_of(4) | {"loss/cross_entropy": 2.5})
-    tracker.log_evaluation(4, {"loss": 2.25})
-    tracker.close(is_failed=True)
+    tracker.log_evaluation(4, {"loss": 2.25}, 0.5)
+    tracker.close(RuntimeError("lost"))
     sink = Sink.made
     assert sink.lines == [{"step": 4, "loss/cross_entropy": 2.5}, {"step": 4, "loss/held_out_loss": 2.25}]
     assert (sink.run_id, sink.closed) == ("abc", True)

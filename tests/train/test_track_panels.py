@@ -56,7 +56,10 @@ def test_panels_are_those_of_the_batch(top_k: int) -> None:
         result = train_step(state, batch_by_hand(), config, world)
         lines.append(step_metrics(state, result, "", 1.0))
     # Every token takes the first experts, so that their load is EXPERTS / top_k times the mean.
-    routers = {}
+    routers = dict[str, float]()
+    routers["router/max_violation"] = routers["router/mean_violation"] = EXPERTS / top_k - 1
+    routers["router/idle_experts"] = len(WANTED) * (EXPERTS - top_k)
+    routers["router/entropy"] = sum(ENTROPY) / len(ENTROPY)
     for layer, entropy in enumerate(ENTROPY):
         routers[f"router/max_violation_{layer}"] = EXPERTS / top_k - 1
         routers[f"router/idle_experts_{layer}"] = EXPERTS - top_k

@@ -1,7 +1,5 @@
 """What people look at: progress, the result table, the loss plot."""
 
-import io
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
-from train.track.progress import Progress
 from train.track.report import centred_mean, plot_losses, print_table
 
 
@@ -71,41 +68,6 @@ def test_the_mean_is_that_of_equally_many_neighbours(values: list[float], window
 def test_the_mean_of_a_line_is_the_line() -> None:
     line = np.linspace(10, 2, 101)
     assert np.allclose(centred_mean(line, 9), line, rtol=0, atol=1e-12)
-
-
-def test_a_log_file_gets_first_last_and_a_line_now_and_then(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = [100.0]
-    monkeypatch.setattr("train.track.progress.time.monotonic", lambda: clock[0])
-    progress = Progress(1000)
-    for step in range(1, 1001):
-        progress.update(step, line_of(step) | {"speed/tokens_per_second": 12345.6})
-        clock[0] += 0.1
-    progress.close()
-    lines = capsys.readouterr().out.splitlines()
-    assert 10 <= len(lines) <= 13
-    assert lines[0].startswith("step 1/1000  loss 5.000  lr 1.00e-03  12,346 tokens/s")
-    assert lines[-1].startswith("step 1000/1000")
-    assert "s left" in lines[1]
-
-
-def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "120")
-    progress = Progress(10)
-    progress.update(1, line_of(1))
-    progress.update(10, line_of(10))
-    progress.close()
-    shown = terminal.getvalue()
-    assert "10/10" in shown
-    assert "loss 0.500" in shown
 
 
 def test_a_result_table_shows_every_row(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,8 +25,8 @@ SECRET = "canary" * 6 + "0000"
 
 def config_of(mode: str, timeout_seconds: float = 15.0) -> TrackConfig:
     tree = {
-        "wandb": mode, "project": "weft", "entity": None, "name": "a run", "tags": ("x",),
-        "timeout_seconds": timeout_seconds,
+        "wandb": mode, "project": "weft", "entity": None, "name": "a run", "group": "a group", "tags": ("x",),
+        "router_every": 100, "log_every": 10, "timeout_seconds": timeout_seconds,
     }  # fmt: skip
     return TrackConfig.model_validate(tree)
 

@@ -81,6 +81,8 @@ class CheckpointStore:
         self.keep = keep
         self._ranks = Ranks(rank, size, group)
         self._verified: set[int] = set()
+        # Of the files of the last checkpoint that this process took part in.
+        self.saved_bytes = 0
         self._run_files = run_files
 
     def save(self, step: int, state: Mapping[str, Any], extra: Mapping[str, Any]) -> Path:
@@ -105,6 +107,7 @@ class CheckpointStore:
             self._ranks.on_first(action, lambda: self._prepare(temporary, step, extra))
             written = self._ranks.together(action, lambda: self._write(temporary, flat))
             files = {name: entry for entries in written for name, entry in entries.items()}
+            self.saved_bytes = sum(entry["size"] for entry in files.values())
             self._ranks.on_first(action, lambda: self._commit(temporary, final, step, files, extra))
         except Exception:
             if self._ranks.rank == 0:

@@ -1,10 +1,16 @@
 """Everything that a run reads from the environment, read once."""
 
 import os
+import shlex
 import socket
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import conf
 from conf.errors import ConfigError, Violation
+from conf.revision import revision
 from parallel.config.rendezvous import Rendezvous
 
 
@@ -44,6 +50,18 @@ def read_environment() -> Environment:
             raise ConfigError([Violation(name, message) for name in missing])
     rendezvous = _read_rendezvous() if world_size > 1 else None
     return Environment(rank, world_size, local_rank, os.environ.get("SLURM_JOB_ID"), rendezvous)
+
+
+def read_launch(environment: Environment) -> dict[str, Any]:
+    """Where, from what and by whom this start of a run was made: for people who look for it later."""
+    return {
+        "host": socket.gethostname(),
+        "ranks": environment.world_size,
+        **revision(Path(conf.__path__[0]).parent),
+        "slurm_job": environment.slurm_job,
+        "slurm_restarts": os.environ.get("SLURM_RESTART_COUNT"),
+        "command": shlex.join(sys.orig_argv),
+    }
 
 
 def _read_rendezvous() -> Rendezvous:

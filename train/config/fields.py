@@ -62,11 +62,12 @@ class TrainConfig(Config):
 
 
 class SampleConfig(Config):
-    """The text sample at the end of a run."""
+    """Text samples, on the way and at the end of a run."""
 
     prompt: str
     tokens: int = Field(ge=0)
     temperature: float = Field(ge=0)
+    every: int | None = Field(ge=1)
 
 
 class PrecisionConfig(Config):

@@ -11,6 +11,7 @@ from conf.errors import ConfigError, Violation
 from train.checkpoint.run_files import CONFIG_FILE
 from train.config.checks import early_violations, model_violations
 from train.config.fields import RunDraft
+from train.config.run_names import with_names
 from train.config.saved import own_tree, saved_tree
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def compose_run(overrides: Sequence[str]) -> dict[str, Any]:
     if start is not None and isinstance(train, dict) and train.get("start") != start:
         message = f"{start} brings a model with which it would be {train.get('start')}; give it as plain text"
         raise ConfigError([Violation("train.start", message)])
-    return own_tree(overrides, tree) or tree
+    own = own_tree(overrides, tree)
+    return with_names(tree, overrides) if own is None else with_names(own, None)
 
 
 def names_mixers(overrides: Sequence[str]) -> bool:

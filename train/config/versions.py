@@ -42,6 +42,10 @@ RULES: tuple[Rule, ...] = (
     Added(1, "checkpoint.accept_step", None),
     Added(1, "parallel.storage_timeout_seconds", 3600),
     Added(1, "run.name", "default"),
+    Added(2, "track.group", None),
+    Added(2, "track.router_every", 100),
+    Added(2, "track.log_every", 10),
+    Added(2, "sample.every", None),
 )
 VERSION = RULES[-1].version
 

@@ -4,7 +4,7 @@ import gc
 import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,6 +14,13 @@ from train.config.fields import ProfileConfig
 from train.eval.heldout import Evaluation
 from train.loop.state import TrainState
 from train.loop.step import StepResult
+
+
+class Saved(NamedTuple):
+    """What a save took: seconds of this rank, and bytes of the files of all ranks."""
+
+    seconds: float
+    bytes: int
 
 
 class StepHook:
@@ -32,10 +39,10 @@ class StepHook:
     def after_step(self, state: TrainState, result: StepResult) -> None:
         """The weights are updated, the counters of the state count the step."""
 
-    def after_evaluation(self, state: TrainState, held_out: Evaluation) -> None:
-        """Held-out documents were scored between two steps."""
+    def after_evaluation(self, state: TrainState, held_out: Evaluation, seconds: float) -> None:
+        """Held-out documents were scored between two steps, in so many seconds."""
 
-    def after_save(self, state: TrainState) -> None:
+    def after_save(self, state: TrainState, saved: Saved) -> None:
         """A checkpoint of the state is committed."""
 
     def close(self) -> None:

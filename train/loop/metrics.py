@@ -3,12 +3,13 @@
 from typing import Any
 
 import xxhash
+from torch import Tensor
 
 from data.loader import Batch
 from parallel.mesh.world import World
 from train.config.run_config import RunConfig
 from train.eval.heldout import Evaluation
-from train.loop.hooks import StepHook
+from train.loop.hooks import Saved, StepHook
 from train.loop.measure import Meter
 from train.loop.state import TrainState
 from train.loop.step import StepResult
@@ -37,13 +38,15 @@ class Metrics(StepHook):
         seconds = self._meter.end_step()
         metrics = step_metrics(state, result, self._samples, seconds)
         self._tracker.log(state.step, metrics | self._meter.readings(result.targets, seconds))
+        self._tracker.log_load(state.step, result.load)
 
-    def after_evaluation(self, state: TrainState, held_out: Evaluation) -> None:
+    def after_evaluation(self, state: TrainState, held_out: Evaluation, seconds: float) -> None:
         """Logs the evaluation. Raises StorageError."""
-        self._tracker.log_evaluation(state.step, held_out._asdict())
+        self._tracker.log_evaluation(state.step, held_out._asdict(), seconds)
 
-    def after_save(self, state: TrainState) -> None:
-        """Makes the lines up to the checkpoint as durable as it is."""
+    def after_save(self, state: TrainState, saved: Saved) -> None:
+        """Logs the save, and makes all lines as durable as the checkpoint. Raises StorageError."""
+        self._tracker.log_save(state.step, *saved)
         self._tracker.sync()
 
 
@@ -74,8 +77,25 @@ def step_metrics(state: TrainState, result: StepResult, samples: str, seconds: f
         "data/tokens": state.tokens,
         "data/sequences": state.cursor,
     }
-    for layer, (load, entropy) in enumerate(zip(result.load, result.entropy, strict=True)):
-        metrics[f"router/max_violation_{layer}"] = float(load.max() / load.mean() - 1)
-        metrics[f"router/idle_experts_{layer}"] = int((load == 0).sum())
+    return metrics | router_metrics(result.load, result.entropy)
+
+
+def router_metrics(loads: Tensor, entropies: Tensor) -> dict[str, float]:
+    """Load [layers E] and entropy [layers] of the routers, of all layers together and of each one."""
+    metrics: dict[str, float] = {}
+    violations, idle = list[float](), list[int]()
+    for layer, (load, entropy) in enumerate(zip(loads, entropies, strict=True)):
+        violations.append(float(load.max() / load.mean() - 1))
+        idle.append(int((load == 0).sum()))
+        metrics[f"router/max_violation_{layer}"] = violations[-1]
+        metrics[f"router/idle_experts_{layer}"] = idle[-1]
         metrics[f"router/entropy_{layer}"] = float(entropy)
-    return metrics
+    if not violations:
+        return {}
+    of_all = {
+        "router/max_violation": max(violations),
+        "router/mean_violation": sum(violations) / len(violations),
+        "router/idle_experts": sum(idle),
+        "router/entropy": float(entropies.mean()),
+    }
+    return of_all | metrics

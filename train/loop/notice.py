@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from train.checkpoint.atomic import write_atomically
-from train.loop.hooks import StepHook
+from train.loop.hooks import Saved, StepHook
 from train.loop.state import TrainState
 from train.loop.step import StepResult
 
@@ -43,7 +43,7 @@ class Notice(StepHook):
             self._step = max(self._step, self._end - self._start)
         self._is_first = False
 
-    def after_save(self, state: TrainState) -> None:
+    def after_save(self, state: TrainState, saved: Saved) -> None:
         """Notes the longest save, and writes the notice where it grew. Raises StorageError."""
         self._save = max(self._save, time.monotonic() - self._end)
         seconds = notice_seconds(self._step, self._save)

@@ -1,6 +1,7 @@
 """The end of a run: held-out score, plot, result table, text sample."""
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,13 +53,16 @@ def finish(
     held_out, rows = None, 0
     if loader.held_out_rows:
         rows = min(config.train.final_rows or loader.held_out_rows, loader.held_out_rows)
+        start = time.monotonic()
         held_out = score(state, loader, config, world, rows, before_round)
-        tracker.log_evaluation(state.step, held_out._asdict())
+        tracker.log_evaluation(state.step, held_out._asdict(), time.monotonic() - start)
     # Generation wants all layers, whole, and rows of any length.
     model = state.built.whole if world.axes.sequence.size == 1 else None
     text = None if model is None else sample_text(model, loader.tokenizer, config, world)
     if world.rank != 0:
         return
+    if text is not None:
+        tracker.log_sample(state.step, config.sample.prompt, text)
     directory = Path(config.run.dir)
     result = result_of(state, config, tracker)
     if held_out is not None:

@@ -1,15 +1,18 @@
 """A run from its config to its last report: build, resume, train, evaluate, save, show."""
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from conf.errors import STOPPED, ConfigError, NumericsError, Violation
 from conf.names import shortened
 from data.loader import Loader
+from data.tokenizer import Tokenizer
 from model.count import count
 from parallel.apply import StepShape, build_parallel
 from parallel.block.compile import describe as describe_compiled
@@ -19,11 +22,11 @@ from train.checkpoint.foreign_ids import Ids, compare_ids
 from train.checkpoint.lock import RunLock
 from train.checkpoint.run_files import CHECKPOINTS, RunFiles
 from train.checkpoint.store import CheckpointStore
-from train.config.environment import Environment, prepare_deepspeed
+from train.config.environment import Environment, prepare_deepspeed, read_launch
 from train.config.run_config import RunConfig
 from train.config.show import show_config
 from train.loop.claim import claim
-from train.loop.hooks import GarbageCollection, Profiler, StepHook
+from train.loop.hooks import GarbageCollection, Profiler, Saved, StepHook
 from train.loop.initial_weights import begin
 from train.loop.interrupt import REQUEUE, Interrupt, Stopped
 from train.loop.kernel_check import prepare_kernels
@@ -32,6 +35,7 @@ from train.loop.notice import Notice
 from train.loop.out_of_memory import memory_explained
 from train.loop.report import finish, score
 from train.loop.same_ranks import compare_data, facts_of, refuse_not_finite
+from train.loop.sampler import Sampler
 from train.loop.state import TrainState
 from train.loop.step import StepResult, train_step
 from train.optim.param_groups import build_optimizer
@@ -68,12 +72,15 @@ def run(config: RunConfig, environment: Environment) -> int:
         if config.parallel.data == "zero":
             prepare_deepspeed(environment.local_rank)
         facts = facts_of(config) if environment.world_size > 1 else None
+        launch = read_launch(environment) if is_first else {}
         with open_world(config.parallel, *ranks, environment.rendezvous, facts, directory / STACKS) as world:
-            return run_in_world(config, world, interrupt, files)
+            return run_in_world(config, world, interrupt, files, launch)
 
 
-def run_in_world(config: RunConfig, world: World, interrupt: Interrupt, files: RunFiles | None) -> int:
-    """The run on its processes, its directory claimed; the exit code. files are rank 0's."""
+def run_in_world(
+    config: RunConfig, world: World, interrupt: Interrupt, files: RunFiles | None, launch: Mapping[str, Any]
+) -> int:
+    """The run on its processes, its directory claimed; the exit code. files and launch are rank 0's."""
     directory = Path(config.run.dir)
     loader = open_data(config, world.rank)
     compare_data(loader, world)
@@ -91,9 +98,11 @@ def run_in_world(config: RunConfig, world: World, interrupt: Interrupt, files: R
         group=world.storage,
         run_files=files,
     )
-    is_resumed = resume(state, store, loader, world)
+    start = time.monotonic()
+    resumed_from = resume(state, store, loader, world)
+    resume_seconds = time.monotonic() - start
     store.probe(checkpoint_bytes(config))
-    if not is_resumed and config.train.start is not None:
+    if resumed_from is None and config.train.start is not None:
         lines = begin(state.built, config, loader)
         fix = "export or import them again from weights that are whole"
         refuse_not_finite(state.built.state(), config.train.start, fix, world)
@@ -104,15 +113,16 @@ def run_in_world(config: RunConfig, world: World, interrupt: Interrupt, files: R
         directory,
         "" if files is None else files.id,
         config.model_dump(),
+        launch,
         world.rank,
         config.train.steps,
     )
-    is_well, code = False, 0
+    code = 0
     # The tracker is closed last, whatever a hook raises on its way out.
     with ExitStack() as stack:
-        stack.callback(lambda: tracker.close(is_failed=not is_well))
-        tracker.resume(state.step)
-        hooks = hooks_of(config, tracker, world)
+        stack.push(lambda kind, error, trace: tracker.close(error))
+        tracker.resume(state.step, resumed_from, resume_seconds)
+        hooks = hooks_of(config, tracker, loader.tokenizer, world)
         for hook in hooks:
             stack.callback(hook.close)
         try:
@@ -124,13 +134,11 @@ def run_in_world(config: RunConfig, world: World, interrupt: Interrupt, files: R
             code = STOPPED
             if world.rank == 0:
                 write_atomically(directory / REQUEUE, f"stopped at step {state.step}\n".encode())
-                done = f"saved step {state.step}" if state.step else "before the first"
-                print(f"asked to stop: {done} of {config.train.steps}", flush=True)
-        is_well = True
+            tracker.stop()
     return code
 
 
-def hooks_of(config: RunConfig, tracker: Tracker, world: World) -> list[StepHook]:
+def hooks_of(config: RunConfig, tracker: Tracker, tokenizer: Tokenizer, world: World) -> list[StepHook]:
     """What runs beside the steps, in the order in which it is called."""
     options, hooks = config.train, list[StepHook]()
     if options.gc_every is not None:
@@ -139,8 +147,11 @@ def hooks_of(config: RunConfig, tracker: Tracker, world: World) -> list[StepHook
         hooks.append(Profiler(options.profile, Path(config.run.dir), world.rank))
     if world.rank == 0:
         hooks.append(Notice(Path(config.run.dir)))
-    # Last, so that what the others take after a step is in its time.
-    return [*hooks, Metrics(config, tracker, world)]
+    # After those whose time after a step is part of it.
+    hooks.append(Metrics(config, tracker, world))
+    if config.sample.every is not None:
+        hooks.append(Sampler(config, tracker, tokenizer, world))
+    return hooks
 
 
 def train(
@@ -195,9 +206,11 @@ def evaluate_if_due(
     is_due = state.step > 0 and state.step % config.train.evaluate_every == 0
     if is_due and loader.held_out_rows > 0:
         world.progress.enter("evaluation", state.step)
+        start = time.monotonic()
         held_out = score(state, loader, config, world, config.train.evaluate_rows, check)
+        seconds = time.monotonic() - start
         for hook in hooks:
-            hook.after_evaluation(state, held_out)
+            hook.after_evaluation(state, held_out, seconds)
 
 
 def open_data(config: RunConfig, rank: int) -> Loader:
@@ -250,13 +263,15 @@ def save(
     tokenizer = loader.card.tokenizer.digest
     extra = {"counters": state.counters(), "data": loader.fingerprint, "tokenizer": tokenizer}
     world.progress.enter("save", state.step)
+    start = time.monotonic()
     store.save(state.step, state.tensors(world), extra)
+    saved = Saved(time.monotonic() - start, store.saved_bytes)
     for hook in hooks:
-        hook.after_save(state)
+        hook.after_save(state, saved)
 
 
-def resume(state: TrainState, store: CheckpointStore, loader: Loader, world: World) -> bool:
-    """Takes over the newest good checkpoint; False when there is none. Mutates the state.
+def resume(state: TrainState, store: CheckpointStore, loader: Loader, world: World) -> Path | None:
+    """Takes over the newest good checkpoint, and gives its path; None when there is none. Mutates the state.
 
     Raises CheckpointError when none is usable, ConfigError when the data is other than the run's.
     """
@@ -265,7 +280,7 @@ def resume(state: TrainState, store: CheckpointStore, loader: Loader, world: Wor
     if loaded is None:
         # Asking for the optimizer's tensors made it allocate them; the first step must find none.
         state.optimizer.state.clear()
-        return False
+        return None
     fix = "point it back to the dataset of the run"
     # Older checkpoints have no digest of their own: that of the dataset covers its tokenizer too.
     if "tokenizer" in loaded.extra:
@@ -283,9 +298,7 @@ def resume(state: TrainState, store: CheckpointStore, loader: Loader, world: Wor
             "ranks; dropout goes on with other masks",
             flush=True,
         )
-    if world.rank == 0:
-        print(f"resumed at step {state.step} from {loaded.path}", flush=True)
-    return True
+    return loaded.path
 
 
 def stop_if_asked(interrupt: Interrupt, world: World) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from conf.compose import sweep_jobs
+from conf.compose import sweep_jobs, typed_keys
 from conf.errors import STOPPED, ConfigError, Violation, as_weft_error
 from train.config.environment import Environment, read_environment
 from train.config.load import load_config
+from train.config.run_names import sweep_names
 
 if TYPE_CHECKING:
     from train.config.run_config import RunConfig
@@ -63,7 +64,10 @@ def checked_jobs(typed: Sequence[str]) -> list[Job]:
                 found.setdefault(violation, []).append(own)
             continue
         directory = config.run.model_copy(update={"dir": f"{config.run.dir}/{number}"})
-        jobs.append(Job(config.model_copy(update={"run": directory}), own))
+        names = sweep_names(config.run.dir, number, own)
+        free = {key: name for key, name in names.items() if f"track.{key}" not in typed_keys(overrides)}
+        track = config.track.model_copy(update=free)
+        jobs.append(Job(config.model_copy(update={"run": directory, "track": track}), own))
     if found:
         raise ConfigError([_of_some(*violation, len(combinations)) for violation in found.items()])
     return jobs

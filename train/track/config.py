@@ -8,11 +8,14 @@ from conf.compose import Config
 
 
 class TrackConfig(Config):
-    """How a run is shown on Weights & Biases. The files in the run directory are written in any case."""
+    """What a run prints, and how it is shown on Weights & Biases. Its files are written in any case."""
 
     wandb: Literal["offline", "online", "disabled"]
     project: str = Field(min_length=1)
     entity: str | None
-    name: str | None
+    name: str | None = Field(min_length=1, max_length=128)
+    group: str | None = Field(min_length=1, max_length=128)
     tags: Annotated[tuple[str, ...], Strict(False)]
+    router_every: int | None = Field(ge=1)
+    log_every: int = Field(ge=1)
     timeout_seconds: float = Field(gt=0, le=15)

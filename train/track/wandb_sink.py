@@ -48,6 +48,7 @@ class WandbSink:
             "project": config.project,
             "entity": config.entity,
             "name": config.name,
+            "group": config.group,
             "tags": list(config.tags),
             "timeout_seconds": config.timeout_seconds,
             "run_id": run_id,
@@ -67,11 +68,15 @@ class WandbSink:
         )
         self._thread.start()
 
-    def log(self, values: Mapping[str, Any]) -> None:
-        """Queue one line; returns at once."""
+    def log(self, values: Mapping[str, Any], kind: str = "") -> None:
+        """Queue one line; returns at once.
+
+        Values are numbers, or those of train.track.panels. A line of a step up to which another start of the
+        run recorded lines of its kind is left out: steps that are done again stand once.
+        """
         while not self._is_off:
             try:
-                self._lines.put_nowait({"log": dict(values)})
+                self._lines.put_nowait({"log": dict(values), "kind": kind})
                 return
             except queue.Full:
                 with contextlib.suppress(queue.Empty):
