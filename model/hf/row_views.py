@@ -1,5 +1,6 @@
 """What a piece takes of one of our tensors, read by the rows that it touches and no others."""
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -26,8 +27,8 @@ class RowViews:
         view = piece.ours_view(blank)
         is_view = view.untyped_storage()._cdata == blank.untyped_storage()._cdata
         assert is_view, f"{piece=} makes a copy of ours"
-        width = blank[0].numel() if blank.ndim else 1
-        start = view.storage_offset()
+        width = math.prod(blank.shape[1:])
+        start = int(view.storage_offset())
         if view.numel() == 0:
             return self._read(piece.ours, 0, 0).new_empty(view.shape)
         last = start + sum((size - 1) * step for size, step in zip(view.shape, view.stride(), strict=True))
