@@ -13,6 +13,7 @@ from train.checkpoint.store import CheckpointStore
 from train.config.load import load_config
 from train.config.run_config import RunConfig
 
+
 def save_run(
     overrides: Sequence[str], steps: Sequence[int] = (4,), tokenizer: str = "ab" * 32
 ) -> dict[int, LanguageModel]:

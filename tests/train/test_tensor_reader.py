@@ -84,8 +84,7 @@ def test_memory_holds_the_rows_alone(tmp_path: Path) -> None:
         assert opened is not None
         with LiveBytes(()) as live:
             opened.reader.rows("w", 200, 200 + rows)
-    # Once as read and once as given.
-    assert 0 < live.peak <= 2 * rows * 8 * 4
+    assert live.peak == rows * 8 * 4
 
 
 def test_a_checkpoint_that_is_deleted_meanwhile_is_read_to_its_end(tmp_path: Path) -> None:

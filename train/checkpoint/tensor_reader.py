@@ -30,6 +30,25 @@ class _Block(NamedTuple):
     offset: int
 
 
+class _Part(NamedTuple):
+    """Rows of a stored block from its `row` on: where they lie in those that were asked for."""
+
+    chunk: ChunkStorageMetadata
+    row: int
+    corner: tuple[int, ...]
+    sizes: torch.Size
+
+
+def _part(chunk: ChunkStorageMetadata, first: int, stop: int) -> _Part | None:
+    """What a block has of rows `first` to `stop` of its tensor."""
+    corner, sizes = tuple(chunk.offsets) or (0,), tuple(chunk.sizes) or (1,)
+    low, high = max(first, corner[0]), min(stop, corner[0] + sizes[0])
+    if low >= high or 0 in sizes:
+        return None
+    own = torch.Size([high - low, *sizes[1:]])
+    return _Part(chunk, low - corner[0], (low - first, *corner[1:]), own)
+
+
 class TensorReader:
     """The tensors of a checkpoint that was verified, whose metadata came through `read_metadata`.
 
@@ -66,40 +85,30 @@ class TensorReader:
         """
         stored = self._metadata.state_dict_metadata[key]
         assert isinstance(stored, TensorStorageMetadata), f"{key} is no tensor"
-        shape = stored.size or torch.Size([1])
-        found = torch.empty(stop - first, *shape[1:], dtype=stored.properties.dtype)
-        missing = found.numel()
-        for chunk in stored.chunks:
-            corner, sizes = chunk.offsets or (0,), chunk.sizes or (1,)
-            low, high = max(first, corner[0]), min(stop, corner[0] + sizes[0])
-            if low >= high or 0 in sizes:
-                continue
-            rows = self._rows_of(key, chunk, stored.properties.dtype, low - corner[0], high - corner[0])
-            others = (slice(at, at + size) for at, size in zip(corner[1:], sizes[1:], strict=True))
-            place = found[(slice(low - first, high - first), *others)]
-            missing -= place.numel()
-            if place.shape == found.shape and rows.is_contiguous():
-                found = rows
-            else:
-                place.copy_(rows)
-        if missing > 0:
+        shape = torch.Size([stop - first, *(stored.size or (1,))[1:]])
+        dtype = stored.properties.dtype
+        parts = [part for chunk in stored.chunks if (part := _part(chunk, first, stop)) is not None]
+        if len(parts) == 1 and parts[0].sizes == shape:
+            return self._rows_of(key, parts[0], dtype).contiguous()
+        if (missing := shape.numel() - sum(part.sizes.numel() for part in parts)) > 0:
             raise CheckpointError(f"{self._path}: holds no blocks for {missing} numbers of {key}")
+        found = torch.empty(shape, dtype=dtype)
+        for part in parts:
+            block = tuple(slice(at, at + size) for at, size in zip(part.corner, part.sizes, strict=True))
+            found[block] = self._rows_of(key, part, dtype)
         return found
 
-    def _rows_of(
-        self, key: str, chunk: ChunkStorageMetadata, dtype: torch.dtype, first: int, stop: int
-    ) -> Tensor:
-        """Rows of one stored block."""
-        index = MetadataIndex(key, chunk.offsets)
+    def _rows_of(self, key: str, part: _Part, dtype: torch.dtype) -> Tensor:
+        """The part of a stored block, as it lies there."""
+        index = MetadataIndex(key, part.chunk.offsets)
         if index not in self._blocks:
             self._blocks[index] = self._locate(index)
         block = self._blocks[index]
-        sizes = tuple(chunk.sizes) or (1,)
-        shape, stride = (stop - first, *sizes[1:]), block.stride or (1,)
-        start = block.offset + first * stride[0]
-        last = start + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+        stride = block.stride or (1,)
+        start = block.offset + part.row * stride[0]
+        last = start + sum((size - 1) * step for size, step in zip(part.sizes, stride, strict=True))
         raw = self._read(block.file, block.at + start * dtype.itemsize, (last + 1 - start) * dtype.itemsize)
-        return raw.view(dtype).as_strided(shape, stride)
+        return raw.view(dtype).as_strided(part.sizes, stride)
 
     def _locate(self, index: MetadataIndex) -> _Block:
         record = self._metadata.storage_data[index]

@@ -117,8 +117,8 @@ def _refuse(found: Sequence[Violation], typed: Sequence[str], draft: RunDraft, w
 
 
 def _fitting(layout: Mapping[str, Any], num_experts: int, world_size: int) -> dict[str, Any]:
-    """A layout for so many processes that any model fits: weights sharded, experts spread if they can."""
-    ep = math.gcd(num_experts, world_size)
+    """A layout for so many processes that any model fits: weights sharded, experts spread if they were."""
+    ep = math.gcd(num_experts, world_size) if layout["ep"] > 1 else 1
     return {**layout, **_FITTING, "ep": ep, "ep_dispatch": "all_to_all"}
 
 
