@@ -71,6 +71,9 @@ def read(rank: int, size: int, directory: Path, layout: tuple[str, ...]) -> Read
     context = config.data.sequence_length
     logits = [next_logits(runner, torch.tensor(prompt), world, context) for prompt in PROMPTS]
     tokenizer = load_tokenizer(Path(config.data.directory) / TOKENIZER)
+    # Ranks that draw other tokens still take those of the first.
+    train = config.train.model_copy(update={"seed": config.train.seed + rank})
+    config = config.model_copy(update={"train": train})
     return Read(score, logits, sample_text(runner, tokenizer, config, world))
 
 

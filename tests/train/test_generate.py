@@ -63,3 +63,18 @@ def test_the_last_tokens_are_seen_and_the_end_is_no_text(context: int, end: int,
         generator=torch.Generator(),
     )
     assert found.tolist() == expected
+
+
+def test_ranks_go_on_from_the_token_that_all_take() -> None:
+    found = generate(
+        sums,
+        torch.tensor([1, 2]),
+        tokens=3,
+        temperature=0.0,
+        end=9,
+        vocabulary=10,
+        context=99,
+        generator=torch.Generator(),
+        agreed=lambda chosen: chosen + 1,
+    )
+    assert found.tolist() == [4, 8, 6]
