@@ -67,9 +67,10 @@ def read(rank: int, size: int, directory: Path, layout: tuple[str, ...]) -> Read
     world = World(rank, size, torch.device("cpu"), axes)
     loader = open_data(config, rank)
     runner = restore(str(directory), config, world, rows=3).built.runner
-    score = evaluate(runner, loader, world, rows=7, micro_batch=3, mtp_depth=config.model.mtp.depth)
     context = config.data.sequence_length
     logits = [next_logits(runner, torch.tensor(prompt), world, context) for prompt in PROMPTS]
+    # After them: what a score has gathered of the weights would be there.
+    score = evaluate(runner, loader, world, rows=7, micro_batch=3, mtp_depth=config.model.mtp.depth)
     tokenizer = load_tokenizer(Path(config.data.directory) / TOKENIZER)
     # Ranks that draw other tokens still take those of the first.
     train = config.train.model_copy(update={"seed": config.train.seed + rank})
