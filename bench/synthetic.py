@@ -38,7 +38,7 @@ def batch_of(config: RunConfig, step: int) -> Batch:
 def train_on_rows(config: RunConfig, world: World, steps: int) -> Iterator[Reading]:
     """Readings of the first steps of a run in this process, weights drawn from `train.seed`."""
     state = build_state(config, world)
-    prepare_kernels(config, state.built.modules(), world)
+    print(prepare_kernels(config, state.built.modules(), world), flush=True)
     for step in range(steps):
         batch = batch_of(config, step)
         if world.device.type == "cuda":

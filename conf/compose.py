@@ -317,17 +317,22 @@ def validate(root: type[T], tree: Mapping[str, Any]) -> T:
 
 def parse_command(arguments: Sequence[str], root: type[T]) -> T:
     """`key=value` arguments of a small command as a `root`. Raises ConfigError."""
+    return validate(root, dict(parse_values(arguments)))
+
+
+def parse_values(arguments: Sequence[str]) -> list[tuple[str, Any]]:
+    """Keys and values of `key=value` arguments. Raises ConfigError for what is none."""
     from hydra.errors import HydraException
 
-    tree = {}
+    values = []
     for argument in arguments:
         try:
             parsed = _parsed(argument)
         except HydraException as error:
             message = f"not a key=value argument: {_first_line(error)}"
             raise ConfigError([Violation(argument, message)]) from error
-        tree[parsed.key_or_group] = parsed.value()
-    return validate(root, tree)
+        values.append((parsed.key_or_group, parsed.value()))
+    return values
 
 
 def _violation(detail: ErrorDetails, known: Sequence[str], tree: Mapping[str, Any]) -> Violation:

@@ -170,6 +170,26 @@ class ModelPart(nn.Module):
         assert table is not None, f"{self.layers=}"
         return table.weight.to(self.dtype)
 
+    def part_logits(
+        self,
+        stream: Float[Tensor, "B P *n D"] | None,
+        sequence: Sequence,
+        pick: Callable[[Float[Tensor, "B P D"]], Tensor],
+    ) -> Tensor:
+        """What the next part reads; after the last one logits, of the hidden states that `pick` gives.
+
+        stream is as in `part_loss`. Where ranks share out the vocabulary the logits are those that are here.
+        """
+        return self._logits(stream, sequence, pick)
+
+    # Apart from the public one, which FSDP2 wraps as it does forward: one must not be called in the other.
+    def _logits(self, stream: Tensor | None, sequence: Sequence, pick: Callable[[Tensor], Tensor]) -> Tensor:
+        stream, _ = self._run(stream, sequence)
+        if not self.is_last:
+            return stream
+        logits, cap = pick(self._close(stream)) @ self._head_weight().T, self.config.model.logit_cap
+        return logits if cap is None else cap * (logits / cap).tanh()
+
     def routers(self) -> Iterator[Router]:
         """The routers in order of depth, those of the MTP modules last."""
         for block in [*self.blocks, *(module.block for module in self.mtp)]:
@@ -189,9 +209,7 @@ class LanguageModel(ModelPart):
 
     def forward(self, tokens: Int[Tensor, "B T"], sequence: Sequence | None = None) -> Float[Tensor, "B T V"]:
         """Logits of the next token at every position. Without `sequence` every row is one document."""
-        stream, _ = self._run(None, sequence or Sequence.whole(tokens))
-        logits, cap = self._close(stream) @ self._head_weight().T, self.config.model.logit_cap
-        return logits if cap is None else cap * (logits / cap).tanh()
+        return self._logits(None, sequence or Sequence.whole(tokens), lambda x: x)
 
     def loss(
         self, tokens: Int[Tensor, "B T"], targets: Int[Tensor, "B T"], sequence: Sequence | None = None

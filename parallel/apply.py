@@ -92,6 +92,13 @@ class Parallel:
         is_whole = not isinstance(x, DTensor) and x.shape == self.shard_maps[name].shape
         return x if is_whole else GlobalShardView.of(x, self.shard_maps[name])
 
+    def checkpoint_state(self) -> dict[str, Tensor]:
+        """Parameters and buffers here by name, as checkpoints take them."""
+        return {
+            name: self.checkpoint_view(name, value) if name in self.shard_maps else value
+            for name, value in self.state().items()
+        }
+
     def sum_shared_gradients(self, axes: Axes) -> None:
         """Sums what several ranks hold the same copy of, beyond data parallelism; once, after backward."""
         sum_shared_gradients(self.named_parameters(), self.shard_maps, axes.tp)
@@ -123,9 +130,21 @@ def build_parallel(
     for it.
     """
     built, initials = build_on_meta(config, dtypes, parallel, world, step_shape, backend=backend)
-    for part in built.parts:
-        part.to_empty(device=world.device)
+    _allocate(built, world.device)
     _initialise(built, initials, seed)
+    return built
+
+
+def build_empty(
+    config: Architecture,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    parallel: ParallelConfig,
+    world: World,
+    step_shape: StepShape,
+) -> Parallel:
+    """The same, its parameters whatever memory holds: for weights that are read from elsewhere."""
+    built, _ = build_on_meta(config, dtypes, parallel, world, step_shape)
+    _allocate(built, world.device)
     return built
 
 
@@ -207,12 +226,19 @@ def apply_activation_memory(part: ModelPart, parallel: ParallelConfig) -> None:
 
 
 @torch.no_grad()
+def _allocate(built: Parallel, device: torch.device) -> None:
+    """Memory for all parts, buffers with their first values."""
+    for part in built.parts:
+        part.to_empty(device=device)
+    for module in built.modules():
+        _reset_buffers(module)
+
+
+@torch.no_grad()
 def _initialise(built: Parallel, initials: Mapping[str, Initial], seed: int) -> None:
     for name, parameter in built.named_parameters():
         # Every rank draws the same values and keeps its part: no broadcast.
         built.fill(name, parameter, sample(name, initials[name], built.shard_maps[name].shape, seed))
-    for module in built.modules():
-        _reset_buffers(module)
 
 
 def _reset_buffers(module: nn.Module) -> None:

@@ -19,7 +19,7 @@ from model.language_model import LanguageModel, Losses
 from parallel.apply import Parallel
 from parallel.config.zero import BUCKET, ZeroConfig
 from parallel.mesh.world import World
-from parallel.micro_batches import Denominators, MicroBatch, added, objective_of, undivided
+from parallel.micro_batches import Denominators, MicroBatch, Pick, added, objective_of, undivided
 from parallel.shard.shard_view import GlobalShardView
 
 # The optimizer's state of a tensor before its first update.
@@ -43,17 +43,19 @@ class Slot(NamedTuple):
 
 
 class Objective(nn.Module):
-    """The model with its losses as forward, the only thing that DeepSpeed's engine runs."""
+    """The model with its losses or logits as forward, the only thing that DeepSpeed's engine runs."""
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, batch: MicroBatch, denominators: Denominators) -> tuple[Tensor, Losses]:
-        """What backward starts from, and the losses, detached."""
+    def forward(self, batch: MicroBatch, asked: Denominators | Pick) -> tuple[Tensor, Losses] | Tensor:
+        """What backward starts from, and the losses, detached; the logits where they are asked for."""
         targets, sequence = batch
+        if not isinstance(asked, Denominators):
+            return self.model.part_logits(None, sequence, asked)
         losses = self.model.loss(sequence.tokens, targets, sequence)
-        return objective_of(losses, denominators), added(None, losses)
+        return objective_of(losses, asked), added(None, losses)
 
 
 @runtime_checkable
@@ -196,6 +198,15 @@ class Engine:
         self._engine.train(was_training)
         return losses.cross_entropy
 
+    @torch.no_grad()
+    def logits(self, batch: MicroBatch, pick: Pick) -> Float[Tensor, "V"]:
+        """The logits after the hidden state that `pick` gives, without gradients and without dropout."""
+        was_training = self._engine.training
+        self._engine.eval()
+        logits = self._engine(batch, pick)
+        self._engine.train(was_training)
+        return logits
+
     def update(self) -> tuple[float, bool]:
         """Sums gradients over ranks, clips and steps; gives their norm and whether all was finite."""
         self._engine.step()
@@ -230,11 +241,6 @@ class Partitioned(Parallel):
 
     engine: Engine
     parameters: Mapping[str, nn.Parameter]
-
-    @property
-    def whole(self) -> LanguageModel | None:
-        """The model, where forward has all of its weights."""
-        return super().whole if isinstance(self.engine.partition_map, FlatPartitions) else None
 
     def checkpoint_view(self, name: str, x: Tensor) -> Tensor:
         """A parameter as checkpoints take it."""

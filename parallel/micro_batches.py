@@ -1,5 +1,6 @@
 """What goes through a model at a time, and the objective that its losses make."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -33,6 +34,10 @@ class Denominators(NamedTuple):
     mtp_coefficient: float
 
 
+# Of the hidden states [B P D] of this rank's tokens one [D], the same on all ranks that share the rows.
+Pick = Callable[[Tensor], Tensor]
+
+
 @runtime_checkable
 class Runner(Protocol):
     """Runs this rank's part of a model."""
@@ -43,6 +48,13 @@ class Runner(Protocol):
 
     def score(self, batch: MicroBatch) -> Float[Tensor, ""]:
         """This rank's share of the summed cross-entropy, without gradients and without dropout."""
+        ...
+
+    def logits(self, batch: MicroBatch, pick: Pick) -> Float[Tensor, "M"]:
+        """The logits of this rank's part of the vocabulary after the hidden state that `pick` gives.
+
+        The same on all ranks of a pipeline. Without gradients and without dropout.
+        """
         ...
 
 
@@ -71,6 +83,15 @@ class WholeModel:
         losses = self._model.loss(batch.sequence.tokens, batch.targets, batch.sequence)
         self._model.train(was_training)
         return losses.cross_entropy
+
+    @torch.no_grad()
+    def logits(self, batch: MicroBatch, pick: Pick) -> Float[Tensor, "M"]:
+        """The logits of this rank's part of the vocabulary after the hidden state that `pick` gives."""
+        was_training = self._model.training
+        self._model.eval()
+        logits = self._model.part_logits(None, batch.sequence, pick)
+        self._model.train(was_training)
+        return logits
 
 
 def objective_of(losses: Losses, denominators: Denominators) -> Float[Tensor, ""]:

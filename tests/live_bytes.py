@@ -21,7 +21,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if isinstance(x, Tensor):
+            # What has shapes alone takes no memory.
+            if isinstance(x, Tensor) and x.untyped_storage().device.type != "meta":
                 self._count(x.untyped_storage())
         self.peak = max(self.peak, self.now)
         return out

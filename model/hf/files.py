@@ -4,9 +4,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from conf.errors import CheckpointError, as_storage_error
 from conf.names import shortened
+
+T = TypeVar("T")
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 # A file and not a field of config.json: families refuse fields that they do not know, and what transformers
@@ -151,53 +153,83 @@ def write_directory(
 
     Raises StorageError, and CheckpointError when `path` exists.
     """
-    if path.exists():
-        raise CheckpointError(f"{path}: exists; export to a directory that does not")
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    refuse_existing(path)
+    beside, shards = beside_of(path), []
     try:
-        beside.mkdir(parents=True)
-        (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        if tokenizer_digest is not None:
-            (beside / TOKENIZER_DIGEST).write_text(json.dumps({"sha256": tokenizer_digest}) + "\n")
-        _write_shards(beside, tensors, shard_bytes)
-        beside.rename(path)
+        begin_directory(beside, config, tokenizer_digest)
+        for shard in shards_of(tensors, lambda tensor: tensor.nbytes, shard_bytes):
+            write_shard(beside, len(shards), shard)
+            shards.append({name: tensor.nbytes for name, tensor in shard.items()})
+        finish_directory(beside, path, shards)
     except OSError as error:
         raise as_storage_error(error, path) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _write_shards(path: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
-    shards: list[dict[str, int]] = []
-    shard: dict[str, Tensor] = {}
-    for name, tensor in tensors:
-        if shard and sum(x.nbytes for x in shard.values()) + tensor.nbytes > shard_bytes:
-            shards.append(_write_shard(path, len(shards), shard))
-            shard = {}
-        shard[name] = tensor.contiguous()
-    shards.append(_write_shard(path, len(shards), shard))
+def refuse_existing(path: Path) -> None:
+    """Raises CheckpointError when `path` exists."""
+    if path.exists():
+        raise CheckpointError(f"{path}: exists; export to a directory that does not")
+
+
+def beside_of(path: Path) -> Path:
+    """Where this process writes what becomes `path`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def shards_of(
+    items: Iterable[tuple[str, T]], bytes_of: Callable[[T], int], shard_bytes: int
+) -> Iterator[dict[str, T]]:
+    """Items in the shards that their tensors are written in, in order; a shard has one at least."""
+    shard: dict[str, T] = {}
+    size = 0
+    for name, item in items:
+        if shard and size + bytes_of(item) > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = item
+        size += bytes_of(item)
+    yield shard
+
+
+def begin_directory(beside: Path, config: Mapping[str, Any], tokenizer_digest: str | None) -> None:
+    """Makes the directory, with all but weights in it. Raises OSError."""
+    beside.mkdir(parents=True)
+    (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    if tokenizer_digest is not None:
+        (beside / TOKENIZER_DIGEST).write_text(json.dumps({"sha256": tokenizer_digest}) + "\n")
+
+
+def write_shard(beside: Path, number: int, shard: Mapping[str, Tensor]) -> None:
+    """Writes the weights of one shard; shards may come in any order. Raises OSError."""
+    path = beside / _shard_name(number)
+    save_file({name: x.contiguous() for name, x in shard.items()}, path, metadata={"format": "pt"})
+    # It is written for its owner alone; those who may read the config may read the weights.
+    path.chmod((beside / CONFIG).stat().st_mode)
+
+
+def finish_directory(beside: Path, path: Path, shards: Sequence[Mapping[str, int]]) -> None:
+    """Names the files, writes their index and renames the directory to `path`. Raises OSError.
+
+    shards has the bytes of each tensor by its name, for each file that was written.
+    """
     if len(shards) == 1:
-        (path / _shard_name(0)).rename(path / SINGLE)
-        return
-    weight_map = {}
-    for number, sizes in enumerate(shards):
-        final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (path / _shard_name(number)).rename(path / final)
-        weight_map |= dict.fromkeys(sizes, final)
-    total = sum(size for sizes in shards for size in sizes.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (path / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (beside / _shard_name(0)).rename(beside / SINGLE)
+    else:
+        weight_map = {}
+        for number, sizes in enumerate(shards):
+            final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+            (beside / _shard_name(number)).rename(beside / final)
+            weight_map |= dict.fromkeys(sizes, final)
+        total = sum(size for sizes in shards for size in sizes.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (beside / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    beside.rename(path)
 
 
 def _shard_name(number: int) -> str:
     return f"shard-{number}.safetensors"
-
-
-def _write_shard(path: Path, number: int, shard: dict[str, Tensor]) -> dict[str, int]:
-    save_file(shard, path / _shard_name(number), metadata={"format": "pt"})
-    # It is written for its owner alone; those who may read the config may read the weights.
-    (path / _shard_name(number)).chmod((path / CONFIG).stat().st_mode)
-    return {name: tensor.nbytes for name, tensor in shard.items()}
 
 
 def _read_digest(path: Path) -> str | None:

@@ -35,6 +35,9 @@ class Piece(NamedTuple):
     shape: tuple[int, ...] | None = None
 
 
+PieceView = Callable[[Piece], Tensor]
+
+
 def rows(*sizes: int) -> list[TensorView]:
     """A view for each run of rows, in order."""
     views, start = [], 0
@@ -106,23 +109,36 @@ class Mapped:
                 found.setdefault(piece.ours, {}).setdefault(name, []).append(piece)
         return found
 
+    def dtype_of(
+        self,
+        name: str,
+        ours: Mapping[str, Tensor],
+        dtype: torch.dtype | None = None,
+        float32: Collection[str] = (),
+    ) -> torch.dtype:
+        """The dtype that `write` gives one of their tensors. `ours` may be on the meta device."""
+        parts = self.by_theirs[name]
+        widest = reduce(torch.promote_types, [ours[part.ours].dtype for part in parts])
+        if dtype is None or not widest.is_floating_point:
+            return widest
+        is_kept = any(part.ours in float32 for part in parts)
+        return torch.promote_types(dtype, torch.float32) if is_kept else dtype
+
     def write(
         self,
         name: str,
         ours: Mapping[str, Tensor],
         dtype: torch.dtype | None = None,
         float32: Collection[str] = (),
+        view: PieceView | None = None,
     ) -> Tensor:
         """One of their tensors, made from ours, whose widest dtype it has, or `dtype` if that is given.
 
-        Of tensors of ours that `float32` names it has float32 at least.
+        Of tensors of ours that `float32` names it has float32 at least. Where a `view` is given, it gives
+        what a piece takes of ours, and `ours` may be on the meta device.
         """
-        parts = self.by_theirs[name]
-        widest = reduce(torch.promote_types, [ours[part.ours].dtype for part in parts])
-        if dtype is not None and widest.is_floating_point:
-            is_kept = any(part.ours in float32 for part in parts)
-            widest = torch.promote_types(dtype, torch.float32) if is_kept else dtype
-        theirs = torch.empty(self.shapes[name], dtype=widest)
-        for piece in parts:
-            piece.theirs_view(theirs).copy_(piece.ours_view(ours[piece.ours]))
+        theirs = torch.empty(self.shapes[name], dtype=self.dtype_of(name, ours, dtype, float32))
+        for piece in self.by_theirs[name]:
+            own = piece.ours_view(ours[piece.ours]) if view is None else view(piece)
+            piece.theirs_view(theirs).copy_(own)
         return theirs

@@ -1,7 +1,8 @@
 """Models from directories as on the Hugging Face hub, and back."""
 
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from model.hf.family import Family, families, family_of
 from model.hf.fields import Fields
 from model.hf.files import CONFIG, DTYPES, SHARD_BYTES, HubDirectory, write_directory
 from model.hf.own import OWN
-from model.hf.pieces import Mapped
+from model.hf.pieces import Mapped, PieceView
 from model.language_model import LanguageModel
 
 # How the names of quantised tensors and of their scales end on the hub.
@@ -114,25 +115,59 @@ def save_pretrained(
     Raises CheckpointError when the directory exists, or no family holds the architecture or a buffer that is
     not zero, StorageError.
     """
-    family, config = family_for(model.config, model_type)
     ours = state_of(model)
-    mapped = Mapped(family.pieces(model.config), ours)
-    lost = [name for name in mapped.uncovered if bool(ours[name].any())]
-    if lost:
-        raise CheckpointError(f"{family.model_type} has no place for {shortened(lost)}, which are not zero")
-    kept, said = family.float32_of(mapped, model), dtype or next(model.parameters()).dtype
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name in sorted(mapped.by_theirs):
-            yield name, mapped.write(name, ours, dtype, kept)
-        for name, source in family.copies(model.config).items():
-            yield name, mapped.write(source, ours, dtype, kept)
-        yield from family.derived(model.config)
-
+    export = Export(model, model_type, dtype)
+    export.refuse_lost(ours.__getitem__)
     with torch.no_grad():
-        fields = full_config(family, config, said)
-        write_directory(Path(directory), fields, tensors(), shard_bytes, tokenizer_digest)
-    return family.model_type
+        tensors = export.tensors(view=lambda piece: piece.ours_view(ours[piece.ours]))
+        write_directory(Path(directory), export.fields, tensors, shard_bytes, tokenizer_digest)
+    return export.family.model_type
+
+
+class Export:
+    """A model as a directory of the hub: the family, its config.json, and what its files hold.
+
+    The model may stand on the meta device: its numbers come from outside.
+    """
+
+    def __init__(
+        self, model: LanguageModel, model_type: str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """model_type and dtype as in `save_pretrained`. Raises CheckpointError when no family fits."""
+        self.family, fields = family_for(model.config, model_type)
+        self._config, self._ours, self._dtype = model.config, state_of(model), dtype
+        self._mapped = Mapped(self.family.pieces(model.config), self._ours)
+        self._kept = self.family.float32_of(self._mapped, model)
+        self.fields = full_config(self.family, fields, dtype or next(model.parameters()).dtype)
+        # In the order of the files; the second is what a tensor is a copy of.
+        self._sources = {name: name for name in sorted(self._mapped.by_theirs)}
+        self._sources |= self.family.copies(model.config)
+
+    def refuse_lost(self, read: Callable[[str], Tensor]) -> None:
+        """Raises CheckpointError for a buffer of ours that the family has no place for and is not zero."""
+        lost = [name for name in self._mapped.uncovered if bool(read(name).any())]
+        if lost:
+            raise CheckpointError(
+                f"{self.family.model_type} has no place for {shortened(lost)}, which are not zero"
+            )
+
+    def sizes(self) -> Iterator[tuple[str, int]]:
+        """Bytes of every tensor of the directory, in the order of its files; nothing is read."""
+        for name, source in self._sources.items():
+            dtype = self._mapped.dtype_of(source, self._ours, self._dtype, self._kept)
+            yield name, math.prod(self._mapped.shapes[source]) * dtype.itemsize
+        yield from ((name, tensor.nbytes) for name, tensor in self.family.derived(self._config))
+
+    def tensors(
+        self, names: Container[str] | None = None, *, view: PieceView
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of these names, of all by default, one made at a time; view as in `Mapped.write`."""
+        for name, source in self._sources.items():
+            if names is None or name in names:
+                yield name, self._mapped.write(source, self._ours, self._dtype, self._kept, view)
+        for name, tensor in self.family.derived(self._config):
+            if names is None or name in names:
+                yield name, tensor
 
 
 def full_config(family: Family, fields: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from model.language_model import Losses, ModelPart, loss_names
 from model.layout import DENSE, MOE, NONE
 from parallel.config.pipeline import PipelinePlan, plan_violations
 from parallel.mesh.axes import Axis
-from parallel.mesh.collectives import swapped
-from parallel.micro_batches import Denominators, MicroBatch, added, objective_of, undivided
+from parallel.mesh.collectives import sum_over, swapped
+from parallel.micro_batches import Denominators, MicroBatch, Pick, added, objective_of, undivided
 from parallel.pipeline.schedules import build_schedule
 
 
@@ -190,23 +190,50 @@ class Pipeline:
 
         Collective over the axis.
         """
-        home = {stage: rank for rank in range(self.plan.degree) for stage in self.plan.stages_of(rank)}
-        shape = (batch.targets.shape[0], batch.targets.shape[1])
         total = torch.zeros((), dtype=_at_least_float32(self.stages[0].dtype), device=self._device)
-        stream = None
+
+        def run(stage: Stage, stream: Tensor | None) -> Tensor:
+            stage.begin([batch], undivided(batch, stage.config.model.mtp.depth))
+            out = stage(stream, micro_batch_index=torch.zeros(1, dtype=torch.long))
+            total.add_(stage.end().cross_entropy)
+            return out
+
+        self._forward((batch.targets.shape[0], batch.targets.shape[1]), run)
+        return total
+
+    @torch.no_grad()
+    def logits(self, batch: MicroBatch, pick: Pick) -> Float[Tensor, "M"]:
+        """The logits of this rank's part of the vocabulary after the hidden state that `pick` gives.
+
+        The same on all ranks of the axis. Without gradients and without dropout. Collective over the axis.
+        """
+        shape = (batch.targets.shape[0], batch.targets.shape[1])
+        found = self._forward(shape, lambda stage, x: stage.part_logits(x, batch.sequence, pick))
+        if found is None:
+            first = self.stages[0]
+            size = first.config.model.vocab_size // self._degree
+            found = torch.zeros(size, dtype=first.dtype, device=self._device)
+        return sum_over(found, self._axis)
+
+    def _forward(
+        self, shape: tuple[int, int], run: Callable[[Stage, Tensor | None], Tensor]
+    ) -> Tensor | None:
+        """Runs this rank's stages on one micro-batch; what the last of the model gives, None elsewhere."""
+        home = {stage: rank for rank in range(self.plan.degree) for stage in self.plan.stages_of(rank)}
+        stream = found = None
         for index, stage in zip(self.plan.stages_of(self._axis.rank), self.stages, strict=True):
             if index and home[index - 1] != self._axis.rank:
                 stream = self._stream(shape, self._device)
                 dist.recv(stream, self._axis.ranks[home[index - 1]], self._axis.group)
             was_training = stage.training
             stage.eval()
-            stage.begin([batch], undivided(batch, stage.config.model.mtp.depth))
-            stream = stage(stream, micro_batch_index=torch.zeros(1, dtype=torch.long))
-            total += stage.end().cross_entropy
+            stream = run(stage, stream)
             stage.train(was_training)
-            if not stage.is_last and home[index + 1] != self._axis.rank:
-                dist.send(stream, self._axis.ranks[home[index + 1]], self._axis.group)
-        return total
+            if stage.is_last:
+                found = stream
+            elif home[index + 1] != self._axis.rank:
+                dist.send(stream.contiguous(), self._axis.ranks[home[index + 1]], self._axis.group)
+        return found
 
     def _stream(self, shape: tuple[int, int], device: torch.device) -> Float[Tensor, "B P *n D"]:
         config = self.stages[0].config

@@ -76,6 +76,8 @@ def apply_fsdp(
         fully_shard(model, mesh=expert, mp_policy=low, ignored_params=set(model.parameters()))
     if isinstance(model, FSDPModule) and isinstance(model, LanguageModel):
         register_fsdp_forward_method(model, "loss")
+    if isinstance(model, FSDPModule):
+        register_fsdp_forward_method(model, "part_logits")
     if prefetch:
         _gather_ahead([*model.blocks], prefetch)
     for module in model.modules():

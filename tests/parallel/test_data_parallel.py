@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conf.errors import STOPPED
-from tests.train.runs import log_path, metrics_of, run_to_end, spawn_ranks, wait_for_metrics
+from tests.train.runs import log_path, metrics_of, model_of, run_to_end, spawn_ranks, wait_for_metrics
 
 STEPS = 20
 # float64 leaves rounding of sums in another order; float32 loses more through 20 steps of AdamW.
@@ -50,10 +50,7 @@ def assert_same(directory: Path, reference: Path, limit: float) -> None:
 
 
 def load_weights(directory: Path) -> dict[str, torch.Tensor]:
-    from train.config.load import open_run
-    from train.eval.restored import load_model
-
-    return load_model(str(directory), open_run(str(directory)))[0].state_dict()
+    return model_of(directory).state_dict()
 
 
 LAYOUTS = {

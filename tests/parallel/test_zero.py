@@ -12,6 +12,7 @@ from parallel.config.degrees import Degrees
 from parallel.config.zero import ZeroConfig
 from parallel.mesh.axes import open_axes
 from parallel.mesh.world import World
+from parallel.next_token import next_logits
 from parallel.shard.shard_view import GlobalShardView, flat_slices
 from tests.parallel.equality import Job, Run, compare, config_of, laid_out, on_rank, run
 from tests.parallel.test_resume_layouts import Step, go_on
@@ -35,11 +36,12 @@ LIMIT = 1e-5
 
 
 class Seen(NamedTuple):
-    """What the ranks saw: runs by form, steps of the chain, held-out losses, steps after one of NaN."""
+    """What the ranks saw: runs by form, steps of the chain, held-out losses and logits, steps after NaN."""
 
     runs: dict[str, Run]
     chain: list[Step]
     held_out: list[float]
+    logits: list[torch.Tensor]
     skipped: list[bool]
 
 
@@ -57,15 +59,18 @@ def all_forms(rank: int, size: int, config: RunConfig, directory: Path) -> Seen:
     chain = []
     for until, form in enumerate((*list(FORMS.values())[1:], None, FORMS["stage 1"]), 2):
         chain += go_on(rank, size, with_zero(config, form), TWO, directory, until)
-    held_out = [score(with_zero(config, form), world) for form in (None, *FORMS.values())]
-    return Seen(runs, chain, held_out, [skip(with_zero(config, form), world) for form in FORMS.values()])
+    found = [score(with_zero(config, form), world) for form in (None, *FORMS.values())]
+    held_out, logits = zip(*found, strict=True)
+    skipped = [skip(with_zero(config, form), world) for form in FORMS.values()]
+    return Seen(runs, chain, [*held_out], [*logits], skipped)
 
 
-def score(config: RunConfig, world: World) -> float:
-    """Held-out loss of the first values."""
+def score(config: RunConfig, world: World) -> tuple[float, torch.Tensor]:
+    """Held-out loss of the first values, and their logits after some tokens."""
     config = laid_out(config, TWO)
-    state = build_state(config, world)
-    return evaluate(state.built.runner, open_data(config, world.rank), world, rows=8, micro_batch=1).loss
+    runner = build_state(config, world).built.runner
+    held_out = evaluate(runner, open_data(config, world.rank), world, rows=8, micro_batch=1)
+    return held_out.loss, next_logits(runner, torch.arange(5, 12), world, config.data.sequence_length)
 
 
 def skip(config: RunConfig, world: World) -> bool:
@@ -134,6 +139,15 @@ def test_a_run_goes_from_one_process_through_every_form_and_back(
 def test_held_out_losses_are_those_of_fsdp(seen: list[Seen]) -> None:
     fsdp, *zero = seen[0].held_out
     assert zero == pytest.approx([fsdp] * len(FORMS), rel=1e-6)
+
+
+def test_logits_of_the_next_token_are_those_of_fsdp(seen: list[Seen]) -> None:
+    for rank in seen:
+        fsdp, *zero = rank.logits
+        assert fsdp.std() > 0
+        assert len(zero) == len(FORMS)
+        for logits in zero:
+            torch.testing.assert_close(logits, fsdp, rtol=1e-5, atol=1e-6)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_leaves_nothing(seen: list[Seen]) -> None:

@@ -199,3 +199,15 @@ def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without what the clock decides; numbers keep every bit."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if not k.startswith(CLOCK)} for line in lines]
+
+
+def model_of(run_dir: Path) -> Any:
+    """The model of the newest checkpoint of a run, in this process."""
+    import torch
+
+    from parallel.mesh.world import World
+    from train.config.reading import open_to_read
+    from train.eval.restored import restore
+
+    config = open_to_read(str(run_dir), None, (), 1)
+    return restore(str(run_dir), config, World.alone(torch.device("cpu"))).built.whole

@@ -20,7 +20,7 @@ def run(model, **changes) -> torch.Tensor:
         "context": 16,
         "generator": torch.Generator().manual_seed(1),
     }
-    return generate(model, torch.tensor([1, 5, 9]), **(arguments | changes))
+    return generate(lambda ids: model(ids[None])[0, -1], torch.tensor([1, 5, 9]), **(arguments | changes))
 
 
 def test_the_same_seed_gives_the_same_text(model) -> None:
@@ -42,21 +42,9 @@ def test_only_pieces_of_the_tokenizer_come_and_the_end_ends(model) -> None:
     assert len(run(model, vocabulary=2, end=1, tokens=100)) < 100
 
 
-class Sums:
-    """A model whose likeliest next token is the sum of those that it sees, of ten."""
-
-    training = False
-
-    def eval(self) -> None:
-        pass
-
-    def train(self, mode: bool) -> None:
-        pass
-
-    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        logits = torch.zeros(1, ids.shape[1], 10)
-        logits[0, -1, int(ids.sum()) % 10] = 1.0
-        return logits
+def sums(ids: torch.Tensor) -> torch.Tensor:
+    """Logits by which the likeliest next token is the sum of those that are seen, of ten."""
+    return torch.nn.functional.one_hot(ids.sum() % 10, 10)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +53,7 @@ class Sums:
 )
 def test_the_last_tokens_are_seen_and_the_end_is_no_text(context: int, end: int, expected: list[int]) -> None:
     found = generate(
-        Sums(),  # pyright: ignore[reportArgumentType]
+        sums,
         torch.tensor([1, 2]),
         tokens=6,
         temperature=0.0,
@@ -75,3 +63,18 @@ def test_the_last_tokens_are_seen_and_the_end_is_no_text(context: int, end: int,
         generator=torch.Generator(),
     )
     assert found.tolist() == expected
+
+
+def test_ranks_go_on_from_the_token_that_all_take() -> None:
+    found = generate(
+        sums,
+        torch.tensor([1, 2]),
+        tokens=3,
+        temperature=0.0,
+        end=9,
+        vocabulary=10,
+        context=99,
+        generator=torch.Generator(),
+        agreed=lambda chosen: chosen + 1,
+    )
+    assert found.tolist() == [4, 8, 6]

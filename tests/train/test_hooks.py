@@ -42,11 +42,13 @@ def test_a_profiled_run_is_the_same_run(corpus: Corpus, tmp_path: Path) -> None:
     assert any(name.startswith("autograd::engine") for name in names)
 
 
-def test_a_sampled_run_is_the_same_run(corpus: Corpus, tmp_path: Path) -> None:
+@pytest.mark.parametrize("axis", ["dp_shard", "pp"])
+def test_a_sampled_run_is_the_same_run(corpus: Corpus, tmp_path: Path, axis: str) -> None:
     plain, sampled = tmp_path / "plain", tmp_path / "sampled"
-    # Two ranks, which gather their shards for it.
-    assert run_to_end(corpus.overrides(plain, "train.steps=6"), size=2) == 0
-    assert run_to_end(corpus.overrides(sampled, "train.steps=6", "sample.every=2"), size=2) == 0
+    # Two ranks, which gather their shards for it, or pass the hidden state on.
+    keys = ("train.steps=6", "train.micro_batch=2", f"parallel.{axis}=2")
+    assert run_to_end(corpus.overrides(plain, *keys), size=2) == 0
+    assert run_to_end(corpus.overrides(sampled, *keys, "sample.every=2"), size=2) == 0
     lines = [json.loads(line) for line in (sampled / "samples.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert metrics_of(sampled) == metrics_of(plain)

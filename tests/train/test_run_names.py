@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from conf.errors import ConfigError
 from conf.revision import REVISION_FILE, revision
 from train.checkpoint.records import write_record
 from train.config.load import compose_run, load_config
@@ -76,9 +75,3 @@ def test_the_commit_is_that_of_the_tree_and_changes_of_packages_are_told(tmp_pat
     assert revision(tmp_path / "runs") == unknown
     (tmp_path / "runs" / REVISION_FILE).write_text(json.dumps({"commit": "abc", "uncommitted": False}))
     assert revision(tmp_path / "runs") == {"commit": "abc", "uncommitted": False}
-
-
-def test_samples_on_the_way_need_a_whole_model() -> None:
-    with pytest.raises(ConfigError, match=r"sample\.every: .* python -m train\.sample"):
-        load_config(["recipe=smoke", "sample.every=5", "parallel.tp=2"], 2)
-    assert load_config(["recipe=smoke", "sample.every=5"], 2).sample.every == 5

@@ -14,10 +14,9 @@ from conf.errors import ConfigError
 from model.hf.pretrained import load_pretrained, save_pretrained
 from tests.architectures import random_model
 from tests.train.conftest import Corpus
-from tests.train.runs import log_path, metrics_of, run_to_end
+from tests.train.runs import log_path, metrics_of, model_of, run_to_end
 from train.config.load import load_config, open_run
 from train.config.run_config import RunConfig
-from train.eval.restored import load_model
 from train.export import main as export
 from train.loop.sweep import checked_jobs
 
@@ -208,7 +207,7 @@ def test_indexers_warm_up_while_the_rest_is_frozen(corpus: Corpus, tmp_path: Pat
     assert run_to_end(corpus.overrides(tmp_path / "warm", *recipe, "moe.bias_rate=0.0")) == 0
     config = open_run(str(tmp_path / "warm"))
     assert config.mixer["dsa"].index_stage == "dense"
-    model = load_model(str(tmp_path / "warm"), config).model
+    model = model_of(tmp_path / "warm")
     given = load_pretrained(tmp_path / "given").state_dict()
     for name, tensor in model.state_dict().items():
         if ".index_" not in name:

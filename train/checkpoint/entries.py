@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from conf.errors import CheckpointError, as_storage_error
-from train.checkpoint.manifest import MANIFEST
+from conf.errors import CheckpointError, ConfigError, Violation, as_storage_error
+from train.checkpoint.manifest import MANIFEST, step_name
 from train.checkpoint.transient import PASSING, retried
 
 _COMMITTED = re.compile(r"step_(\d{8,})")
@@ -55,6 +55,18 @@ def list_entries(directory: Path) -> Entries:
             found.unnamed.append(path.name)
     found.steps.sort(reverse=True)
     return found
+
+
+def refuse_unknown_step(directory: Path, step: int, found: Entries) -> None:
+    """Raises ConfigError, with the steps that there are, where `directory` has no checkpoint of `step`."""
+    name = step_name(step)
+    if step in found.steps:
+        return
+    lines = [line for line in (*found.unreadable, *found.passed_over()) if line.startswith(name)]
+    there = ", ".join(map(str, sorted(found.steps)))
+    has = f"there are {there}; give one of them" if there else "there is none yet; wait for the first save"
+    why = f" ({'; '.join(lines)})" if lines else ""
+    raise ConfigError([Violation("step", f"{directory} has no checkpoint of step {step}{why}; {has}")])
 
 
 def remove(path: Path) -> str:

@@ -3,7 +3,8 @@
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from conf.errors import CheckpointError, StorageError
 from train.checkpoint.atomic import sync_directory, write_durably
-from train.checkpoint.entries import Entries, list_entries, remove
+from train.checkpoint.entries import Entries, list_entries, refuse_unknown_step, remove
 from train.checkpoint.manifest import (
     MANIFEST,
     encode_manifest,
@@ -35,6 +36,7 @@ from train.checkpoint.storage import (
     unflatten_into,
     write_state,
 )
+from train.checkpoint.tensor_reader import TensorReader
 
 __all__ = ["CheckpointStore", "Loaded", "read_manifest", "verify"]
 
@@ -54,6 +56,24 @@ class Loaded(NamedTuple):
     path: Path
     set_aside: list[str]
     skipped: list[str]
+
+
+class Opened(NamedTuple):
+    """A checkpoint to read single tensors of; step, extra and path as in `Loaded`."""
+
+    step: int
+    extra: dict[str, Any]
+    path: Path
+    reader: TensorReader
+
+
+class _Compared(NamedTuple):
+    """What a checkpoint says of itself, and the leaves of the state that it was compared with."""
+
+    manifest: dict[str, Any]
+    metadata: Metadata
+    flat: dict[str, Any]
+    paths: dict[str, KeyPath]
 
 
 class CheckpointStore:
@@ -155,8 +175,11 @@ class CheckpointStore:
         partial: tuple[str, ...] = (),
         optional: tuple[str, ...] = (),
         read_only: bool = False,
+        step: int | None = None,
     ) -> Loaded | None:
         """Load the newest intact checkpoint into `state`, in place; None when the run has none.
+
+        With a `step` it is the checkpoint of that step and no other.
 
         Nothing is unpickled before the digests of the whole checkpoint agree. A bad checkpoint is
         renamed to `step_X.corrupt`, with a printed line, and the next older one is tried. A line names what
@@ -169,19 +192,60 @@ class CheckpointStore:
         not stored keeps its value and is listed in `skipped`.
 
         Raises CheckpointError when one cannot be opened, when there is anything that looks like a checkpoint
-        and none is usable, and when the keys differ.
+        and none is usable, when the keys differ, and when that of `step` is damaged.
+        Raises ConfigError where there is none of `step`.
         """
         if not read_only:
             self._ranks.on_first("checkpoints not swept", self._sweep)
+        found = self._find(step, read_only)
+        return None if found is None else self._read(*found, state, partial, optional)
+
+    @contextmanager
+    def open_tensors(
+        self, state: Mapping[str, Any], *, partial: tuple[str, ...], step: int | None = None
+    ) -> Iterator[Opened | None]:
+        """An intact checkpoint, chosen and compared with `state` as `load_latest` does with `read_only`.
+
+        Nothing is loaded, so `state` may be on the meta device. Raises as `load_latest` does.
+        """
+        found = self._find(step, read_only=True)
+        if found is None:
+            yield None
+            return
+        path, _ = found
+        manifest, metadata, _, _ = self._compare(path, state, partial, ())
+        with ExitStack() as files:
+            reader = TensorReader(path, metadata)
+
+            def enter() -> None:
+                files.enter_context(reader)
+
+            self._ranks.together(f"{path} not opened", enter)
+            yield Opened(manifest["step"], manifest["extra"], path, reader)
+
+    def _find(self, step: int | None, read_only: bool) -> tuple[Path, list[str]] | None:
+        """The newest intact checkpoint, or that of `step`, and a line for each newer one that is bad.
+
+        Collective. Raises as `load_latest` does.
+        """
+        if step is not None:
+            refuse_unknown_step(self.directory, step, self._entries())
+            path = self.directory / step_name(step)
+            if problems := self._problems(path):
+                raise CheckpointError(
+                    f"{path}: damaged: {_shortened(problems, 3)}; no other one is taken in its place; give "
+                    "another step, or leave step out for the newest one that is good"
+                )
+            return path, []
         found = self._list()
         set_aside: list[str] = []
-        for step in found.steps:
-            path = self.directory / step_name(step)
+        for each in found.steps:
+            path = self.directory / step_name(each)
             problems = self._problems(path)
             if not problems:
-                self._verified.add(step)
+                self._verified.add(each)
                 self._name_passed_over(found)
-                return self._read(path, state, partial, optional, set_aside)
+                return path, set_aside
             set_aside.append(self._reject(path, problems, read_only))
         # A requeued run must not start from nothing because the run before it set everything aside.
         if bad := set_aside + found.passed_over():
@@ -194,12 +258,16 @@ class CheckpointStore:
     def _open_file_system(self) -> DigestingFileSystem:
         return DigestingFileSystem()
 
-    def _list(self) -> Entries:
-        """What is there, as rank 0 sees it. Collective. Raises CheckpointError for what cannot be opened."""
+    def _entries(self) -> Entries:
+        """What is there, as rank 0 sees it. Collective."""
         listed = self._ranks.on_first(
             "checkpoints not listed", lambda: list_entries(self.directory)._asdict()
         )
-        found = Entries(**listed)
+        return Entries(**listed)
+
+    def _list(self) -> Entries:
+        """The same. Collective. Raises CheckpointError for what cannot be opened."""
+        found = self._entries()
         if found.unreadable:
             # It may be the newest one: to go on from an older one could lose what it holds.
             raise CheckpointError(
@@ -337,14 +405,10 @@ class CheckpointStore:
             print(f"checkpoint {line}", flush=True)
         return line
 
-    def _read(
-        self,
-        path: Path,
-        state: Mapping[str, Any],
-        partial: tuple[str, ...],
-        optional: tuple[str, ...],
-        set_aside: list[str],
-    ) -> Loaded:
+    def _compare(
+        self, path: Path, state: Mapping[str, Any], partial: tuple[str, ...], optional: tuple[str, ...]
+    ) -> _Compared:
+        """What is in `path`, whose keys are those of the state. Collective. Raises CheckpointError."""
         flat: dict[str, Any] = {}
         paths: dict[str, KeyPath] = {}
         found: list[tuple[dict[str, Any], Metadata]] = []
@@ -378,7 +442,18 @@ class CheckpointStore:
             "misshaped": {key for report in reports for key in report["misshaped"]},
         }
         _refuse_differences(path, differences)
-        held = {key: value for key, value in flat.items() if key in stored}
+        return _Compared(manifest, metadata, flat, paths)
+
+    def _read(
+        self,
+        path: Path,
+        set_aside: list[str],
+        state: Mapping[str, Any],
+        partial: tuple[str, ...],
+        optional: tuple[str, ...],
+    ) -> Loaded:
+        manifest, metadata, flat, paths = self._compare(path, state, partial, optional)
+        held = {key: value for key, value in flat.items() if key in metadata.state_dict_metadata}
 
         def read() -> None:
             read_state(held, path, metadata, self._ranks)

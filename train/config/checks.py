@@ -65,12 +65,6 @@ def draft_violations(config: "RunDraft | RunConfig", world_size: int) -> list[Vi
         found.append(
             Violation("train.profile.ranks", f"found {absent[0]} of {world_size} ranks; leave it out")
         )
-    if config.sample.every is not None and others > 1:
-        message = (
-            "samples on the way need all layers and whole rows on a rank: parallel.pp, cp and tp of 1; "
-            "leave it null, and sample checkpoints with python -m train.sample"
-        )
-        found.append(Violation("sample.every", message))
     if config.data.tokenizer.vocab_size > config.model.vocab_size:
         message = (
             f"{config.model.vocab_size} rows cannot hold the {config.data.tokenizer.vocab_size} pieces of "

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from conf.compose import Config
 from conf.help import Page
 from conf.keys import sections
 
@@ -19,6 +20,13 @@ def run_page(about: str | None, examples: Sequence[str], arguments: Mapping[str,
     """The page, with every part of the config. about is the docstring of the command's module."""
     assert about is not None, "every command has a docstring"
     return Page(about, examples, {**ARGUMENTS, **(arguments or {})}, sections=sections, root=_fields)
+
+
+def layout_page(about: str | None, examples: Sequence[str], fields: type[Config]) -> Page:
+    """The page of a command that reads a run and takes keys of `parallel`. about as in `run_page`."""
+    assert about is not None, "every command has a docstring"
+    said = "in place of the run's own, such as parallel.ep=2; python -m train --help=parallel shows the keys"
+    return Page(about, examples, {"parallel.KEY=VALUE": said}, fields)
 
 
 def _fields() -> "type[RunDraft]":

@@ -52,14 +52,20 @@ def open_run(directory: str) -> "RunConfig":
 
     Raises ConfigError when there is none, CheckpointError when it is damaged and has no copy.
     """
-    path = Path(directory) / CONFIG_FILE
-    saved = saved_tree(Path(directory))
-    if saved is None:
-        message = f"{path}: no such run; give the directory that `python -m train` printed as run.dir"
-        raise ConfigError([Violation("run", message)])
+    saved = run_tree(directory)
     from train.config.run_config import RunConfig
 
     return validate(RunConfig, saved)
+
+
+def run_tree(directory: str) -> dict[str, Any]:
+    """The same as a plain tree, unchecked. Raises as `open_run` does."""
+    saved = saved_tree(Path(directory))
+    if saved is None:
+        path = Path(directory) / CONFIG_FILE
+        message = f"{path}: no such run; give the directory that `python -m train` printed as run.dir"
+        raise ConfigError([Violation("run", message)])
+    return saved
 
 
 def checked(tree: dict[str, Any], world_size: int | None, *, sees_mixers: bool) -> "RunConfig":

@@ -1,15 +1,15 @@
 """Text from a model: one token after the other."""
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
+from collections.abc import Callable
 
-from model.language_model import LanguageModel
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 
 @torch.no_grad()
 def generate(
-    model: LanguageModel,
+    next_logits: Callable[[Int[Tensor, "C"]], Float[Tensor, "V"]],
     prompt: Int[Tensor, "T"],
     *,
     tokens: int,
@@ -18,23 +18,23 @@ def generate(
     vocabulary: int,
     context: int,
     generator: torch.Generator,
+    agreed: Callable[[Int[Tensor, "1"]], Int[Tensor, "1"]] = lambda chosen: chosen,
 ) -> Int[Tensor, "U"]:
     """Up to `tokens` ids that continue `prompt`, ended early by `end`.
 
-    temperature 0 takes the likeliest token. Only ids below `vocabulary` are taken: a model may have more
-    rows than the tokenizer has pieces. Each token sees the last `context` tokens, run anew.
+    next_logits gives the logits of what follows some ids. temperature 0 takes the likeliest token. Only ids
+    below `vocabulary` are taken: a model may have more rows than the tokenizer has pieces. Each token sees
+    the last `context` tokens, run anew. `agreed` gives the token that all ranks take: rounding may differ.
     """
-    was_training = model.training
-    model.eval()
-    ids = prompt[None]
+    ids = prompt
     for _ in range(tokens):
-        logits = model(ids[:, -context:])[0, -1, :vocabulary].float()
+        logits = next_logits(ids[-context:])[:vocabulary].float()
         if temperature:
             chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
         else:
             chosen = logits.argmax(keepdim=True)
+        chosen = agreed(chosen)
         if int(chosen) == end:
             break
-        ids = torch.cat([ids, chosen[None]], dim=1)
-    model.train(was_training)
-    return ids[0, prompt.shape[0] :]
+        ids = torch.cat([ids, chosen])
+    return ids[prompt.shape[0] :]

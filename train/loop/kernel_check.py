@@ -15,8 +15,8 @@ from train.config.fields import KernelBackend, KernelsConfig
 from train.config.run_config import RunConfig
 
 
-def prepare_kernels(config: RunConfig, modules: Iterable[nn.Module], world: World) -> None:
-    """Chooses the backend of every family for this process, and says so once.
+def prepare_kernels(config: RunConfig, modules: Iterable[nn.Module], world: World) -> str:
+    """Chooses the backend of every family for this process; gives the line that says so.
 
     On a GPU the Triton kernels that the modules use are compared with float64 first, on every rank; if one is
     wrong on any of them, all ranks stop, or take plain torch for its family, as `kernels.check` says.
@@ -30,8 +30,7 @@ def prepare_kernels(config: RunConfig, modules: Iterable[nn.Module], world: Worl
         used = [family for family in used_families(modules) if takes_triton(family, probe)]
         wrong = wrong_anywhere(wrong_kernels(used, world.device), used, world)
         set_backends(backends_after_check(config.kernels, wrong))
-    if world.rank == 0:
-        print(describe(world.device, dtype), flush=True)
+    return describe(world.device, dtype)
 
 
 def wrong_anywhere(verdicts: Sequence[Verdict], families: Sequence[str], world: World) -> list[str]:

@@ -11,8 +11,9 @@ import torch
 from data.loader import Loader
 from data.tokenizer import Tokenizer
 from model.count import count
-from model.language_model import LanguageModel
 from parallel.mesh.world import World
+from parallel.micro_batches import Runner
+from parallel.next_token import next_logits
 from train.checkpoint.atomic import write_atomically
 from train.config.run_config import RunConfig
 from train.eval.generate import generate
@@ -56,13 +57,10 @@ def finish(
         start = time.monotonic()
         held_out = score(state, loader, config, world, rows, before_round)
         tracker.log_evaluation(state.step, held_out._asdict(), time.monotonic() - start)
-    # Generation wants all layers, whole, and rows of any length.
-    model = state.built.whole if world.axes.sequence.size == 1 else None
-    text = None if model is None else sample_text(model, loader.tokenizer, config, world)
+    text = sample_text(state.built.runner, loader.tokenizer, config, world)
     if world.rank != 0:
         return
-    if text is not None:
-        tracker.log_sample(state.step, config.sample.prompt, text)
+    tracker.log_sample(state.step, config.sample.prompt, text)
     directory = Path(config.run.dir)
     result = result_of(state, config, tracker)
     if held_out is not None:
@@ -70,10 +68,7 @@ def finish(
     write_atomically(directory / RESULT_FILE, (json.dumps(result, indent=2) + "\n").encode())
     plot_losses(tracker.metrics(), tracker.evaluations(), directory / PLOT_FILE)
     print_table("Result", {name: shown(value) for name, value in result.items()})
-    if text is None:
-        print(f"for a sample of text: python -m train.sample run={config.run.dir}", flush=True)
-    else:
-        print(f"--- sample, temperature {config.sample.temperature} ---\n{text}\n---", flush=True)
+    print(f"--- sample, temperature {config.sample.temperature} ---\n{text}\n---", flush=True)
 
 
 def result_of(state: TrainState, config: RunConfig, tracker: Tracker) -> dict[str, float | str]:
@@ -121,18 +116,20 @@ def shown(value: float | str) -> str:
     return f"{value:,.4g}" if abs(value) >= 100 else f"{value:.4f}"
 
 
-def sample_text(model: LanguageModel, tokenizer: Tokenizer, config: RunConfig, world: World) -> str:
-    """The prompt and what the model makes of it. Collective: sharded weights are gathered on all ranks."""
+def sample_text(runner: Runner, tokenizer: Tokenizer, config: RunConfig, world: World) -> str:
+    """The prompt and what the model makes of it, the same on every rank. Collective."""
     ids = np.concatenate([[tokenizer.bos], tokenizer.encode(config.sample.prompt.encode())])
     generator = torch.Generator(device=world.device).manual_seed(config.train.seed)
+    context = config.data.sequence_length
     continued = generate(
-        model,
+        lambda ids: next_logits(runner, ids, world, context),
         torch.from_numpy(ids.astype(np.int64)).to(world.device),
         tokens=config.sample.tokens,
         temperature=config.sample.temperature,
         end=tokenizer.eos,
         vocabulary=tokenizer.vocab_size,
-        context=config.data.sequence_length,
+        context=context,
         generator=generator,
+        agreed=lambda chosen: world.gather(chosen)[0],
     )
     return config.sample.prompt + tokenizer.decode(continued.cpu().numpy()).decode(errors="replace")

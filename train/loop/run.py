@@ -87,7 +87,9 @@ def run_in_world(
     if world.rank == 0:
         print(loader.describe(), flush=True)
     state = build_state(config, world)
-    prepare_kernels(config, state.built.modules(), world)
+    kernels = prepare_kernels(config, state.built.modules(), world)
+    if world.rank == 0:
+        print(kernels, flush=True)
     if config.parallel.compile and world.rank == 0:
         print(describe_compiled(state.built.modules()), flush=True)
     store = CheckpointStore(

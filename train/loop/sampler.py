@@ -13,7 +13,7 @@ from train.track.tracker import Tracker
 class Sampler(StepHook):
     """Continues the prompt every `sample.every` steps, without effect on what the steps compute; collective.
 
-    The last step has the sample of the end. Every rank has the whole model, as checked of the config.
+    The last step has the sample of the end.
     """
 
     def __init__(self, config: RunConfig, tracker: Tracker, tokenizer: Tokenizer, world: World) -> None:
@@ -25,7 +25,5 @@ class Sampler(StepHook):
         """Samples where the step asks for it. Raises StorageError."""
         if state.step % self._every or state.step == self._config.train.steps:
             return
-        model = state.built.whole
-        assert model is not None, "a config with sample.every has no pipeline"
-        text = sample_text(model, self._tokenizer, self._config, self._world)
+        text = sample_text(state.built.runner, self._tokenizer, self._config, self._world)
         self._tracker.log_sample(state.step, self._config.sample.prompt, text)

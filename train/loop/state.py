@@ -37,12 +37,8 @@ class TrainState:
         random = {"cpu": torch.get_rng_state()}
         if world.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state()
-        shard_maps, checkpoint_view = self.built.shard_maps, self.built.checkpoint_view
         return {
-            "model": {
-                name: checkpoint_view(name, value) if name in shard_maps else value
-                for name, value in self.built.state().items()
-            },
+            "model": self.built.checkpoint_state(),
             "optimizer": {"state": self.moments()},
             "random": {f"rank_{world.rank}_of_{world.size}": random},
         }
