@@ -44,7 +44,7 @@ def violations(*overrides: str, world_size: int = 1) -> dict[str, str]:
         ("mixer.attn.num_key_heads=3", "mixer.attn", "must be a multiple of num_key_heads 3"),
         ('layout.first="attn attn attn attn attn"', "layout", "depth is 4"),
         ("model.vocab_size=100", "model.vocab_size", "raise it to at least that"),
-        ("train.micro_batch=3", "train.micro_batch", "legal values are 1, 2"),
+        ("layout.pattern=gdm", "layout.pattern", "see --help=mixer; did you mean gdn?"),
         ("precision.parameters=bfloat16", "precision", "lose small updates"),
         ("optim.kind=os.system", "optim.kind", "is not one of adamw, lion"),
         ("schedule.kind=cosin", "schedule.kind", "did you mean cosine?"),
