@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from conf.errors import ConfigError, Violation
 from conf.groups import CONF_DIR, group_options, is_group, option_files
 from conf.keys import file_keys, sections
-from conf.known_keys import ONE_NAME, closest_keys, known_keys
+from conf.known_keys import FLAT, ONE_NAME, closest_keys, known_keys
 from conf.names import listed
 from conf.overrides import first_line, parsed_override, readable
 from conf.tree import copied, is_referred, resolved, resolved_value, set_keys
@@ -367,7 +367,9 @@ def unknown_key(key: str, known: Sequence[str], *, is_one_name: bool = False) ->
     """
     if is_one_name and key in known:
         return f"unknown key; {ONE_NAME}"
-    group = key.split(".")[0]
+    group, _, rest = key.partition(".")
+    if is_group(group) and rest.split(".")[0] in sections():
+        return f"unknown key; {FLAT}"
     if "." not in key or not is_group(group) or group == "mixer":
         return f"unknown key{closest_keys(key, known)}"
     has = [name for name, path in option_files(group).items() if _sets(path, key)]

@@ -10,6 +10,8 @@ from pydantic import BaseModel
 
 # Of a key with a dot in it where each part is a key of its own.
 ONE_NAME = "YAML reads it as one name; write each part on a line of its own, below the one before"
+# Of a part of the config below a group that is not its own.
+FLAT = "a file of options has the keys of its group alone, or begins with the line `# @package _global_`"
 # More would hide the one that was meant.
 MOST = 3
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from conf.errors import ConfigError, Violation
 from conf.groups import CONF_DIR, groups, is_group, option_files
-from conf.keys import file_keys
-from conf.known_keys import ONE_NAME, did_you_mean
+from conf.keys import file_keys, sections
+from conf.known_keys import FLAT, ONE_NAME, did_you_mean
 from conf.names import shortened
 from conf.overrides import parsed_override, quoted
 from conf.reading import read_json, read_yaml
@@ -168,6 +168,9 @@ def check_options(directories: Sequence[Path]) -> None:
     for path in (path for one in directories for group in groups() for path in (one / group).glob("*.yaml")):
         try:
             read_yaml(path, DIRECTORY_FLAG)
+            parts = {f"{path.parent.name}.{section}" for section in sections()}
+            if any(key.name in parts and key.value is None for key in file_keys(path)):
+                found.append(Violation(DIRECTORY_FLAG, f"{path}: {FLAT}"))
         except ConfigError as error:
             found += error.violations
     if found:

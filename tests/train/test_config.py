@@ -80,6 +80,12 @@ def test_a_mapping_is_merged_into_what_its_key_refers_to() -> None:
     assert attn.kind == "none"
 
 
+def test_one_composition_leaves_nothing_for_the_next() -> None:
+    before = load_config([], 1)
+    assert load_config(["optim.lr=0.25", "mixer.gdn.conv_width=3"], 1) != before
+    assert load_config([], 1) == before
+
+
 def test_letters_and_references_need_no_quotes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FOLDER", "/größe/a b")
     for typed, expected in (

@@ -200,6 +200,12 @@ def test_several_directories_with_odd_names_are_read(here: Path) -> None:
         ("own/optim/bad.yaml", "lr: [1\nb: 2\n", "optim=bad", "bad.yaml, line 2, column 2: no YAML"),
         ("own/optim/bad.yaml", "- 1\n", "optim=bad", "own/optim/bad.yaml)"),
         ("own/optim/bad.yaml", "defaults: [adamw]\nlrr: 1\n", "optim=bad", "optim.lr? (in "),
+        (
+            "own/model/bad.yaml",
+            "model:\n  width: 3\n",
+            "model=bad",
+            "begins with the line `# @package _global_`",
+        ),
         ("own/optim/bad.yaml", "lr: ${\n", "optim=bad", "bad.yaml: lr: "),
         ("own/optim/bad.yaml", "defaults: [adamww]\n", "optim=bad", "Could not load 'optim/adamww'"),
         ("own/optim/lion.yaml", "lr: 1\n", "optim=slow", "optim/lion.yaml: an option of Weft has this name"),
