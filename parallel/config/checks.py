@@ -26,9 +26,7 @@ def parallelism_violations(
     ranks, left = divmod(world_size, config.pp * config.dp_replicate)
     if ranks and not left:
         found += _expert_violations(config.ep, num_experts, ranks)
-    # A degree that is refused has no rows.
-    is_cut = not {"parallel.tp", "parallel.cp"} & {violation.key for violation in found}
-    return found + _row_violations(config, tokens) if is_cut else found
+    return found + _row_violations(config, tokens)
 
 
 def _mesh_violations(config: ParallelConfig, world_size: int) -> list[Violation]:
@@ -42,8 +40,7 @@ def _mesh_violations(config: ParallelConfig, world_size: int) -> list[Violation]
             legal = ", ".join(map(str, _divisors(world_size // others)))
             over = f" over {others} of the other axes" if others > 1 else ""
             message = (
-                f"{degree} does not divide the {world_size} processes started{over}; "
-                f"legal values are {legal}, or a multiple of {others * degree} processes"
+                f"{degree} does not divide the {world_size} processes started{over}; legal values are {legal}"
             )
             found.append(Violation(f"parallel.{name}", message))
     if not found and world_size % config.fixed_degrees():

@@ -114,7 +114,7 @@ def test_violations_of_every_part_come_at_once() -> None:
     found = violations(
         *typed, "cluster=h100_8n", "parallel.dp_shard=0", "parallel.prefetch=1", "parallel.pp=2"
     )
-    wanted = {"optim.lrr", "train.steps", "layout.pattern"}
+    wanted = {"optim.lrr", "train.steps", "layout.pattern", "data.sequence_length"}
     wanted |= {f"parallel.{name}" for name in ("tp", "ep", "dp_shard", "prefetch")}
     assert set(found) == wanted
 
