@@ -10,16 +10,19 @@ import sys
 import textwrap
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import yaml
 from pydantic import BaseModel
 
-from conf.compose import CONF_DIR, Config, group_options
+from conf.compose import Config
 from conf.errors import INTERRUPTED, ConfigError, Violation, exit_on_error
+from conf.groups import CONF_DIR, group_options, groups
 from conf.key_types import key_type, value_type
-from conf.keys import Key, Option, default_option, groups, options, sections, shared_keys
+from conf.keys import Key, Option, default_option, options, sections, shared_keys
 from conf.known_keys import did_you_mean
+from conf.user_files import DIRECTORY_FLAG, SEARCH_KEY, read_given, with_search_path
 
 WIDTH = 100
 FLAG = "--help"
@@ -55,12 +58,15 @@ def run(main: Callable[[list[str]], int | None], page: Page) -> NoReturn:
 def answered_or_done(main: Callable[[list[str]], int | None], page: Page, arguments: list[str]) -> int | None:
     """The exit code of the command, or of what answers a question about it."""
     asked = question(arguments)
+    has_directory = any(argument.partition("=")[0] == DIRECTORY_FLAG for argument in arguments)
+    words = with_search_path(arguments) if has_directory and page.sections() else arguments
     if asked is None:
-        return main(arguments)
+        return main(words)
+    own = [word for word in words if word.startswith(SEARCH_KEY)]
     if page.shown_by is not None and asked.startswith(f"{FLAG}="):
-        command = [sys.executable, "-m", page.shown_by, asked]
+        command = [sys.executable, "-m", page.shown_by, asked, *own]
         return subprocess.run(command, cwd=CONF_DIR.parent, check=False).returncode
-    show(answer(asked, page))
+    show(answer(asked, page, read_given(own).directories))
     return 0
 
 
@@ -70,13 +76,16 @@ def question(arguments: Sequence[str]) -> str | None:
     return next(asking, None)
 
 
-def answer(asked: str, page: Page) -> str:
-    """The text that a question of `question` asks for. Raises ConfigError for a section that is not there."""
+def answer(asked: str, page: Page, directories: Sequence[Path] = ()) -> str:
+    """The text that a question of `question` asks for, with the options in directories of the user's own.
+
+    Raises ConfigError for a section that is not there.
+    """
     if asked == "--version":
         return f"weft {version()}\n"
     if asked.startswith(f"{FLAG}="):
-        return "\n".join(section_lines(asked.partition("=")[2], page)) + "\n"
-    return "\n".join(page_lines(page)) + "\n"
+        return "\n".join(section_lines(asked.partition("=")[2], page, directories)) + "\n"
+    return "\n".join(page_lines(page, directories)) + "\n"
 
 
 def version() -> str:
@@ -94,7 +103,7 @@ def show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def page_lines(page: Page) -> Iterator[str]:
+def page_lines(page: Page, directories: Sequence[Path] = ()) -> Iterator[str]:
     """What the command does, its arguments, examples, and the config that it takes."""
     yield from page.about.strip().replace("`", "").splitlines()
     taken = page.sections()
@@ -112,19 +121,19 @@ def page_lines(page: Page) -> Iterator[str]:
     chosen = [name for name in taken if name in groups()]
     if chosen:
         yield from ("", "Config groups, GROUP=OPTION; * is the default")
-        yield from _table({group: " ".join(_starred(group)) for group in chosen})
+        yield from _table({group: " ".join(_starred(group, directories)) for group in chosen})
     if rest := [name for name in taken if name not in chosen]:
         yield from ("", f"Parts of the config without options: {', '.join(rest)}")
 
 
-def section_lines(asked: str, page: Page) -> Iterator[str]:
+def section_lines(asked: str, page: Page, directories: Sequence[Path] = ()) -> Iterator[str]:
     """The keys of a group, of a part of it, or of another part of the config. Raises ConfigError."""
     section = asked.split(".")[0]
     taken = page.sections()
     if section not in taken:
         raise ConfigError([Violation(f"{FLAG}={asked}", _unknown_section(section, taken))])
     root = page.root() if page.root is not None else None
-    shared, found = shared_keys(section), options(section) if section in groups() else []
+    shared, found = shared_keys(section), options(section, directories) if section in groups() else []
     known = [key.name for key in (*shared, *(key for choice in found for key in choice.keys))]
     if asked != section and not any(_is_within(name, asked) for name in known):
         message = f"no such key or part of {section}{did_you_mean(asked, known)}"
@@ -201,9 +210,9 @@ def _wrapped(text: str, first: str, later: str) -> list[str]:
     return lines or [first.rstrip()]
 
 
-def _starred(group: str) -> list[str]:
+def _starred(group: str, directories: Sequence[Path]) -> list[str]:
     default = default_option(group)
-    return [f"{name}*" if name == default else name for name in group_options(group)]
+    return [f"{name}*" if name == default else name for name in group_options(group, directories)]
 
 
 def _unknown_section(section: str, taken: Sequence[str]) -> str:

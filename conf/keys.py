@@ -6,16 +6,18 @@ A comment at the start of a file says what the file is. That of a key stands beh
 import re
 from collections.abc import Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 
-from conf.compose import CONF_DIR, group_options
+from conf.groups import CONF_DIR, group_options, groups, option_files
 
 # Parts of config.yaml that are Hydra's own.
 _HYDRA = ("defaults", "hydra")
 _PACKAGE = re.compile(r"# @package (\S+)")
 _GLOBAL = "_global_"
+_MAIN = CONF_DIR / "config.yaml"
 
 
 class Key(NamedTuple):
@@ -34,39 +36,32 @@ class Option(NamedTuple):
     keys: tuple[Key, ...]
 
 
-def groups() -> list[str]:
-    """Names of the folders of conf/ that hold options, sorted."""
-    return sorted(path.name for path in CONF_DIR.iterdir() if any(path.glob("*.yaml")))
-
-
 def sections() -> list[str]:
     """Every group, and every other part of the config at its top, sorted."""
-    own = {key.name.split(".")[0] for key in _keys_of("config.yaml")}
+    own = {key.name.split(".")[0] for key in file_keys(_MAIN)}
     return sorted({*groups(), *own})
 
 
-def option(group: str, name: str) -> Option:
-    """An option; its keys are those of the section that is named as the group.
+def option(group: str, path: Path) -> Option:
+    """The option in a file; its keys are those of the section that is named as the group.
 
     Where options set keys anywhere, only the default's are read: the others set the same ones.
     """
-    path = f"{group}/{name}.yaml"
-    is_read = not is_spread(group) or name == default_option(group)
-    keys = _keys_of(path) if is_read else ()
-    return Option(name, _about(path), tuple(key for key in keys if _lies_in(key.name, group)))
+    is_read = not is_spread(group) or path.stem == default_option(group)
+    keys = file_keys(path) if is_read else ()
+    return Option(path.stem, _about(path), tuple(key for key in keys if _lies_in(key.name, group)))
 
 
-def options(group: str) -> list[Option]:
-    """All options of a group: the default first, the others sorted."""
-    default = default_option(group)
-    names = sorted(group_options(group), key=lambda name: (name != default, name))
-    return [option(group, name) for name in names]
+def options(group: str, directories: Sequence[Path] = ()) -> list[Option]:
+    """All options of a group, also those in further directories: the default first, the others sorted."""
+    default, files = default_option(group), option_files(group, directories)
+    return [option(group, files[name]) for name in sorted(files, key=lambda name: (name != default, name))]
 
 
 @cache
 def default_option(group: str) -> str | None:
     """The option that config.yaml names; None where it names none, or several."""
-    defaults = yaml.safe_load((CONF_DIR / "config.yaml").read_text())["defaults"]
+    defaults = yaml.safe_load(_MAIN.read_text())["defaults"]
     named = {name: value for entry in defaults if isinstance(entry, dict) for name, value in entry.items()}
     found = named.get(group)
     return found if isinstance(found, str) else None
@@ -74,32 +69,33 @@ def default_option(group: str) -> str | None:
 
 def is_spread(group: str) -> bool:
     """Whether the options of a group set keys anywhere, as models and recipes do."""
-    first = group_options(group)[0]
-    return _package(f"{group}/{first}.yaml", (CONF_DIR / group / f"{first}.yaml").read_text()) == ""
+    path = CONF_DIR / group / f"{group_options(group)[0]}.yaml"
+    return _package(path, path.read_text()) == ""
 
 
 def shared_keys(section: str) -> tuple[Key, ...]:
     """The keys of a section that config.yaml sets, whatever option is chosen."""
-    return tuple(key for key in _keys_of("config.yaml") if _lies_in(key.name, section))
+    return tuple(key for key in file_keys(_MAIN) if _lies_in(key.name, section))
 
 
 def _lies_in(name: str, section: str) -> bool:
     return name == section or name.startswith(f"{section}.")
 
 
-def _about(path: str) -> str:
-    """What a file of conf/ says of itself."""
-    lines = (CONF_DIR / path).read_text().splitlines()
+def _about(path: Path) -> str:
+    """What a file says of itself."""
+    lines = path.read_text().splitlines()
     return _joined([line for line in lines[: _head(lines)] if not _PACKAGE.match(line)])
 
 
 @cache
-def _keys_of(path: str) -> tuple[Key, ...]:
-    """The keys of a file of conf/."""
-    text = (CONF_DIR / path).read_text()
+def file_keys(path: Path) -> tuple[Key, ...]:
+    """The keys that a file of options sets; none where it holds no mapping."""
+    text = path.read_text()
     lines = text.splitlines()
     tree = yaml.compose(text, Loader=yaml.SafeLoader)
-    assert isinstance(tree, yaml.MappingNode), f"{path=}"
+    if not isinstance(tree, yaml.MappingNode):
+        return ()
     return tuple(_keys(tree, _package(path, text), lines, _head(lines)))
 
 
@@ -108,11 +104,10 @@ def _head(lines: Sequence[str]) -> int:
     return next((n for n, line in enumerate(lines) if not line.startswith("#")), len(lines))
 
 
-def _package(path: str, text: str) -> str:
+def _package(path: Path, text: str) -> str:
     """The section that the keys of a file belong to, with a dot behind it; nothing for the whole config."""
     match = _PACKAGE.match(text)
-    group = path.rpartition("/")[0]
-    package = match[1] if match else group
+    package = match[1] if match else "" if path == _MAIN else path.parent.name
     return "" if package in ("", _GLOBAL) else f"{package}."
 
 

@@ -8,6 +8,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
+# Of a key with a dot in it where each part is a key of its own.
+ONE_NAME = "YAML reads it as one name; write each part on a line of its own, below the one before"
+# Of a part of the config below a group that is not its own.
+FLAT = "a file of options has the keys of its group alone, or begins with the line `# @package _global_`"
 # More would hide the one that was meant.
 MOST = 3
 
@@ -57,12 +61,17 @@ def closest_keys(key: str, known: Iterable[str]) -> str:
     if 0 < len(namesakes) <= MOST:
         return did_you_mean_any(namesakes)
     siblings = [other.rpartition(".")[2] for other in others if other.rpartition(".")[0] == parent]
-    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)
+    # A bare name is more often a key that lacks its group than a group.
+    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5 if parent else 0.7)
     if close:
         return did_you_mean_any([f"{parent}.{close[0]}" if parent else close[0]])
     if namesakes:
         return did_you_mean_any(difflib.get_close_matches(key, namesakes, n=MOST, cutoff=0.0))
-    return did_you_mean(key, others)
+    # The whole key would be like any other below the same parent.
+    names = {other.rpartition(".")[2] for other in others}
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.65)
+    meant = [other for other in others if other.rpartition(".")[2] in close]
+    return did_you_mean_any(difflib.get_close_matches(key, meant, n=MOST, cutoff=0.0)) if meant else ""
 
 
 def did_you_mean_any(keys: list[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Annotated, NamedTuple
 from pydantic import AfterValidator
 
 from conf.compose import Config
-from conf.known_keys import did_you_mean
+from conf.names import listed
 
 NONE = "none"
 DENSE, MOE, HASH, SHORTCUT = "dense", "moe", "hash", "shortcut"
@@ -140,5 +140,5 @@ def _check_names(key: str, line: LayoutConfig | FfnLayoutConfig, known: Collecti
     for field in ("pattern", "first", "last"):
         for name in parse(getattr(line, field)):
             if name not in known:
-                hint = did_you_mean(name, known)
-                raise ValueError(f"{key}.{field}: {name!r} is not one of {', '.join(sorted(known))}{hint}")
+                legal = listed(sorted(known), "mixer" if key == "layout" else "layout", near=name)
+                raise ValueError(f"{key}.{field}: {name!r} is not one of {legal}")

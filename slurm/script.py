@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import as_storage_error
+from conf.groups import is_group
 from conf.revision import PACKAGES, REVISION_FILE, revision
+from conf.user_files import moved, own_paths
 from slurm.settings import ROOT, lines_of
 
 TEMPLATE = ROOT / "slurm/pretrain.sbatch"
@@ -53,19 +55,29 @@ class Submission:
             f"code={shlex.quote(str(self.code.resolve()))}",
             'cd "$root" || exit 74',
             f"python={shlex.quote(sys.executable)}",
-            shlex.join(["set", "--", *self.overrides]),
+            shlex.join(["set", "--", *self._overrides()]),
             *lines_of(self.config),
         ]
+
+    def _overrides(self) -> list[str]:
+        """The overrides, files of the user's own by the copies that the job has of them."""
+        copies = {path: str(copy.absolute()) for path, copy in self._copies()}
+        return moved(self.overrides, lambda path: Path(copies[path]))
+
+    def _copies(self) -> list[tuple[Path, Path]]:
+        """Each file and directory of the user's own that the config comes from, and its copy."""
+        found = own_paths(self.overrides)
+        return [(path, self.folder / "own" / f"{n}-{path.name}") for n, path in enumerate(found)]
 
     def parts(self) -> list[str]:
         """What `write` makes, as lines for people."""
         made = [str(self.script), str(self.folder / "config.json")]
         if self.config["slurm"]["snapshot"]:
             made.append(f"{self.code}/ ({', '.join(PACKAGES)})")
-        return made
+        return made + [f"{copy} ({path})" for path, copy in self._copies()]
 
     def write(self) -> None:
-        """Makes the folder with script, resolved config and code. Raises StorageError."""
+        """Makes the folder with script, resolved config, code and own files. Raises StorageError."""
         try:
             self.folder.mkdir(parents=True)
             # sbatch makes no directory, and without one a job ends with no word.
@@ -73,6 +85,8 @@ class Submission:
             (self.folder / "config.json").write_text(json.dumps(self.config, indent=2) + "\n")
             if self.config["slurm"]["snapshot"]:
                 copy_code(self.code)
+            for path, copy in self._copies():
+                copy_own(path, copy)
             self.script.write_text(self.text())
             self.script.chmod(0o755)
         except OSError as error:
@@ -88,6 +102,18 @@ def copy_code(target: Path) -> None:
     # Its version is asked for by --version and recorded.
     shutil.copy(ROOT / "pyproject.toml", target)
     (target / REVISION_FILE).write_text(json.dumps(revision(ROOT)) + "\n")
+
+
+def copy_own(path: Path, target: Path) -> None:
+    """Copies a config file of the user's, or the options in a directory. Raises OSError."""
+    target.parent.mkdir(exist_ok=True)
+    if path.is_file():
+        shutil.copyfile(path, target)
+        return
+    for file in path.glob("*/*.yaml"):
+        if is_group(file.parent.name):
+            (target / file.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target / file.parent.name / file.name)
 
 
 def sbatch_flags(config: Mapping[str, Any]) -> list[str]:

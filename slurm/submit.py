@@ -16,6 +16,7 @@ from typing import Any
 from conf.errors import DataError
 from conf.help import Page, run
 from conf.keys import sections
+from conf.user_files import with_absolute_paths
 from slurm.options import DRY_RUN, KEYS, Options, quoted, read_options
 from slurm.script import Submission
 from slurm.settings import ROOT
@@ -45,6 +46,8 @@ PAGE = Page(
 def main(arguments: Sequence[str]) -> int:
     """Writes the job into the run directory and submits it; with `--dry-run` only shows both.
 
+    The working directory becomes that of the repository.
+
     Returns sbatch's exit code, or that of `train.resolve --check` where the run cannot start on the job's
     processes.
 
@@ -54,7 +57,9 @@ def main(arguments: Sequence[str]) -> int:
     options = read_options(arguments)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     # A run without a directory of its own gets one, as every job by hand does.
-    lines = [f"run.name=job-{stamp}", *options.lines]
+    lines = [f"run.name=job-{stamp}", *with_absolute_paths(options.lines)]
+    # Relative paths of the config, and of the log, are those of the repository.
+    os.chdir(ROOT)
     code, config = resolve(lines, options)
     if config is None:
         return code
@@ -89,6 +94,4 @@ def resolve(lines: Sequence[str], options: Options) -> tuple[int, Mapping[str, A
 
 
 if __name__ == "__main__":
-    # Relative paths of the config, and of the log, are those of the repository.
-    os.chdir(ROOT)
     run(main, PAGE)

@@ -1,6 +1,7 @@
 """Links of the pages lead somewhere, the commands in them are legal, and their diffs are in the tree."""
 
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from conf.errors import ConfigError
+from conf.user_files import with_search_path
 from train.config.load import load_config
+from train.config.versions import VERSION, VERSION_KEY
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -39,6 +42,18 @@ def test_readme_names_every_page() -> None:
     assert [name for name in names if name not in text] == []
 
 
+def write_files(folder: Path) -> None:
+    """The files that pages show under their names, and the config of a run that they go on from."""
+    for page in PAGES:
+        for name, text in re.findall(r"^```yaml\n# (\S+\.yaml)\n(.*?)^```", page.read_text(), re.M | re.S):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+    (folder / "typo.yaml").write_text("optim: {lrr: 1}\n")
+    (folder / "runs/smoke").mkdir(parents=True)
+    run = load_config(["recipe=smoke"], None).model_dump(mode="json")
+    (folder / "runs/smoke/config.json").write_text(json.dumps({VERSION_KEY: VERSION, **run}))
+
+
 def commands() -> list[tuple[str, list[str]]]:
     """Module or script of each command in the pages, and its arguments."""
     found = []
@@ -50,20 +65,22 @@ def commands() -> list[tuple[str, list[str]]]:
     return found
 
 
-def test_commands_are_legal() -> None:
+def test_commands_are_legal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
     checked = 0
     for module, arguments in commands():
         if module.endswith(".sbatch"):
             assert (ROOT / module).exists(), module
         else:
             assert importlib.util.find_spec(module), module
-        overrides = [x for x in arguments if not x.startswith("-") and "," not in x]
+        overrides = [x for x in with_search_path(arguments) if not x.startswith("-") and "," not in x]
         # What stands in capitals is the reader's to fill in.
         if module in RUNS and not any(re.search(r"=[A-Z_]+$|start=", x) for x in overrides):
             try:
                 load_config(overrides, None)
             except ConfigError as error:
-                if "optim.lrr=1" not in overrides:
+                if "optim.lrr=1" not in overrides and "config=typo.yaml" not in overrides:
                     raise AssertionError(f"{module} {overrides}: {error}") from error
             checked += 1
     assert checked > 15

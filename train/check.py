@@ -25,7 +25,7 @@ def main(overrides: Sequence[str]) -> None:
     """
     from train.config.load import load_config
 
-    config = load_config(overrides, None)
+    config = load_config(overrides, None, starts=True)
     from train.config.show import show_config
 
     show_config(config, config.cluster.nodes * config.cluster.gpus_per_node)

@@ -150,7 +150,10 @@ def summary_rows(figures: dict[str, Any], config: "RunConfig") -> list[tuple[str
     for name, flops in figures["forward_flops_per_token"].items():
         rows.append((f"  forward, {name.replace('_', ' ')}", f"{flops / 1e9:,.4g} G"))
     rows.append((f"cache of one sequence of {figures['context']:,}", readable_bytes(figures["cache_bytes"])))
+    from train.config.show import batch_line
+
     rows.append(("ranks", config.parallel.describe(figures["world_size"])))
+    rows.append(("batch", batch_line(config, figures["world_size"])))
     rows += [(f"memory per rank, {name}", readable_bytes(value)) for name, value in memory.items()]
     from train.estimate.memory import FITTING_SHARE, share_of_device
 

@@ -44,11 +44,13 @@ def composed_tree(overrides: Sequence[str]) -> dict:
     """The composed config, types and ranges checked. Raises ConfigError."""
     from conf.compose import validate
     from train.config.fields import RunDraft
-    from train.config.load import compose_run, with_global_batch
+    from train.config.load import compose_run, read_run, with_global_batch
 
-    tree = compose_run(overrides)
-    # A batch that is not given depends on the processes, which only --check takes from the cluster.
-    validate(RunDraft, with_global_batch(tree, None))
+    given = read_run(overrides)
+    with given.naming_file():
+        tree = compose_run(given)
+        # A batch that is not given depends on the processes, which only --check takes from the cluster.
+        validate(RunDraft, with_global_batch(tree, None))
     return tree
 
 
@@ -59,7 +61,7 @@ def checked_tree(overrides: Sequence[str]) -> dict:
     """
     from train.config.load import load_config
 
-    config = load_config(overrides, None)
+    config = load_config(overrides, None, starts=True)
     from train.config.saved import saved_differences
     from train.estimate.memory import memory_violations
 

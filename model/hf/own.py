@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from conf.compose import overrides_of
+from conf.overrides import overrides_of
 from model.config import Architecture
 from model.hf.family import Family
 from model.hf.fields import Fields

@@ -30,17 +30,17 @@ def parallelism_violations(
 
 
 def _mesh_violations(config: ParallelConfig, world_size: int) -> list[Violation]:
-    if config.dp_shard != -1 and config.dp_shard < 1:
-        return [Violation("parallel.dp_shard", f"must be -1 or at least 1; found {config.dp_shard}")]
     found = []
+    if config.dp_shard != -1 and config.dp_shard < 1:
+        found.append(Violation("parallel.dp_shard", f"must be -1 or at least 1; found {config.dp_shard}"))
     for name in ("tp", "cp", "dp_replicate", "pp"):
         degree = getattr(config, name)
         others = config.fixed_degrees() // degree
         if world_size % others == 0 and (world_size // others) % degree:
             legal = ", ".join(map(str, _divisors(world_size // others)))
+            over = f" over {others} of the other axes" if others > 1 else ""
             message = (
-                f"{degree} does not divide the {world_size} processes started"
-                f"{f' over {others} of the other axes' if others > 1 else ''}; legal values are {legal}"
+                f"{degree} does not divide the {world_size} processes started{over}; legal values are {legal}"
             )
             found.append(Violation(f"parallel.{name}", message))
     if not found and world_size % config.fixed_degrees():
@@ -70,32 +70,37 @@ def _product(config: ParallelConfig, *, without_shard: bool = False) -> str:
     return " x ".join(shown) or "one rank"
 
 
-def pipeline_violations(config: ParallelConfig, rows: int, micro: int) -> list[Violation]:
-    """What keeps the rows of a rank from going through its pipeline, `micro` at a time."""
-    plan = config.plan(rows // micro)
+def pipeline_violations(config: ParallelConfig) -> list[Violation]:
+    """What makes a pipeline impossible whatever its batch is."""
+    plan = config.plan(1)
     if plan is None:
-        if config.pp_layout is not None:
-            return [
-                Violation("parallel.pp_layout", "says what each stage has; set parallel.pp above 1, or null")
-            ]
-        return []
-    found = []
+        if config.pp_layout is None:
+            return []
+        return [Violation("parallel.pp_layout", "says what each stage has; set parallel.pp above 1, or null")]
+    found = [violation for violation in plan_violations(plan) if violation.key != "train.micro_batch"]
     if config.prefetch:
         message = f"{config.prefetch} is not for stages of a pipeline, which gather once a step; set it to 0"
         found.append(Violation("parallel.prefetch", message))
-    for violation in plan_violations(plan):
-        message = violation.message
-        if violation.key == "train.micro_batch":
-            others = (
-                value for value in _divisors(rows) if not plan_violations(config.plan(rows // value) or plan)
-            )
-            legal = ", ".join(map(str, others))
-            message += f"; of {rows} rows per rank legal values are {legal}" if legal else ""
-            message += (
-                "" if legal else f"; no share of the {rows} rows per rank does, raise train.global_batch"
-            )
-        found.append(Violation(violation.key, message))
     return found
+
+
+def micro_batch_violations(config: ParallelConfig, rows: int, micro: int | None) -> list[Violation]:
+    """What keeps the rows of a rank from going through its pipeline, `micro` at a time; None is what fits."""
+    said = _said_of(config, rows // (micro or config.largest_micro_batch(rows)))
+    if said is None:
+        return []
+    legal = ", ".join(str(value) for value in _divisors(rows) if _said_of(config, rows // value) is None)
+    if legal:
+        return [Violation("train.micro_batch", f"{said}; of {rows} rows per rank legal values are {legal}")]
+    message = f"{said}; no share of the {rows} rows per rank does, raise train.global_batch"
+    return [Violation("train.global_batch" if micro is None else "train.micro_batch", message)]
+
+
+def _said_of(config: ParallelConfig, micro_batches: int) -> str | None:
+    """What keeps so many micro-batches from going through the pipeline."""
+    plan = config.plan(micro_batches)
+    found = plan_violations(plan) if plan is not None else []
+    return next((violation.message for violation in found if violation.key == "train.micro_batch"), None)
 
 
 def _expert_violations(degree: int, num_experts: int, ranks: int) -> list[Violation]:

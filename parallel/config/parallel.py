@@ -6,7 +6,7 @@ from pydantic import Field
 
 from conf.compose import Config
 from parallel.config.degrees import Degrees
-from parallel.config.pipeline import PipelinePlan, ScheduleName, fewest_chunks
+from parallel.config.pipeline import PipelinePlan, ScheduleName, fewest_chunks, plan_violations
 from parallel.config.regions import region_names
 from parallel.config.zero import ZeroConfig
 
@@ -53,6 +53,20 @@ class ParallelConfig(Config):
             return None
         chunks = self.pp_chunks or fewest_chunks(self.pp_schedule)
         return PipelinePlan(self.pp_schedule, self.pp, chunks, micro_batches)
+
+    def fewest_micro_batches(self) -> int:
+        """How many micro-batches of a step the pipeline needs; 1 without one, and where it runs none."""
+        plans = (self.plan(count) for count in range(1, 2 * self.pp * (self.pp_chunks or 2) + 1))
+        fitting = (plan.micro_batches for plan in plans if plan is not None and not plan_violations(plan))
+        return next(fitting, 1)
+
+    def largest_micro_batch(self, rows: int) -> int:
+        """The most of `rows` that can go through the model at a time: all, or what its pipeline takes."""
+        for count in (count for count in range(1, rows + 1) if rows % count == 0):
+            plan = self.plan(count)
+            if plan is None or not plan_violations(plan):
+                return rows // count
+        return rows
 
     @property
     def recomputed(self) -> frozenset[str]:

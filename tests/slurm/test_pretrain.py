@@ -46,9 +46,9 @@ print("ARGS", sys.argv[1:], flush=True)
 print("ENV", {name: os.environ.get(name) for name in os.environ.get("SHOW", "").split()}, flush=True)
 mode, code = os.environ["MODE"], int(os.environ.get("CODE", "0"))
 if mode == "wait":
-    from train.config.load import compose_run
+    from train.config.load import compose_run, read_run
 
-    run = pathlib.Path(compose_run(sys.argv[1:])["run"]["dir"])
+    run = pathlib.Path(compose_run(read_run(sys.argv[1:]))["run"]["dir"])
     time.sleep(float(os.environ.get("BOOT", "0")))
     (run / "PREEMPT").unlink(missing_ok=True)
     heard = []

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from conf.revision import revision
 from slurm import submit
 from slurm.options import quoted, read_options
 from slurm.script import Submission, notice_of, sbatch_flags
+from train.config.load import load_config
+from train.config.versions import VERSION
 
 ROOT = submit.ROOT
 
@@ -199,11 +202,12 @@ class Site:
         (folder / "bin/sbatch").write_text(script)
         (folder / "bin/sbatch").chmod(0o755)
 
-    def submit(self, *words: str) -> subprocess.CompletedProcess[str]:
+    def submit(self, *words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
         """What the command says and returns."""
         environment = os.environ | {"PATH": f"{self.folder}/bin:{os.environ['PATH']}", "SOMEBODY": "me"}
+        environment["PYTHONPATH"] = str(ROOT)
         command = [sys.executable, "-m", "slurm.submit", *words]
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
 
     def files(self) -> list[str]:
         """Everything below the folder but the stand-in."""
@@ -315,6 +319,40 @@ def test_the_job_is_written_and_submitted_from_the_repository_root(site: Site) -
     script = (folder / "job.sbatch").read_text()
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
     assert "#SBATCH --partition=long\n" in script
+
+
+@pytest.mark.slow
+def test_the_job_reads_copies_of_the_users_own_files(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is typed below another working directory is found, and may be gone when the job begins."""
+    own = site.folder / "own"
+    (own / "dir/optim").mkdir(parents=True)
+    (own / "dir/optim/slow.yaml").write_text("defaults: [adamw, _self_]\nlr: 0.125\n")
+    (own / "dir/notes.txt").write_text("no option")
+    (own / "mine.yaml").write_text("defaults:\n  - optim: slow\ntrain: {steps: 7}\n")
+    words = ["config=mine.yaml", "--config-dir", "dir", f"run.dir={site.folder}/run", "slurm.snapshot=false"]
+    done = site.submit(*words, cwd=own)
+    assert done.returncode == 3, done.stderr
+    (folder,) = (site.folder / "run/slurm").iterdir()
+    copies = sorted(str(path.relative_to(folder)) for path in (folder / "own").rglob("*") if path.is_file())
+    assert copies == ["own/0-mine.yaml", "own/1-dir/optim/slow.yaml"]
+    shutil.rmtree(own)
+    lines = (folder / "job.sbatch").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("set -- ")]
+    monkeypatch.chdir(site.folder)
+    config = load_config(words_of_bash(line), 1)
+    assert (config.optim.lr, config.train.steps, config.run.dir) == (0.125, 7, f"{site.folder}/run")
+
+
+@pytest.mark.slow
+def test_the_config_of_a_run_is_submitted_as_another(site: Site) -> None:
+    (site.folder / "first").mkdir()
+    saved = {**load_config(["recipe=smoke"], 1).model_dump(mode="json"), "version": VERSION}
+    (site.folder / "first/config.json").write_text(json.dumps(saved))
+    path = f"config={site.folder}/first/config.json"
+    done = site.submit(path, f"run.dir={site.folder}/first", "--dry-run")
+    assert done.returncode == 64
+    assert "begins another run" in done.stderr
+    assert site.submit(path, f"run.dir={site.folder}/second", "--dry-run").returncode == 0
 
 
 def test_a_run_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def violations(*overrides: str, world_size: int = 1) -> dict[str, str]:
         ("mixer.attn.num_key_heads=3", "mixer.attn", "must be a multiple of num_key_heads 3"),
         ('layout.first="attn attn attn attn attn"', "layout", "depth is 4"),
         ("model.vocab_size=100", "model.vocab_size", "raise it to at least that"),
-        ("train.micro_batch=3", "train.micro_batch", "legal values are 1, 2"),
+        ("layout.pattern=gdm", "layout.pattern", "see --help=mixer; did you mean gdn?"),
         ("precision.parameters=bfloat16", "precision", "lose small updates"),
         ("optim.kind=os.system", "optim.kind", "is not one of adamw, lion"),
         ("schedule.kind=cosin", "schedule.kind", "did you mean cosine?"),
@@ -80,9 +80,9 @@ def test_a_mapping_is_merged_into_what_its_key_refers_to() -> None:
     assert attn.kind == "none"
 
 
-def test_a_value_does_not_stay_for_the_next_config() -> None:
+def test_one_composition_leaves_nothing_for_the_next() -> None:
     before = load_config([], 1)
-    assert load_config(["train.seed=77", "mixer.attn.head_dim=8"], 1) != before
+    assert load_config(["optim.lr=0.25", "mixer.gdn.conv_width=3"], 1) != before
     assert load_config([], 1) == before
 
 

@@ -6,11 +6,13 @@ import sys
 
 import pytest
 
-from conf.compose import compose_tree, overrides_of
+from conf.compose import compose_tree
 from conf.errors import ConfigError
+from conf.groups import groups
 from conf.help import Page, answer, page_lines, question
 from conf.key_types import key_type
-from conf.keys import default_option, groups, is_spread, options, sections, shared_keys
+from conf.keys import default_option, is_spread, options, sections, shared_keys
+from conf.overrides import overrides_of
 from train.__main__ import PAGE
 from train.config.fields import RunDraft
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from conf.compose import sweep_jobs
 from conf.errors import STOPPED, ConfigError, NumericsError
+from conf.overrides import sweep_jobs
 from tests.train.conftest import Corpus
 from train.loop import sweep_table
 from train.loop.hydra_line import told_apart

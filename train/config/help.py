@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 ARGUMENTS = {
     "GROUP=OPTION": "a file of conf/GROUP, such as optim=lion",
     "KEY=VALUE": "a value within a group, such as optim.lr=3e-4; it wins over every file",
+    "config=FILE": "values and options in a .yaml of your own, or all of them in the config.json of a run",
+    "--config-dir DIR": "options of your own, DIR/GROUP/NAME.yaml; Hydra's hydra.searchpath=[file://DIR]",
 }
 
 

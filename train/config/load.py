@@ -2,49 +2,68 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from conf.compose import compose_known, composed_value, typed_keys, validate
+from pydantic import ValidationError
+
+from conf.compose import compose_known, composed_value, valid_parts, validate
 from conf.errors import ConfigError, Violation
+from conf.user_files import Given, read_given
+from parallel.config.parallel import ParallelConfig
 from train.checkpoint.run_files import CONFIG_FILE
-from train.config.checks import early_violations, model_violations
+from train.config.checks import early_violations, mixer_key_violations, model_violations
 from train.config.fields import RunDraft
 from train.config.run_names import with_names
-from train.config.saved import own_tree, saved_tree
+from train.config.saved import own_tree, refuse_run_of_file, saved_tree, saved_values
 
 if TYPE_CHECKING:
     from train.config.run_config import RunConfig
 
 
-def load_config(overrides: Sequence[str], world_size: int | None) -> "RunConfig":
+def load_config(
+    overrides: Sequence[str], world_size: int | None, *, starts: bool | None = None
+) -> "RunConfig":
     """The checked config of a run on `world_size` processes, None for those of its cluster.
 
-    Raises ConfigError with all violations.
+    starts: a run begins from it, or is to be shown to be able to; None is where world_size is given. Raises
+    ConfigError with all violations.
     """
-    return checked(compose_run(overrides), world_size, sees_mixers=names_mixers(overrides))
+    given = read_run(overrides)
+    with given.naming_file():
+        tree = compose_run(given)
+        if world_size is not None if starts is None else starts:
+            refuse_run_of_file(given, tree)
+        return checked(tree, world_size, mixer_keys(given))
 
 
-def compose_run(overrides: Sequence[str]) -> dict[str, Any]:
+def read_run(overrides: Sequence[str]) -> Given:
+    """The overrides of a run with the files of the user's own. Raises ConfigError, CheckpointError."""
+    return read_given(overrides, read_whole=saved_values)
+
+
+def compose_run(given: Given) -> dict[str, Any]:
     """The composed config of a run, unchecked; the weights in train.start bring their architecture.
 
     Where run.dir is typed and holds a run, what is not typed is as in that run. Raises ConfigError, also
     where the weights are not ours, CheckpointError where the config of that run is damaged without a copy.
     """
-    start = composed_value(overrides, "train.start")
-    tree = compose_known(overrides, RunDraft, started_architecture(start))
+    start = composed_value(given, "train.start")
+    tree = compose_known(given, RunDraft, started_architecture(start))
     train = tree.get("train")
     if start is not None and isinstance(train, dict) and train.get("start") != start:
         message = f"{start} brings a model with which it would be {train.get('start')}; give it as plain text"
         raise ConfigError([Violation("train.start", message)])
-    own = own_tree(overrides, tree)
-    return with_names(tree, overrides) if own is None else with_names(own, None)
+    own = own_tree(given, tree)
+    return with_names(tree, given) if own is None else with_names(own, None)
 
 
-def names_mixers(overrides: Sequence[str]) -> bool:
-    """Whether a key of a mixer is typed."""
-    return any(key.startswith("mixer.") for key in typed_keys(overrides))
+def mixer_keys(given: Given) -> list[str]:
+    """The keys of mixers that are typed, or stand in a file of the user's that has a part of all keys."""
+    is_whole = given.file is not None and given.file.is_whole
+    keys = given.typed_keys() if is_whole else given.all_keys()
+    return [key for key in keys if key.startswith("mixer.")]
 
 
 def open_run(directory: str) -> "RunConfig":
@@ -68,17 +87,18 @@ def run_tree(directory: str) -> dict[str, Any]:
     return saved
 
 
-def checked(tree: dict[str, Any], world_size: int | None, *, sees_mixers: bool) -> "RunConfig":
+def checked(tree: dict[str, Any], world_size: int | None, mixer_keys: Collection[str]) -> "RunConfig":
     """A composed tree as the config of a run on so many processes.
 
-    sees_mixers: their keys were typed, so mixers are looked into even where something else is wrong.
-    Raises ConfigError with all violations.
+    mixer_keys are those that were typed: with them mixers are looked into even where something else is wrong,
+    unless none of them is a key. Raises ConfigError with all violations.
     """
     tree = with_global_batch(tree, world_size)
     found = list(tree_violations(tree, world_size))
-    if found and not sees_mixers:
-        # What the mixers hold then comes from conf/ alone; looking into it would import torch for seconds.
-        raise ConfigError(found)
+    unknown = mixer_key_violations(tree.get("mixer")) if mixer_keys else []
+    if (found or unknown) and {*mixer_keys} <= {violation.key for violation in unknown}:
+        # What else the mixers hold comes from conf/ alone; looking into it would import torch for seconds.
+        raise ConfigError([*unknown, *found])
     from train.config.run_config import RunConfig
 
     try:
@@ -94,14 +114,27 @@ def checked(tree: dict[str, Any], world_size: int | None, *, sees_mixers: bool) 
 def with_global_batch(tree: dict[str, Any], world_size: int | None) -> dict[str, Any]:
     """The tree, its global batch filled in where there is none: two sequences for each data-parallel rank.
 
+    More where a micro-batch that is given, or the micro-batches of a pipeline, take more.
+
     Whatever is of a wrong type stays as it is, for `validate` to name.
     """
     train, parallel, cluster = (tree.get(name) for name in ("train", "parallel", "cluster"))
     if not isinstance(train, dict) or train.get("global_batch", 0) is not None:
         return tree
     ranks = _product(cluster, ("nodes", "gpus_per_node")) if world_size is None else world_size
-    batch = 2 * max(1, ranks // _product(parallel, ("pp", "cp", "tp")))
+    shares = max(1, ranks // _product(parallel, ("pp", "cp", "tp")))
+    batch = shares * _rows(parallel, train.get("micro_batch"))
     return {**tree, "train": {**train, "global_batch": batch}}
+
+
+def _rows(parallel: object, micro: object) -> int:
+    """The fewest sequences of a rank, 2 at least, that go through its pipeline `micro` at a time."""
+    at_once = micro if isinstance(micro, int) and micro > 0 else 1
+    try:
+        count = ParallelConfig.model_validate(parallel).fewest_micro_batches()
+    except ValidationError:
+        count = 1
+    return at_once * max(count, -(-2 // at_once))
 
 
 def _product(tree: Any, names: Sequence[str]) -> int:
@@ -128,11 +161,14 @@ def started_architecture(start: object) -> dict[str, Any] | None:
     return found["architecture"]
 
 
-def tree_violations(tree: dict, world_size: int | None) -> Sequence[Violation]:
+def tree_violations(tree: dict, world_size: int | None) -> list[Violation]:
     """Everything that is wrong with a composed tree, its mixers left out."""
+    found = list[Violation]()
     try:
         draft = validate(RunDraft, tree)
     except ConfigError as error:
-        return error.violations
+        draft, found = valid_parts(RunDraft, tree), list(error.violations)
+    if world_size is None and not hasattr(draft, "cluster"):
+        return found
     ranks = draft.cluster.nodes * draft.cluster.gpus_per_node if world_size is None else world_size
-    return early_violations(draft, ranks, is_run_here=world_size is not None)
+    return found + early_violations(draft, ranks, is_run_here=world_size is not None)

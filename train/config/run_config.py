@@ -10,7 +10,7 @@ class RunConfig(RunFields, Architecture):
     def rank_rows(self, ranks: int) -> tuple[int, int]:
         """Sequences of one rank per step, and how many of them go through the model at a time."""
         rows = self.train.global_batch // ranks
-        return rows, self.train.micro_batch or rows
+        return rows, self.train.micro_batch or self.parallel.largest_micro_batch(rows)
 
     @property
     def architecture(self) -> Architecture:

@@ -1,23 +1,21 @@
 """What a run is called where it is shown beside others."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from conf.compose import typed_values
 from conf.keys import default_option
+from conf.user_files import Given
 
 # The most that Weights & Biases takes.
 _LONGEST = 128
 
 
-def with_names(tree: dict[str, Any], overrides: Sequence[str] | None) -> dict[str, Any]:
+def with_names(tree: dict[str, Any], given: Given | None) -> dict[str, Any]:
     """The tree with `track.name` and `track.group` where they are null.
 
-    overrides are what it was made of; None is a config of old, whose group stays as it is.
-
-    Whatever is of a wrong type stays as it is, for `validate` to name.
+    given is what it was made of; None is a config of old, whose group stays as it is. Whatever is of a wrong
+    type stays as it is, for `validate` to name.
     """
     run, track = tree.get("run"), tree.get("track")
     if not isinstance(run, dict) or not isinstance(track, dict) or not isinstance(run.get("dir"), str):
@@ -25,8 +23,8 @@ def with_names(tree: dict[str, Any], overrides: Sequence[str] | None) -> dict[st
     named = dict(track)
     if named.get("name", "") is None:
         named["name"] = _last_part(run["dir"]) or None
-    if named.get("group", "") is None and overrides is not None:
-        named["group"] = group_of(typed_values(overrides))[:_LONGEST] or None
+    if named.get("group", "") is None and given is not None:
+        named["group"] = group_of(given.all_values())[:_LONGEST] or None
     return {**tree, "track": named}
 
 

@@ -11,8 +11,7 @@ from train.track.report import print_table
 def show_config(config: RunConfig, world_size: int) -> None:
     """Prints sizes, layout, data, optimizer and parallelism of the run."""
     counts = count(config.architecture)
-    degrees = config.parallel.degrees(world_size)
-    optim, train, (_, micro) = config.optim, config.train, config.rank_rows(degrees.batch)
+    optim, train = config.optim, config.train
     kinds = kind_of(optim), kind_of(config.schedule)
     cautions = config.schedule.cautions(train.steps)
     print_table(
@@ -22,7 +21,7 @@ def show_config(config: RunConfig, world_size: int) -> None:
             "parameters": f"{counts.total / 1e6:,.1f} M, {counts.active / 1e6:,.1f} M active",
             "layers": layer_line(config),
             "data": f"{config.data.directory}, {config.data.sequence_length} tokens per sequence",
-            "batch": f"{train.global_batch} sequences, {micro} at a time on each rank",
+            "batch": batch_line(config, world_size),
             "steps": f"{train.steps:,} ({tokens_of(config):,} tokens)",
             "optimizer": f"{kinds[0]}, lr {optim.lr:g}, {kinds[1]}, clip {optim.clip_norm:g}",
             "precision": f"{config.precision.compute}, weights {config.precision.parameters}",
@@ -30,6 +29,13 @@ def show_config(config: RunConfig, world_size: int) -> None:
             **({"caution": "\n".join(cautions)} if cautions else {}),
         },
     )
+
+
+def batch_line(config: RunConfig, world_size: int) -> str:
+    """How many sequences a step has, and how they go through the model, also where no key says so."""
+    rows, micro = config.rank_rows(config.parallel.degrees(world_size).batch)
+    through = f", {rows // micro} micro-batches" if config.parallel.pp > 1 else ""
+    return f"{config.train.global_batch} sequences, {micro} at a time on each rank{through}"
 
 
 def tokens_of(config: RunConfig) -> int:

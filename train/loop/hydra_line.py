@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -11,9 +12,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from conf.compose import CONF_DIR, composed_value, hydra_overrides, model_option, typed_keys
+from conf.compose import VALUES, composed_value, hydra_lines, model_option, values_option
 from conf.errors import exit_on_error
-from train.config.load import started_architecture
+from conf.groups import CONF_DIR
+from conf.user_files import FILE_KEY, SEARCH_KEY, Given, with_absolute_paths
+from train.config.load import read_run, started_architecture
 
 # Hydra's flags whose value is the next word.
 _VALUED = ("--cfg", "-c", "--package", "-p", "--info", "-i")
@@ -24,20 +27,43 @@ def hydra_main(arguments: Sequence[str]) -> None:
     flags, typed = told_apart(arguments)
     with ExitStack() as stack:
         with exit_on_error():
-            overrides = [*given_model(flags, typed, stack), *hydra_overrides(typed)]
+            given = read_run(typed)
+            with given.naming_file():
+                overrides = hydra_arguments(flags, given, stack)
+        own = own_lines(typed)
         sys.argv = [sys.argv[0], *flags, *overrides]
-        hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")(one_job)()
+
+        def job(composed: Any) -> None:
+            one_job(own)
+
+        hydra.main(config_path=str(CONF_DIR), config_name="config", version_base="1.3")(job)()
 
 
-def given_model(flags: Sequence[str], typed: Sequence[str], stack: ExitStack) -> list[str]:
-    """The lines by which one run, or what is shown of it, has the model of train.start.
+def hydra_arguments(flags: Sequence[str], given: Given, stack: ExitStack) -> list[str]:
+    """The lines by which Hydra composes what is given; temporary files of the stack stand behind some.
 
-    Runs of a sweep may each have another one; `one_job` sees to it.
+    One run, or what is shown of it, has the model of train.start. Runs of a sweep may each have another one;
+    `one_job` sees to it.
     """
-    if "-m" in flags or "--multirun" in flags or "model" in typed_keys(typed):
-        return []
-    architecture = started_architecture(composed_value(typed, "train.start"))
-    return [] if architecture is None else stack.enter_context(model_option(architecture))
+    directories, lines = list[Path](), list[str]()
+    is_sweep = "-m" in flags or "--multirun" in flags
+    if not is_sweep and "model" not in given.all_keys():
+        architecture = started_architecture(composed_value(given, "train.start"))
+        if architecture is not None:
+            directory, line = stack.enter_context(model_option(architecture))
+            directories.append(directory)
+            lines.append(line)
+    last = list[str]()
+    if given.file is not None:
+        directory, line = stack.enter_context(values_option(given.file))
+        directories.append(directory)
+        last.append(line)
+    return [*given.search_lines(directories), *lines, *hydra_lines(given), *last]
+
+
+def own_lines(typed: Sequence[str]) -> list[str]:
+    """The overrides that name files and directories of the user's own; `one_job` composes from them again."""
+    return [line for line in with_absolute_paths(typed) if line.startswith((f"{FILE_KEY}=", SEARCH_KEY))]
 
 
 def told_apart(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -62,26 +88,22 @@ def outside() -> Iterator[None]:
         GlobalHydra.instance().initialize(hydra_of_job)
 
 
-def one_job(composed: Any) -> None:
+def one_job(own: Sequence[str]) -> None:
     """One run of a sweep. Each has its own directory: run.dir/NUMBER."""
-    from omegaconf import OmegaConf
-
     from train.config.environment import read_environment
-    from train.config.load import checked, compose_run, names_mixers
+    from train.config.load import checked, compose_run, mixer_keys
 
     with exit_on_error():
-        # All mixers are composed again by `compose_run`.
-        typed = [line for line in HydraConfig.get().overrides.task if not line.startswith("mixer=[")]
-        tree = OmegaConf.to_container(composed, resolve=True)
-        assert isinstance(tree, dict), f"{type(tree)=}"
-        known = {str(name): value for name, value in tree.items()}
-        with outside():
-            if "model" not in typed_keys(typed) and composed_value(typed, "train.start") is not None:
-                known = compose_run(typed)
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            known["run"]["dir"] = f"{known['run']['dir']}/{HydraConfig.get().job.num}"
-        environment = read_environment()
-        config = checked(known, environment.world_size, sees_mixers=names_mixers(typed))
+        # What is composed again brings its mixers, directories and files itself.
+        lines = HydraConfig.get().overrides.task
+        typed = [line for line in lines if not line.startswith(("mixer=[", f"+{VALUES}="))]
+        given = read_run([*own, *typed])
+        with outside(), given.naming_file():
+            known = compose_run(given)
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                known["run"]["dir"] = f"{known['run']['dir']}/{HydraConfig.get().job.num}"
+            environment = read_environment()
+            config = checked(known, environment.world_size, mixer_keys(given))
         from train.loop.run import run_checked
 
         code = run_checked(config, environment)

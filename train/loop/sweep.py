@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from conf.compose import sweep_jobs, typed_keys
 from conf.errors import STOPPED, ConfigError, Violation, as_weft_error
+from conf.groups import group_options
+from conf.overrides import sweep_jobs
+from conf.user_files import SEARCH_KEY, read_given
 from train.config.environment import Environment, read_environment
-from train.config.load import load_config
+from train.config.load import load_config, read_run
 from train.config.run_names import sweep_names
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ def flagged(arguments: Sequence[str]) -> int:
     Raises ConfigError, also for a sweep of several processes.
     """
     typed = [argument for argument in arguments if argument not in ("-m", "--multirun")]
-    if any(argument.lstrip("+~").startswith(("-", "hydra")) for argument in typed):
+    if any(is_of_hydra(argument) for argument in typed):
         from train.loop.hydra_line import hydra_main
 
         hydra_main(arguments)
@@ -48,13 +50,20 @@ def flagged(arguments: Sequence[str]) -> int:
     return sweep(checked_jobs(typed), environment)
 
 
+def is_of_hydra(argument: str) -> bool:
+    """Whether an argument is a flag or a key of Hydra's own, but for where it finds options."""
+    word = argument.lstrip("+~")
+    return word.startswith(("-", "hydra")) and not word.startswith(SEARCH_KEY)
+
+
 def checked_jobs(typed: Sequence[str]) -> list[Job]:
     """The runs that overrides with several values ask for, in run.dir/NUMBER.
 
     Raises ConfigError with the violations of all of them, before the first one starts.
     """
     jobs, found = [], dict[Violation, list[str]]()
-    combinations = sweep_jobs(typed)
+    directories = read_given([line for line in typed if line.startswith(SEARCH_KEY)]).directories
+    combinations = sweep_jobs(typed, lambda group: group_options(group, directories))
     for number, overrides in enumerate(combinations):
         own = ", ".join(line.lstrip("+") for line, same in zip(overrides, typed, strict=True) if line != same)
         try:
@@ -64,8 +73,8 @@ def checked_jobs(typed: Sequence[str]) -> list[Job]:
                 found.setdefault(violation, []).append(own)
             continue
         directory = config.run.model_copy(update={"dir": f"{config.run.dir}/{number}"})
-        names = sweep_names(config.run.dir, number, own)
-        free = {key: name for key, name in names.items() if f"track.{key}" not in typed_keys(overrides)}
+        names, keys = sweep_names(config.run.dir, number, own), read_run(overrides).all_keys()
+        free = {key: name for key, name in names.items() if f"track.{key}" not in keys}
         track = config.track.model_copy(update=free)
         jobs.append(Job(config.model_copy(update={"run": directory, "track": track}), own))
     if found:
