@@ -8,7 +8,7 @@ import pytest
 
 from conf.revision import REVISION_FILE, revision
 from train.checkpoint.records import write_record
-from train.config.load import compose_run, load_config
+from train.config.load import compose_run, load_config, read_run
 from train.config.versions import VERSION, VERSION_KEY
 from train.loop.sweep import checked_jobs
 
@@ -27,7 +27,7 @@ from train.loop.sweep import checked_jobs
 def test_a_run_is_called_by_its_directory_and_its_group_by_what_was_typed(
     typed: list[str], name: str, group: str
 ) -> None:
-    track = compose_run(typed)["track"]
+    track = compose_run(read_run(typed))["track"]
     assert (track["name"], track["group"]) == (name, group)
 
 
@@ -47,8 +47,19 @@ def test_what_goes_on_by_its_directory_alone_keeps_its_group(tmp_path: Path, gro
     # Runs from before there were groups have none, and their recipe is not known any more.
     saved["track"] |= {"name": None, "group": group}
     write_record(tmp_path / "config.json", {VERSION_KEY: VERSION, **saved})
-    track = compose_run([f"run.dir={tmp_path}"])["track"]
+    track = compose_run(read_run([f"run.dir={tmp_path}"]))["track"]
     assert (track["name"], track["group"]) == (tmp_path.name, group)
+
+
+def test_a_run_of_a_file_is_called_by_what_stands_in_it(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("defaults:\n- layout: kda_3to1\nmodel:\n  width: 128\n")
+    of_file = load_config([f"config={file}", f"run.dir={tmp_path}/first"], 1)
+    assert (of_file.track.name, of_file.track.group) == ("first", "qwen3_next_small kda_3to1")
+    # The config of a run begins another one, which has a name of its own in the same group.
+    (tmp_path / "config.json").write_text(of_file.model_dump_json())
+    again = load_config([f"config={tmp_path}/config.json", f"run.dir={tmp_path}/second"], 1)
+    assert (again.track.name, again.track.group) == ("second", of_file.track.group)
 
 
 def git(root: Path, *words: str) -> str:

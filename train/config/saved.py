@@ -59,7 +59,7 @@ def saved_values(path: Path) -> dict[str, Any]:
         raise ConfigError([Violation(FILE_KEY, message + hint)])
     found = {name: value for name, value in upgraded(saved, str(path)).items() if name != "run"}
     if isinstance(track := found.get("track"), dict):
-        found["track"] = {name: value for name, value in track.items() if name != "name"}
+        found["track"] = {**track, "name": None}
     return found
 
 
