@@ -29,7 +29,11 @@ def started() -> Iterator[Start]:
 
     def start(*command: str) -> subprocess.Popen[str]:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        processes.append(subprocess.Popen(command, **pipes, text=True, start_new_session=True))
+        # As runs of the tests have it: sums of two threads may round otherwise.
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        processes.append(
+            subprocess.Popen(command, **pipes, env=environment, text=True, start_new_session=True)
+        )
         return processes[-1]
 
     yield start
