@@ -3,6 +3,7 @@
 Our own packages are imported inside: this file loads before shape checks are in place.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,3 +30,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     found = Corpus(write_tree(root / "tree"), root / "dataset")
     prepare(load_config(found.overrides(root / "run"), 1).data, progress=False)
     return found
+
+
+@pytest.fixture(autouse=True, scope="module")
+def subnormal_numbers() -> Iterator[None]:
+    """What a run sets for its whole process does not stay for the tests after it."""
+    yield
+    import torch
+
+    torch.set_flush_denormal(False)
