@@ -1,6 +1,7 @@
 """What panels show of a batch made by hand, in a model whose routers and head are given their scores."""
 
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 from data.loader import IGNORED, Batch
 from parallel.mesh.world import World
 from tests.train.runs import overrides_of
+from train.config.environment import Environment, read_launch
 from train.config.load import load_config
 from train.loop.metrics import step_metrics
 from train.loop.run import build_state
 from train.loop.step import train_step
+from train.track.panels import without_secrets
 
 ROWS, TOKENS, VOCABULARY, EXPERTS = 2, 8, 448, 4
 KEYS = (
@@ -73,3 +76,17 @@ def test_panels_are_those_of_the_batch(top_k: int) -> None:
     assert [line["data/sequences"] for line in lines] == [ROWS, 2 * ROWS]
     assert [line["data/tokens"] for line in lines] == [13, 26]
     assert [line["step"] for line in lines] == [1, 2]
+
+
+def test_no_secret_of_a_job_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = {"NCCL_DEBUG": "INFO", "WANDB_API_KEY": "abc", "hf_token": "abc", "UNSET": None}
+    config = {"optim": {"lr": 1.0}, "slurm": {"env": env, "time": "1:0:0"}}
+    shown = without_secrets(config)
+    kept = {"NCCL_DEBUG": "INFO", "WANDB_API_KEY": "...", "hf_token": "...", "UNSET": None}
+    assert shown == {"optim": {"lr": 1.0}, "slurm": {"env": kept, "time": "1:0:0"}}
+    assert env["hf_token"] == "abc"
+    words = ["python", "-m", "train", "slurm.env.HF_TOKEN=abc", "+slurm.env={A: abc}", "optim.lr=1"]
+    monkeypatch.setattr(sys, "orig_argv", words)
+    command = read_launch(Environment(0, 1, 0, None, None))["command"]
+    assert "abc" not in command
+    assert command.startswith("python -m train slurm.env.HF_TOKEN=... ")

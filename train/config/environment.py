@@ -60,8 +60,14 @@ def read_launch(environment: Environment) -> dict[str, Any]:
         **revision(Path(conf.__path__[0]).parent),
         "slurm_job": environment.slurm_job,
         "slurm_restarts": os.environ.get("SLURM_RESTART_COUNT"),
-        "command": shlex.join(sys.orig_argv),
+        "command": shlex.join(map(_without_value, sys.orig_argv)),
     }
+
+
+def _without_value(word: str) -> str:
+    """A word of the command line; of variables of the job only the name: they may hold a secret."""
+    name, sign, _ = word.partition("=")
+    return f"{name}=..." if sign and name.lstrip("+").startswith("slurm.env") else word
 
 
 def _read_rendezvous() -> Rendezvous:

@@ -6,6 +6,7 @@ from typing import Any
 
 # One panel for each layer would be hundreds; metrics.jsonl has them.
 _OF_ONE_LAYER = re.compile(r"router/.*_\d+")
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|CREDENTIAL|AUTH", re.IGNORECASE)
 
 
 def of_model(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,3 +24,12 @@ def heat_map(rows: Sequence[Sequence[float]]) -> dict[str, Any]:
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
     """Rows under named columns."""
     return {"shown_as": "table", "columns": list(columns), "rows": rows}
+
+
+def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a run without the values of variables of its job that are called like a secret."""
+    slurm = config.get("slurm")
+    if not slurm or not slurm.get("env"):
+        return dict(config)
+    env = {name: "..." if _SECRET.search(name) else value for name, value in slurm["env"].items()}
+    return {**config, "slurm": {**slurm, "env": env}}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from train.track.config import TrackConfig
 from train.track.metrics_file import MetricsFile, read
-from train.track.panels import heat_map, of_model, table
+from train.track.panels import heat_map, of_model, table, without_secrets
 from train.track.run_log import RunLog, rounded
 from train.track.wandb_sink import WandbSink
 
@@ -44,7 +44,7 @@ class Tracker:
             run_dir, total_steps, every=config.log_every, ranks=launch.get("ranks", 1), has_peak=has_peak
         )
         has_wandb = self._is_first and config.wandb != "disabled"
-        shown = {**run_config, "launch": dict(launch)}
+        shown = {**without_secrets(run_config), "launch": dict(launch)}
         self._wandb = WandbSink(config, run_dir, run_id, shown) if has_wandb else None
 
     def resume(self, step: int, checkpoint: Path | None = None, seconds: float = 0.0) -> None:
