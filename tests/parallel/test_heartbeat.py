@@ -65,6 +65,9 @@ def work(rank: int, size: int, port: int, cut: dict[str, int], folder: str, step
                 raise ValueError("broken here")
             if Path(f"{folder}/hang").exists() and rank == 1:
                 time.sleep(600)
+            if Path(f"{folder}/hang").exists() and rank > 1:
+                # Not so long that rank 0 gives up later than they do, nor that they are not waiting by then.
+                time.sleep(3.5)
             if Path(f"{folder}/slow disk").exists():
                 world.progress.enter("save", step)
                 slowly = partial(time.sleep, LATE if rank == 1 else 0)
@@ -230,6 +233,20 @@ def test_a_rank_that_hangs_in_its_own_work_is_named(ranks: Ranks, tmp_path: Path
     assert (tmp_path / "stacks" / "lost_node").read_text() == "node1\n"
     # The line that hangs.
     assert re.search(r"test_heartbeat\.py\", line \d+ in work", stacks.read_text())
+
+
+def test_those_that_have_not_given_up_yet_are_not_named(ranks: Ranks, tmp_path: Path) -> None:
+    for rank in range(4):
+        ranks.start(rank, 4, cp=2, tp=2)
+    ranks.wait_until_all_work()
+    (tmp_path / "hang").touch()
+    # Rank 0 gives up first, on its group of tp. The other group waits for all, and still does so.
+    for rank in range(4):
+        assert ranks.exit_code(str(rank)) == 75, ranks.said(str(rank))
+        said = ranks.error(str(rank))
+        assert "every rank is alive, but rank 1 (cp 0, tp 1)" in said
+        assert re.search(r"waits for no other rank, and rank 0[, 23]* waited in vain", said), said
+        assert "rank 2 (" not in said
 
 
 def test_a_disk_that_hangs_does_not_keep_a_lost_rank_secret(ranks: Ranks, tmp_path: Path) -> None:
