@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from conf.errors import DataError
 from data.config import HELD_OUT, DataConfig
-from data.durable import write_whole
+from data.durable import refuse_not_finite, sha256_of, write_whole
 
 CARD = "card.json"
 TOKENIZER = "tokenizer.model"
@@ -96,7 +96,7 @@ class Card(_Record):
 def write_card(card: Card, path: Path) -> None:
     """The card as JSON with a digest of its own: the same card gives the same bytes. Raises OSError."""
     fields = card.model_dump()
-    write_whole(path, (json.dumps({_DIGEST: _digest_of(fields), **fields}, indent=1) + "\n").encode())
+    write_whole(path, (json.dumps({_DIGEST: sha256_of(fields), **fields}, indent=1) + "\n").encode())
 
 
 def read_card(directory: Path) -> Card:
@@ -123,23 +123,20 @@ def read_card(directory: Path) -> Card:
 
 
 def _checked(content: bytes, path: Path) -> bytes:
-    """The card without its digest; what is no JSON object as it is. Raises DataError where they differ."""
+    """The card without its digest. Raises DataError where they differ, and for what is no JSON."""
     try:
-        fields = json.loads(content)
-    except (ValueError, RecursionError):
-        return content
+        fields = json.loads(content, parse_constant=refuse_not_finite)
+    except (ValueError, RecursionError) as error:
+        why = str(error).splitlines()[0]
+        raise DataError(f"{path}: damaged card: no JSON ({why}); prepare the dataset again") from error
     if not isinstance(fields, dict) or _DIGEST not in fields:
         return content
-    if fields.pop(_DIGEST) != _digest_of(fields):
+    if fields.pop(_DIGEST) != sha256_of(fields):
         raise DataError(
             f"{path}: damaged card, or changed by hand: its {_DIGEST} is not the one written in it; prepare "
             "the dataset again, or copy it anew"
         )
     return json.dumps(fields).encode()
-
-
-def _digest_of(fields: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def content_settings(config: DataConfig) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """Files that outlive a crash: written beside, synced and renamed; an error always names the file."""
 
+import hashlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
 import xxhash
 
@@ -60,3 +63,17 @@ def named(path: Path) -> Iterator[None]:
         if error.filename is None:
             error.filename = str(path)
         raise
+
+
+def sha256_of(body: Mapping[str, Any]) -> str:
+    """sha256 of plain JSON fields, in hexadecimal, whatever their order and layout in a file.
+
+    Raises ValueError for a number that is not finite.
+    """
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def refuse_not_finite(name: str) -> NoReturn:
+    """For json.loads, as its parse_constant: no file of ours holds NaN or an infinity. Raises ValueError."""
+    raise ValueError(f"{name} is no number of JSON")

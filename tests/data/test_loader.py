@@ -232,7 +232,7 @@ def test_a_directory_that_is_not_prepared_says_what_to_run(tmp_path: Path) -> No
     one_line(r"card\.json: cannot read: .* run python -m data\.prepare", lambda: open_loader(tmp_path))
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b'{"format": 2}', b"\xff"])
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"format": 2}', b"\xff", b'{"sha256": NaN}'])
 def test_a_damaged_card_is_named(copy: Path, content: bytes) -> None:
     (copy / "card.json").write_bytes(content)
     one_line(rf"{copy}/card\.json: damaged card", lambda: open_loader(copy))

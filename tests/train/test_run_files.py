@@ -105,6 +105,10 @@ def emptied(path: Path) -> None:
     path.write_bytes(b"")
 
 
+def not_finite(path: Path) -> None:
+    path.write_text(path.read_text().rstrip().removesuffix("}") + ', "more": NaN}')
+
+
 def torn(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
 
@@ -113,7 +117,7 @@ def edited(path: Path) -> None:
     path.write_text(path.read_text().replace("0.01", "0.02").replace('"step": 8', '"step": 4'))
 
 
-@pytest.mark.parametrize("damage", [removed, emptied, torn, edited])
+@pytest.mark.parametrize("damage", [removed, emptied, torn, edited, not_finite])
 def test_a_config_that_is_lost_comes_from_the_newest_checkpoint(
     corpus: Corpus, run: Path, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,7 +130,7 @@ def test_a_config_that_is_lost_comes_from_the_newest_checkpoint(
     assert config_of(run) == whole
 
 
-@pytest.mark.parametrize("damage", [emptied, torn, edited])
+@pytest.mark.parametrize("damage", [emptied, torn, edited, not_finite])
 def test_an_identity_that_is_damaged_comes_from_the_newest_checkpoint(
     corpus: Corpus, run: Path, damage: Callable[[Path], None]
 ) -> None:

@@ -1,7 +1,6 @@
 """The manifest of a checkpoint: which files it has, their sizes and digests, and the run they belong to."""
 
 import errno
-import hashlib
 import json
 import stat
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from conf.errors import CheckpointError, StorageError
+from data.durable import sha256_of
 from train.checkpoint.transient import PASSING, retried
 
 MANIFEST = "manifest.json"
@@ -155,12 +155,6 @@ def step_name(step: int) -> str:
 
 def _as_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, indent=1, allow_nan=False).encode() + b"\n"
-
-
-def sha256_of(body: Mapping[str, Any]) -> str:
-    """sha256 of plain JSON fields, in hexadecimal, whatever their order and layout in a file."""
-    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _unreadable(path: Path, error: OSError) -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import CheckpointError, as_storage_error
+from data.durable import refuse_not_finite, sha256_of
 from train.checkpoint.atomic import write_atomically
-from train.checkpoint.manifest import sha256_of
 from train.checkpoint.transient import PASSING, retried
 
 _DIGEST = "sha256"
@@ -26,7 +26,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
     one that is damaged, changed by hand, or may not be read, StorageError where storage fails, several times.
     """
     try:
-        fields = json.loads(retried(path.read_bytes))
+        fields = json.loads(retried(path.read_bytes), parse_constant=refuse_not_finite)
     except FileNotFoundError:
         return None
     except OSError as error:
