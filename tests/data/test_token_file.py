@@ -113,7 +113,7 @@ def test_every_length_but_the_right_one_is_refused(prefix: Path, suffix: str) ->
 @pytest.mark.parametrize(
     ("offset", "value", "words"),
     [
-        (0, b"XXX", "it is no indexed dataset"),
+        (0, b"GIF", "it is no indexed dataset"),
         (9, struct.pack("<Q", 2), "version 2, expected 1"),
         (17, b"\x07", "dtype code 7"),
         (17, b"\x04", "damaged index: sequence 1 is at byte 8, expected 16"),

@@ -49,6 +49,7 @@ MORE_LAYOUTS = {
 }
 # More than a chunk of a rank, an odd number, and one.
 PROMPTS = ((5,), (7, 1, 30, 2, 11), tuple(range(1, 24)))
+# In float64: four layers with sums of a hundred numbers are some hundred roundings of 2.2e-16, 1e-13.
 LIMIT = 1e-12
 
 

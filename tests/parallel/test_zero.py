@@ -147,7 +147,8 @@ def test_logits_of_the_next_token_are_those_of_fsdp(seen: list[Seen]) -> None:
         assert fsdp.std() > 0
         assert len(zero) == len(FORMS)
         for logits in zero:
-            torch.testing.assert_close(logits, fsdp, rtol=1e-5, atol=1e-6)
+            # As far apart as losses may be; where terms cancel, of the largest of them.
+            torch.testing.assert_close(logits, fsdp, rtol=0, atol=LIMIT * float(fsdp.abs().max()))
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_leaves_nothing(seen: list[Seen]) -> None:

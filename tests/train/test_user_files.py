@@ -72,7 +72,7 @@ def refused(*overrides: str, world_size: int | None = 1) -> list[Violation]:
     return list(caught.value.violations)
 
 
-def without_place(config: RunConfig) -> dict:
+def without_run_dir(config: RunConfig) -> dict:
     found = config.model_dump(mode="json")
     # A run is called by its directory.
     del found["run"], found["track"]["name"]
@@ -252,7 +252,7 @@ def saved(directory: str, config: RunConfig) -> str:
 def test_the_config_of_a_run_begins_another(here: Path) -> None:
     first = load("config=mine.yaml", "schedule=cosine", "train.seed=7")
     path = saved("runs/first", first)
-    assert without_place(load(f"config={path}", "run.dir=runs/second")) == without_place(first)
+    assert without_run_dir(load(f"config={path}", "run.dir=runs/second")) == without_run_dir(first)
     changed = load(f"config={path}", "run.dir=runs/second", "optim=adamw", "layout=swa", "optim.beta1=0.5")
     assert (changed.train.seed, changed.model.width) == (7, 64)
     assert changed.optim == load("optim=adamw", "optim.beta1=0.5").optim

@@ -52,7 +52,7 @@ def _part(chunk: ChunkStorageMetadata, first: int, stop: int) -> _Part | None:
 class TensorReader:
     """The tensors of a checkpoint that was verified, whose metadata came through `read_metadata`.
 
-    Holds its files open as a context: a run that goes on may delete the checkpoint meanwhile.
+    Holds its files open as a context: a run that goes on may delete the checkpoint.
     """
 
     def __init__(self, path: Path, metadata: Metadata) -> None:

@@ -46,7 +46,7 @@ def saved_tree(directory: Path) -> dict[str, Any] | None:
 
 
 def saved_values(path: Path) -> dict[str, Any]:
-    """All but place and name of the run whose config a file holds, with the keys of today.
+    """All but run.dir and name of the run whose config a file holds, with the keys of today.
 
     Raises ConfigError where there is none, or of weights, CheckpointError for a file that is damaged.
     """
@@ -73,7 +73,7 @@ def refuse_run_of_file(given: Given, composed: dict[str, Any]) -> None:
         message = f"is that of {path}, which begins another run; give another, or leave config= out"
         raise ConfigError([Violation("run.dir", message)])
     if not {"run.dir", "run.name"} & set(given.typed_keys()):
-        message = f"missing: {path} has all but the place of the new run; give run.dir=DIR"
+        message = f"missing: {path} has all but a run.dir for the new run; give run.dir=DIR"
         raise ConfigError([Violation("run.dir", message)])
 
 

@@ -78,7 +78,7 @@ def write_together(
     digest: str | None,
     ranks: Ranks,
 ) -> None:
-    """Writes `to` beside its place, the files shared out over the ranks, and renames it. Collective.
+    """Writes `to` under another name, its files shared out over the ranks, and renames it. Collective.
 
     Raises CheckpointError when `to` exists or a buffer that is not zero would be lost, StorageError.
     """

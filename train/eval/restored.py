@@ -76,7 +76,7 @@ def restore(
 ) -> Restored:
     """The model of the newest good checkpoint, or of that of `step`, on the devices of the world.
 
-    rows are those that go through it at a time. The run may go on meanwhile. Collective.
+    rows are those that go through it at a time. The run may go on. Collective.
 
     Raises ConfigError when there is no checkpoint yet, CheckpointError when none is usable, or that of `step`
     is damaged.

@@ -30,7 +30,7 @@ class Rows:
 
 
 def numbered(model: LanguageModel) -> dict[str, Tensor]:
-    """Every parameter and buffer with other numbers at each place."""
+    """Every parameter and buffer with a number of its own in each element."""
     return {
         name: torch.arange(x.numel(), dtype=torch.float64).view(x.shape)
         for name, x in state_of(model).items()
