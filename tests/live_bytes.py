@@ -10,10 +10,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts while it is entered; tensors that were there before do not count."""
+    """Counts one kind of device while it is entered; tensors that were there before do not count."""
 
-    def __init__(self, before: Iterable[Tensor]) -> None:
+    def __init__(self, before: Iterable[Tensor], device: str = "cpu") -> None:
         super().__init__()
+        self._device = device
         self.now = self.peak = 0
         # By the address of a storage's own record, which no other has while it lives.
         self._known = {x.untyped_storage()._cdata: 0 for x in before}
@@ -21,8 +22,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            # What has shapes alone takes no memory.
-            if isinstance(x, Tensor) and x.untyped_storage().device.type != "meta":
+            if isinstance(x, Tensor) and x.untyped_storage().device.type == self._device:
                 self._count(x.untyped_storage())
         self.peak = max(self.peak, self.now)
         return out

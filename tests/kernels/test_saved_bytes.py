@@ -82,7 +82,7 @@ def _kept(module: nn.Module, length: int, shape: tuple[int, ...], *others: Any) 
     # The layers of a model share the tables.
     module(x, sequence, *others)
     before = [row, selection, *(x for table in sequence._tables.values() for x in table)]
-    with LiveBytes([x, *before, *module.parameters(), *module.buffers()]) as live:
+    with LiveBytes([x, *before, *module.parameters(), *module.buffers()], device="meta") as live:
         # Made here, so that it counts where it is kept.
         stream = x * 1
         out = module(stream, sequence, *others)
