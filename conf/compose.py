@@ -17,7 +17,7 @@ from conf.keys import file_keys, sections
 from conf.known_keys import FLAT, ONE_NAME, closest_keys, known_keys
 from conf.names import listed
 from conf.overrides import first_line, parsed_override, readable
-from conf.tree import copied, is_referred, resolved, resolved_value, set_keys
+from conf.tree import copied, is_referred, parent_of, resolved, resolved_value, set_keys
 from conf.user_files import ARCHITECTURE, Given, UserFile, check_options, read_given
 
 if TYPE_CHECKING:
@@ -54,13 +54,16 @@ def compose(overrides: Sequence[str], root: type[T]) -> T:
 
 
 def compose_known(
-    given: Given, root: type[BaseModel], model: Mapping[str, Any] | None = None
+    given: Given,
+    root: type[BaseModel],
+    model: Mapping[str, Any] | None = None,
+    beneath: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The composed tree cut to what `root` names and what was typed, unchecked. Raises ConfigError.
 
-    model is as in `compose_given`.
+    model and beneath are as in `compose_given`.
     """
-    tree = compose_given(given, model)
+    tree = compose_given(given, model, beneath)
     typed = {key.split(".")[0] for key in given.typed_keys()}
     # A file has the whole config, also for a command that reads a part of it.
     unknown = {key.split(".")[0] for key in given.all_keys() if given.file is not None} - {*sections()}
@@ -79,21 +82,28 @@ def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
     return compose_given(read_given(overrides))
 
 
-def compose_given(given: Given, model: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def compose_given(
+    given: Given, model: Mapping[str, Any] | None = None, beneath: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """As `compose_tree`, of overrides with the files that stand beneath them.
 
     model is an architecture that stands where an option of the group `model` would, so that recipes and
-    overrides change it.
+    overrides change it. beneath has values of dotted keys that stand in place of those of any group.
     """
     if model is None or "model" in given.all_keys():
-        return _composed(given)
+        return _composed(given, beneath=beneath)
     with model_option(model) as (directory, line):
-        return _composed(given, (directory,), (line,))
+        return _composed(given, (directory,), (line,), beneath)
 
 
-def _composed(given: Given, directories: Sequence[Path] = (), lines: Sequence[str] = ()) -> dict[str, Any]:
+def _composed(
+    given: Given,
+    directories: Sequence[Path] = (),
+    lines: Sequence[str] = (),
+    beneath: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     with _named_errors(given):
-        tree, violations = _tree_of(given, directories, lines)
+        tree, violations = _tree_of(given, directories, lines, beneath)
         if violations:
             raise ConfigError(violations)
         return resolved(tree)
@@ -135,12 +145,15 @@ def composed_value(given: Given, key: str) -> Any:
 
 
 def _tree_of(
-    given: Given, directories: Sequence[Path] = (), lines: Sequence[str] = ()
+    given: Given,
+    directories: Sequence[Path] = (),
+    lines: Sequence[str] = (),
+    beneath: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], list[Violation]]:
     """The tree with its references as they stand, and what could not be set in it.
 
-    It is that of the groups by Hydra, then what stands in the file, then values as Hydra would set them.
-    directories and lines are more of both, before those that are given.
+    It is that of the groups by Hydra, then `beneath`, then what stands in the file, then values as Hydra
+    would set them. directories and lines are more of both, before those that are given.
     """
     typed = hydra_lines(given)
     overrides = [parsed_override(line) for line in typed]
@@ -154,6 +167,10 @@ def _tree_of(
     # Composing groups is the slow part, and most compositions of a process differ in values only.
     groups = _compose_groups if not directories else _compose_groups.__wrapped__
     tree = copied(groups((*found, *lines, *chosen), _state_of(given.directories)))
+    for key, value in (beneath or {}).items():
+        parent, name = parent_of(tree, key)
+        if parent is not None:
+            parent[name] = copied(value)
     violations = [] if given.file is None else _set_file(tree, given.file, _replaced(given, lines))
     # What a reference stands for is complete before one leaf of the copy is set.
     values.sort(key=lambda parsed: is_referred(tree, parsed.key_or_group))

@@ -11,9 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from conf.errors import DataError
 from data.config import HELD_OUT, DataConfig
 from data.durable import refuse_not_finite, sha256_of, write_whole
+from data.tokenizer.tokenizer import Ends, Tokenizer
 
 CARD = "card.json"
-TOKENIZER = "tokenizer.model"
 HELD_OUT_TEXT = "held_out.txt"
 
 _MAX_CARD_BYTES = 16 << 20
@@ -45,25 +45,42 @@ class CorpusCard(TokenFileCard):
     passed_over: list[str] = []
     source_documents: int = Field(ge=0)
     source_bytes: int = Field(ge=0)
+    # Documents whose text comes back from their tokens with other bytes, as where it was normalised.
+    changed: int = Field(default=0, ge=0)
+    changed_example: str = ""
     # sha256 over the sorted sha256 of every usable document: independent of names and of order.
     source_digest: str
 
 
 class HeldOutCard(TokenFileCard):
-    """The held-out part of all corpora, and how far two general compressors get on its text."""
+    """The held-out part of all corpora, and how far two general compressors get on its text.
 
+    given_bytes are of the tokens that nothing predicts: the first of each document, where there is no bos.
+    """
+
+    given_bytes: int = Field(default=0, ge=0)
     text_digest: str
     gzip_bytes: int = Field(ge=0)
     xz_bytes: int = Field(ge=0)
 
 
 class TokenizerCard(_Record):
-    """The tokenizer that wrote the tokens; `digest` is the sha256 of its model file."""
+    """The tokenizer that wrote the tokens.
+
+    `digest` is the sha256 of its sentencepiece model, or of what gives ids their meaning in its
+    tokenizer.json; bos is None where documents begin with no token of their own.
+    """
 
     digest: str
     vocab_size: int = Field(gt=0)
-    bos: int = Field(ge=0)
+    bos: int | None = Field(ge=0)
     eos: int = Field(ge=0)
+    parses_special: bool = False
+
+    @property
+    def ends(self) -> Ends:
+        """The tokens around a document."""
+        return Ends("" if self.bos is None else self.bos, self.eos)
 
 
 class Card(_Record):
@@ -139,34 +156,38 @@ def _checked(content: bytes, path: Path) -> bytes:
     return json.dumps(fields).encode()
 
 
-def content_settings(config: DataConfig) -> dict[str, Any]:
+def content_settings(config: DataConfig, given: Tokenizer | None) -> dict[str, Any]:
     """The keys of `config` that decide what is in the token files, dotted as the user types them.
 
-    Raises DataError when data.tokenizer.model cannot be read.
+    `given` is the tokenizer of data.tokenizer.model, None where one is trained.
     """
     settings: dict[str, Any] = {"data.held_out": config.held_out}
     for name, corpus in sorted(config.corpora.items()):
         # The weight only says how often training visits a corpus.
-        for key, value in corpus.model_dump(exclude={"weight"}).items():
+        for key, value in corpus.model_dump(exclude={"weight", "epochs"}).items():
             settings[f"data.corpora.{name}.{key}"] = list(value) if isinstance(value, tuple) else value
-    settings["data.tokenizer.vocab_size"] = config.tokenizer.vocab_size
-    if config.tokenizer.model is None:
+    asked = config.tokenizer
+    if given is None:
+        settings["data.tokenizer.vocab_size"] = asked.vocab_size
         settings["data.tokenizer.model"] = None
-        settings["data.tokenizer.train_bytes"] = config.tokenizer.train_bytes
+        settings["data.tokenizer.train_bytes"] = asked.train_bytes
+        if asked.train != "sentencepiece":
+            settings["data.tokenizer.train"] = asked.train
     else:
         # The content and not the path: a copy of the same model elsewhere changes nothing.
-        try:
-            digest = hashlib.sha256(Path(config.tokenizer.model).read_bytes()).hexdigest()
-        except OSError as error:
-            raise DataError(
-                f"data.tokenizer.model={config.tokenizer.model}: cannot read: {error.strerror}; correct it"
-            ) from error
-        settings["data.tokenizer.model"] = f"sha256:{digest}"
+        settings["data.tokenizer.model"] = f"sha256:{given.digest}"
+        settings["data.tokenizer.bos"], settings["data.tokenizer.eos"] = given.bos, given.eos
+    if asked.parses_special:
+        settings["data.tokenizer.parses_special"] = True
     return settings
 
 
 def difference(asked: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """The first settings that differ, as `key=asked, prepared with found`; empty when none does."""
+    if asked.get("data.tokenizer.model") is not None and "data.tokenizer.eos" not in found:
+        # Cards of earlier versions say the size of a given tokenizer, which its digest says as well.
+        left_out = ("data.tokenizer.vocab_size", "data.tokenizer.bos", "data.tokenizer.eos")
+        asked, found = ({k: v for k, v in side.items() if k not in left_out} for side in (asked, found))
     keys = [key for key in (*asked, *found) if asked.get(key) != found.get(key)]
     shown = [f"{key}={asked.get(key)}, prepared with {found.get(key)}" for key in dict.fromkeys(keys)]
     return "; ".join(shown[:3])

@@ -1,7 +1,8 @@
 """What the data floor is asked for: corpora, tokenizer, split, and where the prepared dataset lives."""
 
 import re
-from typing import Annotated, Literal
+from pathlib import PurePath
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict, field_validator, model_validator
 
@@ -15,6 +16,39 @@ SHORTEST_ROW = 8  # tokens
 _CORPUS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _FILE_KINDS = ("code", "text")
 
+TokenizerKind = Literal["sentencepiece", "byte_level_bpe"]
+
+
+# Endings of a source, those of compression taken off, and the kind that they say.
+_ENDINGS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".md": "text",
+}
+_FIELD_KINDS = ("jsonl", "parquet", "hub")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+# What files of a folder are called that hold rows of a kind.
+ROW_ENDINGS = {
+    "parquet": (".parquet",),
+    "jsonl": tuple(
+        ending + packed
+        for ending, kind in _ENDINGS.items()
+        if kind == "jsonl"
+        for packed in ("", *COMPRESSED)
+    ),
+}
+
+
+def _kind_of(source: str) -> str:
+    """The kind that the ending of a source says. Raises ValueError for one that says none."""
+    ending = "".join(suffix for suffix in PurePath(source).suffixes[-2:] if suffix not in COMPRESSED)
+    if (kind := _ENDINGS.get(f".{ending.rpartition('.')[2]}")) is None:
+        raise ValueError(f"kind is missing, and {source!r} does not say it; give kind=jsonl, text or another")
+    return kind
+
 
 class CorpusConfig(Config):
     """One named source of documents, and its share of the mixture."""
@@ -25,9 +59,24 @@ class CorpusConfig(Config):
     field: str | None = None
     split: str | None = None
     weight: float = Field(default=1.0, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _says_its_kind_by_its_source(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        source = value.get("source")
+        if "kind" not in value and isinstance(source, str):
+            value = {**value, "kind": _kind_of(source)}
+        if value.get("kind") in _FIELD_KINDS and "field" not in value:
+            value = {**value, "field": "text"}
+        return value
 
     @model_validator(mode="after")
     def _fits_its_kind(self) -> "CorpusConfig":
+        if self.weight != 1.0 and self.epochs is not None:
+            raise ValueError(f"weight={self.weight} and epochs={self.epochs} both say how often; give one")
         if self.kind in _FILE_KINDS:
             if self.field is not None:
                 raise ValueError(f"field={self.field!r} is only for jsonl, parquet and hub; set field=null")
@@ -53,12 +102,26 @@ class CorpusConfig(Config):
 
 
 class TokenizerConfig(Config):
-    """An existing sentencepiece model, or the size of one to train."""
+    """An existing tokenizer, or the kind and size of one to train."""
 
     # 256 byte pieces, unknown, begin, end, every printable ASCII character, and room for merges.
     vocab_size: int = Field(ge=384, le=1_000_000)
-    model: str | None = None
+    model: str | None = Field(default=None, min_length=1)
+    train: TokenizerKind = "sentencepiece"
     train_bytes: int = Field(default=4_000_000, ge=1_000, le=2_000_000_000)
+    bos: str | None = None
+    eos: str | None = Field(default=None, min_length=1)
+    pattern: Literal["cl100k", "o200k", "qwen", "kimi"] | None = None
+    parses_special: bool = False
+    allows_changes: bool = False
+
+    @model_validator(mode="after")
+    def _is_about_one(self) -> "TokenizerConfig":
+        if self.model is None:
+            for name in ("bos", "eos", "pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}={getattr(self, name)!r} is of a given model; set it to null")
+        return self
 
 
 class DataConfig(Config):
@@ -83,7 +146,23 @@ class DataConfig(Config):
                 raise ValueError(f"the name {HELD_OUT!r} is taken by the held-out split; choose another")
         return value
 
+    @model_validator(mode="after")
+    def _weights_are_of_one_kind(self) -> "DataConfig":
+        by_epochs = {name for name, corpus in self.corpora.items() if corpus.epochs is not None}
+        if by_epochs and (others := sorted(self.corpora.keys() - by_epochs)):
+            raise ValueError(
+                f"corpora.{others[0]}.epochs is missing, and {sorted(by_epochs)[0]} has it; give all corpora "
+                "epochs, or all weights"
+            )
+        return self
+
     @property
     def weights(self) -> dict[str, float]:
         """Mixture weight of each corpus, as given; they need not sum to one."""
         return {name: corpus.weight for name, corpus in self.corpora.items()}
+
+    @property
+    def epochs(self) -> dict[str, float] | None:
+        """How often each corpus is read for one reading of one with 1; None where weights say it."""
+        found = {name: corpus.epochs for name, corpus in self.corpora.items() if corpus.epochs is not None}
+        return found or None

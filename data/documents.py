@@ -4,16 +4,25 @@ import bz2
 import gzip
 import json
 import lzma
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, cast
 
 from conf.errors import DataError
 from data.config import CorpusConfig
 from data.files import find_files
 
-_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+def _open_zst(path: Path, mode: Literal["rb"]) -> IO[bytes]:
+    from backports import zstd
+
+    # Files of `zstd --long=31` need a window of 2 GiB.
+    return cast(IO[bytes], zstd.open(path, mode, options={zstd.DecompressionParameter.window_log_max: 31}))
+
+
+_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zst}
 _MAX_LINE_BYTES = 1 << 30  # a longer jsonl line is a broken or hostile file, not a document
 
 
@@ -79,10 +88,16 @@ def _lines(path: Path) -> Iterator[bytes]:
                 if len(line) == _MAX_LINE_BYTES:
                     raise DataError(f"{path}:{number}: a line of {_MAX_LINE_BYTES} bytes or more; split it")
                 yield line
-    except (EOFError, lzma.LZMAError, zlib.error, OSError) as error:
+    except (EOFError, lzma.LZMAError, zlib.error, OSError, *_zst_errors()) as error:
         raise DataError(
             f"{path}:{number + 1}: cannot read: {error}; the file is cut short or damaged, fetch it again"
         ) from error
+
+
+def _zst_errors() -> tuple[type[Exception], ...]:
+    # Not imported for files that are none.
+    module = sys.modules.get("backports.zstd")
+    return () if module is None else (module.ZstdError,)
 
 
 def _from_json(line: bytes, field: str, origin: str) -> Document:

@@ -11,7 +11,7 @@ from typing import NamedTuple, NoReturn
 
 from conf.errors import DataError
 from conf.names import shortened
-from data.config import STDLIB, CorpusConfig
+from data.config import ROW_ENDINGS, STDLIB, CorpusConfig
 
 # Never source: caches, version control, and packages that are installed beside the standard library.
 _SKIPPED_DIRECTORIES = frozenset({"__pycache__", "site-packages", "dist-packages", "node_modules"})
@@ -34,6 +34,9 @@ def find_files(name: str, corpus: CorpusConfig) -> Files:
     is_stdlib = corpus.source == STDLIB and corpus.kind in ("code", "text")
     source = Path(sysconfig.get_path("stdlib") if is_stdlib else corpus.source).expanduser()
     suffixes = corpus.suffixes or ((".py",) if is_stdlib else ())
+    if source.is_dir() and not suffixes:
+        # Beside rows lie readmes, licences and the files of whatever wrote them.
+        suffixes = ROW_ENDINGS.get(corpus.kind, ())
     if source.is_file():
         return Files([source], [])
     if source.is_dir():
@@ -77,7 +80,7 @@ class _Found:
 
     def select(self, suffixes: tuple[str, ...]) -> list[Path]:
         """The files with these endings, sorted. Raises DataError for one that cannot be opened."""
-        wanted = [path for path in self._paths if not suffixes or path.suffix in suffixes]
+        wanted = [path for path in self._paths if not suffixes or path.name.endswith(suffixes)]
         self._pass_over(f"not ending in {', '.join(suffixes)}", set(self._paths) - set(wanted))
         files = [path for path in wanted if stat.S_ISREG(_mode(path))]
         self._pass_over("that are no files", set(wanted) - set(files))

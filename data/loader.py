@@ -12,13 +12,14 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from conf.errors import ConfigError, DataError, Violation
-from data.card import TOKENIZER, read_card
+from data.card import read_card
 from data.config import HELD_OUT
 from data.durable import file_digest
 from data.mixture import Mixture
 from data.packing import Packing, Windows, read_windows
 from data.token_file import TokenFile
-from data.tokenizer import Tokenizer, load_tokenizer, model_digest
+from data.tokenizer.files import load_tokenizer, read_files, tokenizer_digest
+from data.tokenizer.tokenizer import Tokenizer
 
 IGNORED = -100  # the target that no loss counts
 _WINDOW_BITS = 48
@@ -54,13 +55,15 @@ class Loader:
         seed: int,
         weights: Mapping[str, float] | None,
         vocab_size: int,
+        epochs: Mapping[str, float] | None = None,
         begin: int = 0,
         consumed: Mapping[str, int] | None = None,
     ) -> None:
         """Open and check the dataset; nothing is read but its card, its tokenizer and its indices.
 
         `weights` are shares by corpus, and a corpus without one is not used; None takes corpora by their
-        tokens. `begin` and `consumed` are the cursor and the counts at which an earlier stage stopped.
+        tokens. `epochs` says instead how often each is read for one reading of a corpus with 1. `begin` and
+        `consumed` are the cursor and the counts at which an earlier stage stopped.
 
         Raises DataError for files that are not whole or do not belong together, and ConfigError for
         weights that cannot be used.
@@ -72,6 +75,8 @@ class Loader:
         self.check(vocab_size)
         self._files = {name: self._open(name) for name, _ in self.card.token_files()}
         self._names = list(self.card.corpora)
+        if epochs is not None:
+            weights = {name: value * self._tokens_of(name) for name, value in epochs.items()}
         shares = self._shares(weights)
         try:
             self._mixture = Mixture(shares, seed, begin=begin, consumed=consumed)
@@ -93,7 +98,8 @@ class Loader:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that wrote the tokens."""
-        return load_tokenizer(self.directory / TOKENIZER)
+        card = self.card.tokenizer
+        return load_tokenizer(self.directory, card.ends, parses_special=card.parses_special)
 
     def describe(self) -> str:
         """What an epoch of the corpora leaves out, for people."""
@@ -122,8 +128,8 @@ class Loader:
         needed = self.card.tokenizer.vocab_size
         if vocab_size < needed:
             raise DataError(
-                f"{self.directory / TOKENIZER}: {needed} pieces, but the model has vocab_size={vocab_size}; "
-                f"set it to {needed} or more"
+                f"{self.directory}: its tokenizer has {needed} ids, but the model has "
+                f"vocab_size={vocab_size}; set model.vocab_size to {needed} or more"
             )
 
     def verify(self) -> None:
@@ -203,13 +209,16 @@ class Loader:
             )
         return file
 
+    def _tokens_of(self, name: str) -> int:
+        # A corpus that is not there is named by what reads the shares.
+        return self.card.corpora[name].tokens if name in self.card.corpora else 1
+
     def _check_tokenizer(self) -> None:
-        path = self.directory / TOKENIZER
-        found = model_digest(path)
+        found = tokenizer_digest(read_files(self.directory), str(self.directory))
         if found != self.card.tokenizer.digest:
             raise DataError(
-                f"{path}: sha256 {found}, but the tokens were written with {self.card.tokenizer.digest}; "
-                "put that tokenizer back or prepare the data again"
+                f"{self.directory}: its tokenizer has sha256 {found}, but the tokens were written with "
+                f"{self.card.tokenizer.digest}; put that tokenizer back or prepare the data again"
             )
 
     def _check_ids(self, file: TokenFile, windows: Windows, starts: np.ndarray) -> None:

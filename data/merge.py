@@ -17,7 +17,6 @@ import numpy as np
 from data.card import (
     CARD,
     HELD_OUT_TEXT,
-    TOKENIZER,
     Card,
     CorpusCard,
     HeldOutCard,
@@ -26,15 +25,16 @@ from data.card import (
     write_card,
 )
 from data.config import HELD_OUT
-from data.durable import file_digest, named, sync, write_whole
+from data.durable import file_digest, named, sync
 from data.scan import Scan
 from data.shards import ShardStore
 from data.token_file import token_dtype
-from data.tokenizer import Tokenizer
+from data.tokenizer.files import write_files
+from data.tokenizer.tokenizer import Tokenizer
 
 _MAX_SEQUENCE_TOKENS = 1 << 30  # the index holds lengths as int32; a longer document is several sequences
 _READ_BYTES = 4 << 20
-_VERSIONS_OF = ("numpy", "sentencepiece", "megatron-core")
+_VERSIONS_OF = ("numpy", "sentencepiece", "tokenizers", "megatron-core")
 
 
 class TokenFileWriter:
@@ -111,29 +111,40 @@ def merge(
     """
     dtype = token_dtype(tokenizer.vocab_size)
     corpora: dict[str, CorpusCard] = {}
+    given_bytes = 0
     with ExitStack() as stack:
         held_out = stack.enter_context(TokenFileWriter(out / HELD_OUT, dtype))
         text = stack.enter_context((out / HELD_OUT_TEXT).open("wb"))
         for name, shard_names in shards.items():
             hashes = [np.empty((0, 32), np.uint8)]
+            changed, example = 0, ""
             with TokenFileWriter(out / name, dtype) as training:
                 for shard_name in shard_names:
                     shard = store.read(shard_name)
                     for (tokens, is_held_out), size in zip(shard.documents(), shard.sizes, strict=True):
                         (held_out if is_held_out else training).add(tokens, int(size))
+                        if is_held_out and tokenizer.bos is None:
+                            given_bytes += len(tokenizer.decode(tokens[:1]))
                     with named(out / HELD_OUT_TEXT):
                         text.write(shard.held_out_text.tobytes())
                     hashes.append(shard.hashes)
+                    changed += int(shard.changed.sum())
+                    example = example or shard.changed_example.tobytes().decode()
                     advance(int(shard.sizes.sum()))
-            corpora[name] = _corpus_card(training.card(), scan, name, np.concatenate(hashes))
+            found = _corpus_card(training.card(), scan, name, np.concatenate(hashes))
+            corpora[name] = found.model_copy(update={"changed": changed, "changed_example": example})
     sync(out / HELD_OUT_TEXT)
-    write_whole(out / TOKENIZER, tokenizer.model)
+    write_files(tokenizer.files, out)
     card = Card(
         tokenizer=TokenizerCard(
-            digest=tokenizer.digest, vocab_size=tokenizer.vocab_size, bos=tokenizer.bos, eos=tokenizer.eos
+            digest=tokenizer.digest,
+            vocab_size=tokenizer.vocab_size,
+            bos=tokenizer.bos,
+            eos=tokenizer.eos,
+            parses_special=bool(scan.settings.get("data.tokenizer.parses_special")),
         ),
         corpora=corpora,
-        held_out=_held_out_card(held_out.card(), out / HELD_OUT_TEXT),
+        held_out=_held_out_card(held_out.card(), out / HELD_OUT_TEXT, given_bytes),
         settings=scan.settings,
         versions=_versions(),
     )
@@ -183,10 +194,14 @@ def _corpus_card(written: TokenFileCard, scan: Scan, name: str, hashes: np.ndarr
     )
 
 
-def _held_out_card(written: TokenFileCard, text: Path) -> HeldOutCard:
+def _held_out_card(written: TokenFileCard, text: Path, given_bytes: int) -> HeldOutCard:
     gzip_bytes, xz_bytes = compressed_sizes(text)
     return HeldOutCard(
-        **written.model_dump(), text_digest=file_digest(text), gzip_bytes=gzip_bytes, xz_bytes=xz_bytes
+        **written.model_dump(),
+        given_bytes=given_bytes,
+        text_digest=file_digest(text),
+        gzip_bytes=gzip_bytes,
+        xz_bytes=xz_bytes,
     )
 
 

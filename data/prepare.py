@@ -15,18 +15,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from conf.compose import Config, compose
 from conf.errors import DataError, as_storage_error
 from conf.help import Page, run
-from data.card import CARD, TOKENIZER, Card, content_settings, difference, read_card
+from data.card import CARD, Card, content_settings, difference, read_card
 from data.config import DataConfig
 from data.durable import named, sync, write_whole
 from data.merge import merge
 from data.scan import DocumentReader, Scan, read_scan, scan
-from data.shards import Job, ShardStore, Workers, input_digest
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.shards import Done, Job, ShardStore, Workers, input_digest
+from data.tokenizer.files import find_tokenizer, made_from, read_files, write_files
+from data.tokenizer.tokenizer import Ends, Tokenizer
 
 _SHARD_BYTES = 2 << 20
 
@@ -72,7 +80,8 @@ def prepare(config: DataConfig, *, progress: bool = True, shard_bytes: int = _SH
     directory = Path(config.directory).expanduser()
     if directory.name in ("", ".."):
         raise DataError(f"data.directory={config.directory}: not the name of a new directory; give it one")
-    settings = content_settings(config)
+    given = given_tokenizer(config)
+    settings = content_settings(config, given)
     try:
         if found := _find_finished(directory, settings):
             return found
@@ -83,7 +92,7 @@ def prepare(config: DataConfig, *, progress: bool = True, shard_bytes: int = _SH
                 shutil.rmtree(partial)
                 return found
             with _bar(progress) as bar:
-                card = _Preparation(config, settings, partial, bar).run(shard_bytes)
+                card = _Preparation(config, settings, given, partial, bar).run(shard_bytes)
             _publish(partial / "out", directory)
             shutil.rmtree(partial)
     except OSError as error:
@@ -103,8 +112,8 @@ def summary(prepared: Prepared) -> list[str]:
     """The dataset in a few lines for people."""
     card = prepared.card
     state = "prepared" if prepared.is_new else "was already prepared with these settings"
-    pieces, fingerprint = card.tokenizer.vocab_size, card.fingerprint[:16]
-    lines = [f"{prepared.directory} {state}: {pieces} pieces, fingerprint {fingerprint}"]
+    ids, fingerprint = card.tokenizer.vocab_size, card.fingerprint[:16]
+    lines = [f"{prepared.directory} {state}: {ids} ids, fingerprint {fingerprint}"]
     for name, part in card.token_files():
         ratio = f" ({part.bytes / part.tokens:.2f} a token)" if part.tokens else ""
         counts = f"{part.documents:,} documents, {part.tokens:,} tokens, {part.bytes:,} bytes{ratio}"
@@ -115,6 +124,9 @@ def summary(prepared: Prepared) -> list[str]:
             if count:
                 example = f", such as {examples[0]}" if examples else ""
                 lines.append(f"  {name}: left out {count:,} {what} documents{example}")
+        if part.changed:
+            example = f", such as where {part.changed_example}"
+            lines.append(f"  {name}: the tokenizer changes {part.changed:,} documents{example}")
         lines += [f"  {name}: passed over {line}" for line in part.passed_over]
     if held_out := card.held_out.bytes:
         gzip_bits = 8 * card.held_out.gzip_bytes / held_out
@@ -123,51 +135,88 @@ def summary(prepared: Prepared) -> list[str]:
     return lines
 
 
+def given_tokenizer(config: DataConfig) -> Tokenizer | None:
+    """The tokenizer that data.tokenizer.model names; None where one is to be trained. Raises DataError."""
+    asked = config.tokenizer
+    if asked.model is None:
+        return None
+    files = read_files(find_tokenizer(asked.model), asked.pattern)
+    return made_from(files, asked.model, Ends(asked.bos, asked.eos), parses_special=asked.parses_special)
+
+
 class _Preparation:
     """One run of the work inside the partial directory, which this process holds."""
 
-    def __init__(self, config: DataConfig, settings: dict[str, Any], partial: Path, bar: Progress) -> None:
+    def __init__(
+        self,
+        config: DataConfig,
+        settings: dict[str, Any],
+        given: Tokenizer | None,
+        partial: Path,
+        bar: Progress,
+    ) -> None:
         self._config = config
         self._settings = settings
+        self._given = given
         self._partial = partial
         self._bar = bar
         self._store = ShardStore(partial / "shards")
+        self._tokenizer = partial / "tokenizer"
 
     def run(self, shard_bytes: int) -> Card:
         """Scan, tokenise, merge; the card of the files in `out`."""
         scanned, tokenizer = self._scan()
         self._store.directory.mkdir(exist_ok=True)
         total = sum(found.bytes for found in scanned.corpora.values())
-        shards = self._tokenise(scanned, shard_bytes, self._track("tokenising", total))
+        shards = self._tokenise(scanned, shard_bytes, _Counts(self._bar, "tokenising", total))
         out = self._partial / "out"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
         return merge(self._store, shards, scanned, tokenizer, out, self._track("merging", total))
 
+    def _write_tokenizer(self, tokenizer: Tokenizer) -> None:
+        # What an earlier start left may be of another kind, and would be read in its place.
+        shutil.rmtree(self._tokenizer, ignore_errors=True)
+        self._tokenizer.mkdir()
+        write_files(tokenizer.files, self._tokenizer)
+
+    def _kept_tokenizer(self) -> Tokenizer | None:
+        if self._given is not None or not self._tokenizer.is_dir():
+            return self._given
+        return made_from(read_files(self._tokenizer), str(self._tokenizer))
+
     def _track(self, what: str, total: int | None) -> Advance:
-        task = self._bar.add_task(what, total=total)
+        task = self._bar.add_task(what, total=total, counted="")
         return lambda amount: self._bar.advance(task, amount)
 
     def _scan(self) -> tuple[Scan, Tokenizer]:
-        path, model_path = self._partial / "scan.json", self._partial / TOKENIZER
+        path = self._partial / "scan.json"
         kept = read_scan(path)
-        if kept and kept.settings == self._settings and model_path.exists():
-            tokenizer = load_tokenizer(model_path)
-            if tokenizer.digest == kept.tokenizer_digest:
+        if kept and kept.settings == self._settings:
+            tokenizer = self._kept_tokenizer()
+            if tokenizer is not None and tokenizer.digest == kept.tokenizer_digest:
+                self._write_tokenizer(tokenizer)
                 return kept, tokenizer
         # Shards of other settings are of no use, and must not be taken for finished ones of these.
         shutil.rmtree(self._store.directory, ignore_errors=True)
         path.unlink(missing_ok=True)
-        scanned, tokenizer = scan(self._config, self._settings, self._track("reading", None))
-        write_whole(model_path, tokenizer.model)
+        scanned, tokenizer = scan(self._config, self._settings, self._given, self._track("reading", None))
+        self._write_tokenizer(tokenizer)
         write_whole(path, scanned.model_dump_json().encode())
         return scanned, tokenizer
 
-    def _tokenise(self, scanned: Scan, shard_bytes: int, advance: Advance) -> dict[str, list[str]]:
-        reader = DocumentReader(self._config)
+    def _tokenise(self, scanned: Scan, shard_bytes: int, counts: "_Counts") -> dict[str, list[str]]:
+        reader, asked = DocumentReader(self._config), self._config.tokenizer
         shards: dict[str, list[str]] = {}
-        job = Job(self._partial / TOKENIZER, self._store.directory, self._config.held_out)
-        with Workers(self._config.workers, job) as workers:
+        job = Job(
+            self._tokenizer,
+            self._store.directory,
+            self._config.held_out,
+            Ends(asked.bos, asked.eos),
+            asked.parses_special,
+            asked.allows_changes,
+        )
+        with Workers(self._config.workers, job, counts.add) as workers:
             for name in reader.names:
                 shards[name] = []
                 for contents, hashes in _groups(reader.usable(name), shard_bytes):
@@ -175,7 +224,8 @@ class _Preparation:
                     shards[name].append(shard)
                     if not self._store.has(shard, input_digest(hashes)):
                         workers.submit(shard, contents)
-                    advance(sum(map(len, contents)))
+                    else:
+                        counts.add(Done(len(contents), 0, sum(map(len, contents))))
                 if reader.scans[name] != scanned.corpora[name]:
                     raise DataError(
                         f"data.corpora.{name}.source={self._config.corpora[name].source}: the documents "
@@ -252,8 +302,30 @@ def _publish(out: Path, directory: Path) -> None:
     sync(directory.parent)
 
 
+class _Counts:
+    """The bar of a pass that counts documents and tokens beside bytes; tokens are those of this start."""
+
+    def __init__(self, bar: Progress, what: str, total: int) -> None:
+        self._bar, self._documents, self._tokens = bar, 0, 0
+        self._task = bar.add_task(what, total=total, counted="")
+
+    def add(self, done: Done) -> None:
+        """Counts a shard."""
+        self._documents += done.documents
+        self._tokens += done.tokens
+        counted = f"{self._documents:,} documents, {self._tokens:,} tokens"
+        self._bar.update(self._task, advance=done.bytes, counted=counted)
+
+
 def _bar(is_shown: bool) -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn("{task.fields[counted]}"),
+        TimeRemainingColumn(),
+    )
     return Progress(*columns, console=Console(stderr=True), disable=not is_shown)
 
 

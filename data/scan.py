@@ -13,7 +13,8 @@ from data.config import DataConfig
 from data.documents import read_documents
 from data.files import find_files
 from data.shards import content_hash, is_held_out
-from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from data.tokenizer.tokenizer import Tokenizer
+from data.tokenizer.training import train_tokenizer
 
 _SHOWN_EXAMPLES = 20
 _EXCERPT_BYTES = 64 << 10  # of one document in the sample, so that no single one shapes the vocabulary
@@ -136,16 +137,15 @@ class Sample:
 
 
 def scan(
-    config: DataConfig, settings: dict[str, Any], advance: Callable[[int], None]
+    config: DataConfig, settings: dict[str, Any], given: Tokenizer | None, advance: Callable[[int], None]
 ) -> tuple[Scan, Tokenizer]:
-    """Read every document once: its counts, and the tokenizer, loaded or trained on a sample.
+    """Read every document once: its counts, and the tokenizer, the given one or one trained on a sample.
 
     Each corpus gives the same share of the sample and held-out documents none. `advance` is told the
     bytes read.
 
     Raises DataError for sources, documents or a tokenizer that cannot be used, and for an empty split.
     """
-    given = _load_given(config)
     reader = DocumentReader(config)
     samples = {name: Sample(config.tokenizer.train_bytes // len(config.corpora)) for name in reader.names}
     held_out_documents = 0
@@ -166,7 +166,7 @@ def scan(
             f"data.held_out={config.held_out} picks none of {total} documents; raise it or set it to 0"
         )
     sentences = (text for name in reader.names for text in samples[name].sentences())
-    tokenizer = given or train_tokenizer(sentences, config.tokenizer.vocab_size)
+    tokenizer = given or train_tokenizer(sentences, config.tokenizer.vocab_size, config.tokenizer.train)
     return Scan(
         settings=settings,
         tokenizer_digest=tokenizer.digest,
@@ -186,18 +186,6 @@ def read_scan(path: Path) -> Scan | None:
 def _passed_over(name: str, config: DataConfig) -> list[str]:
     corpus = config.corpora[name]
     return [] if corpus.kind == "hub" else find_files(name, corpus).passed_over
-
-
-def _load_given(config: DataConfig) -> Tokenizer | None:
-    if config.tokenizer.model is None:
-        return None
-    tokenizer = load_tokenizer(Path(config.tokenizer.model))
-    if tokenizer.vocab_size != config.tokenizer.vocab_size:
-        raise DataError(
-            f"data.tokenizer.vocab_size={config.tokenizer.vocab_size}, but {config.tokenizer.model} has "
-            f"{tokenizer.vocab_size} pieces; set it to {tokenizer.vocab_size}"
-        )
-    return tokenizer
 
 
 def _check_training_part(name: str, documents: int, found: CorpusScan, config: DataConfig) -> None:

@@ -8,7 +8,7 @@ import io
 import json
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -25,7 +25,8 @@ from conf.errors import DataError
 from conf.interrupts import end_at_interrupt, shielded
 from data.durable import write_whole
 from data.token_file import token_dtype
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer.files import load_tokenizer
+from data.tokenizer.tokenizer import Ends, Tokenizer
 
 _DIGEST_BYTES = 32
 
@@ -45,6 +46,8 @@ class Shard:
     lengths: np.ndarray  # int64, tokens of each document
     sizes: np.ndarray  # int64, bytes of the text of each document
     held_out: np.ndarray  # bool, for each document
+    changed: np.ndarray  # bool, for each document: its tokens give back other bytes
+    changed_example: np.ndarray  # uint8, UTF-8 that says what became of the first of these
     hashes: np.ndarray  # uint8 [documents, 32], sha256 of each document
     held_out_text: np.ndarray  # uint8, the text of the held-out documents, concatenated
 
@@ -70,20 +73,28 @@ def input_digest(hashes: Iterable[bytes]) -> str:
     return hashlib.sha256(b"".join(hashes)).hexdigest()
 
 
-def make_shard(contents: Sequence[bytes], held_out: float, tokenizer: Tokenizer) -> Shard:
+def make_shard(
+    contents: Sequence[bytes], held_out: float, tokenizer: Tokenizer, *, allows_changes: bool = False
+) -> Shard:
     """Each document as begin, pieces, end.
 
-    Raises DataError when the tokens of a document do not decode to its bytes.
+    Raises DataError when the tokens of a document do not decode to its bytes, unless that is allowed.
     """
     dtype = token_dtype(tokenizer.vocab_size)
-    begin, end = np.array([tokenizer.bos], dtype), np.array([tokenizer.eos], dtype)
-    documents = []
+    begin = np.array([] if tokenizer.bos is None else [tokenizer.bos], dtype)
+    end = np.array([tokenizer.eos], dtype)
+    documents, changed, example = [], [], ""
     for content, pieces in zip(contents, tokenizer.encode_batch(contents), strict=True):
-        if tokenizer.decode(pieces) != content:
+        back = tokenizer.decode(pieces)
+        changed.append(back != content)
+        if changed[-1] and not allows_changes:
             raise DataError(
-                f"the tokenizer changes the document that starts with {content[:40]!r}; "
-                "use another data.tokenizer.model, or null to train one"
+                f"the tokenizer changes a document: {change(content, back)}; set "
+                "data.tokenizer.allows_changes=true to train on what it makes of such texts, or use another "
+                "data.tokenizer.model (what is tokenised is kept)"
             )
+        if changed[-1] and not example:
+            example = change(content, back)
         documents.append(np.concatenate([begin, pieces.astype(dtype), end]))
     hashes = [content_hash(content) for content in contents]
     marks = [is_held_out(digest, held_out) for digest in hashes]
@@ -93,9 +104,19 @@ def make_shard(contents: Sequence[bytes], held_out: float, tokenizer: Tokenizer)
         lengths=np.array([len(document) for document in documents], np.int64),
         sizes=np.array([len(content) for content in contents], np.int64),
         held_out=np.array(marks, bool),
+        changed=np.array(changed, bool),
+        changed_example=np.frombuffer(example.encode(), np.uint8),
         hashes=np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, _DIGEST_BYTES),
         held_out_text=np.frombuffer(text, np.uint8),
     )
+
+
+def change(content: bytes, back: bytes) -> str:
+    """Where a text and what came back of it part, for people."""
+    at = next((n for n, pair in enumerate(zip(content, back, strict=False)) if pair[0] != pair[1]), None)
+    at = min(len(content), len(back)) if at is None else at
+    first = max(0, at - 8)
+    return f"{content[first : at + 16]!r} becomes {back[first : at + 16]!r} at byte {at}"
 
 
 class ShardStore:
@@ -153,15 +174,34 @@ class Job(NamedTuple):
     tokenizer_path: Path
     shard_directory: Path
     held_out: float
+    ends: Ends = Ends()
+    parses_special: bool = False
+    allows_changes: bool = False
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer of the job. Raises DataError when it cannot be used."""
+        return load_tokenizer(self.tokenizer_path, self.ends, parses_special=self.parses_special)
+
+
+class Done(NamedTuple):
+    """How much a shard held: documents, tokens, and bytes of text."""
+
+    documents: int
+    tokens: int
+    bytes: int
 
 
 class Workers:
-    """Processes that tokenise shards; none of them when the count is zero, and the caller does the work."""
+    """Processes that tokenise shards; none of them when the count is zero, and the caller does the work.
 
-    def __init__(self, count: int, job: Job) -> None:
+    `done` is told of every shard that is written.
+    """
+
+    def __init__(self, count: int, job: Job, done: Callable[[Done], None] = lambda _: None) -> None:
         self._count = count
         self._job = job
-        self._pending: set[Future[None]] = set()
+        self._done = done
+        self._pending: set[Future[Done]] = set()
         self._pool: ProcessPoolExecutor | None = None
         self._tokenizer: Tokenizer | None = None
 
@@ -170,7 +210,7 @@ class Workers:
             # Spawned: a fork would copy the threads and locks of the readers in this process.
             self._pool = ProcessPoolExecutor(self._count, get_context("spawn"), _start_worker)
         else:
-            self._tokenizer = load_tokenizer(self._job.tokenizer_path)
+            self._tokenizer = self._job.load_tokenizer()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -184,7 +224,7 @@ class Workers:
         """
         if self._pool is None:
             assert self._tokenizer is not None, "Workers is used before it is entered"
-            _write_shard(name, contents, self._job, self._tokenizer)
+            self._done(_write_shard(name, contents, self._job, self._tokenizer))
             return 1
         with _worker_deaths_named(), shielded():
             self._pending.add(self._pool.submit(_work, name, contents, self._job))
@@ -200,7 +240,7 @@ class Workers:
             done, self._pending = wait(self._pending, return_when=FIRST_COMPLETED)
             with _worker_deaths_named():
                 for future in done:
-                    future.result()
+                    self._done(future.result())
             finished += len(done)
         return finished
 
@@ -229,14 +269,16 @@ def _start_worker() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _work(name: str, contents: Sequence[bytes], job: Job) -> None:
-    _write_shard(name, contents, job, _load_once(job.tokenizer_path))
+def _work(name: str, contents: Sequence[bytes], job: Job) -> Done:
+    return _write_shard(name, contents, job, _load_once(job))
 
 
 @lru_cache(maxsize=1)
-def _load_once(path: Path) -> Tokenizer:
-    return load_tokenizer(path)
+def _load_once(job: Job) -> Tokenizer:
+    return job.load_tokenizer()
 
 
-def _write_shard(name: str, contents: Sequence[bytes], job: Job, tokenizer: Tokenizer) -> None:
-    ShardStore(job.shard_directory).write(name, make_shard(contents, job.held_out, tokenizer))
+def _write_shard(name: str, contents: Sequence[bytes], job: Job, tokenizer: Tokenizer) -> Done:
+    shard = make_shard(contents, job.held_out, tokenizer, allows_changes=job.allows_changes)
+    ShardStore(job.shard_directory).write(name, shard)
+    return Done(len(contents), len(shard.tokens), sum(map(len, contents)))

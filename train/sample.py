@@ -47,23 +47,24 @@ def main(arguments: list[str]) -> None:
     command, environment = parse_command(own, SampleCommand), read_environment()
     config = open_to_read(command.run, command.step, layout, environment.world_size)
     # What is mistyped is answered without waiting for these.
-    from data.card import TOKENIZER
-    from data.tokenizer import load_tokenizer
+    from data.card import read_card
+    from data.tokenizer.files import load_tokenizer
     from train.checkpoint.foreign_ids import Ids
     from train.config.fields import SampleConfig
     from train.eval.restored import open_readers, restore
     from train.loop.kernel_check import prepare_kernels
     from train.loop.report import sample_text
 
-    path = Path(config.data.directory) / TOKENIZER
-    tokenizer = load_tokenizer(path)
+    directory = Path(config.data.directory).expanduser()
+    card = read_card(directory).tokenizer
+    tokenizer = load_tokenizer(directory, card.ends, parses_special=card.parses_special)
     sample = SampleConfig(
         prompt=command.prompt, tokens=command.tokens, temperature=command.temperature, every=None
     )
     train = config.train.model_copy(update={"seed": command.seed})
     with open_readers(config, environment) as world:
         restored = restore(command.run, config, world, step=command.step)
-        line = restored.compare(Ids(str(path), tokenizer.digest))
+        line = restored.compare(Ids(str(directory), tokenizer.digest))
         kernels = prepare_kernels(config, restored.built.modules(), world)
         if world.rank == 0:
             lines = (line, kernels, f"step {restored.step} of {command.run}")

@@ -1,15 +1,18 @@
 import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from backports import zstd
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -112,14 +115,22 @@ def test_jsonl_lines_are_documents_and_broken_ones_are_named(tmp_path: Path) -> 
     assert [content for content, _, fault in found if not fault][1:] == [b"", b""]
 
 
-def test_a_cut_compressed_file_is_an_error_that_names_the_line(tmp_path: Path) -> None:
-    whole = gzip.compress(b"".join(b'{"text": "%d"}\n' % number for number in range(5000)))
-    path = tmp_path / "rows.jsonl.gz"
+@pytest.mark.parametrize(
+    ("ending", "compress"), [("gz", gzip.compress), ("xz", lzma.compress), ("zst", zstd.compress)]
+)
+def test_a_cut_compressed_file_is_an_error_that_names_the_line(
+    ending: str, compress: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    # Two streams in one file, as parallel compressors and `cat` make them.
+    rows = b"".join(b'{"text": "%d"}\n' % number for number in range(2500))
+    whole = compress(rows) + compress(rows)
+    path = tmp_path / f"rows.jsonl.{ending}"
     path.write_bytes(whole)
     assert len(read("jsonl", path, field="text")) == 5000
-    path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=rf"{path}:\d+: cannot read: .*fetch it again"):
-        read("jsonl", path, field="text")
+    for damaged in (whole[: len(whole) * 3 // 4], whole[:-1], whole[:20] + b"\xff" + whole[21:]):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=rf"{path}:\d+: cannot read: .*fetch it again"):
+            read("jsonl", path, field="text")
 
 
 def test_parquet_rows_are_documents(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from conf.errors import DataError
 from data.config import DataConfig
 from data.prepare import prepare
 from data.shards import ShardStore, is_held_out, make_shard
-from data.tokenizer import load_tokenizer
+from data.tokenizer.files import load_tokenizer
 
 MakeConfig = Callable[..., DataConfig]
 SHARE = 0.15

@@ -17,7 +17,8 @@ from data.loader import IGNORED, Batch, Loader
 from data.mixture import BLOCK
 from data.prepare import Prepared
 from data.token_file import TokenFile
-from data.tokenizer import train_tokenizer
+from data.tokenizer.files import write_files
+from data.tokenizer.training import train_tokenizer
 
 WEIGHTS = {"code": 1.0, "more": 0.25}
 
@@ -248,13 +249,15 @@ def test_a_card_changed_by_hand_is_refused(copy: Path) -> None:
 
 def test_another_tokenizer_is_refused_with_both_digests(copy: Path, loader: Loader) -> None:
     other = train_tokenizer(["def other(values): return values\n" * 30], 390)
-    (copy / "tokenizer.model").write_bytes(other.model)
+    write_files(other.files, copy)
     digests = f"{other.digest}.*{loader.card.tokenizer.digest}"
-    one_line(rf"tokenizer\.model: sha256 {digests}; put that", lambda: open_loader(copy))
+    one_line(rf"its tokenizer has sha256 {digests}; put that", lambda: open_loader(copy))
 
 
 def test_a_model_with_too_few_embeddings_is_refused(dataset: Prepared, loader: Loader) -> None:
-    one_line(r"440 pieces, but the model has vocab_size=439; set it to 440", lambda: loader.check(439))
+    one_line(
+        r"440 ids, but the model has vocab_size=439; set model\.vocab_size to 440", lambda: loader.check(439)
+    )
     one_line("vocab_size=439", lambda: open_loader(dataset.directory, vocab_size=439))
     loader.check(512)
 

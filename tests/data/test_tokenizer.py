@@ -8,8 +8,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from conf.errors import DataError
-from data import tokenizer as tokenizer_module
-from data.tokenizer import MAX_MODEL_BYTES, Tokenizer, load_tokenizer, model_digest, train_tokenizer
+from data.tokenizer import sentencepiece_model
+from data.tokenizer.files import MAX_FILE_BYTES, load_tokenizer, read_files, tokenizer_digest
+from data.tokenizer.sentencepiece_model import SENTENCEPIECE, SentencePieceTokenizer
+from data.tokenizer.tokenizer import Ends
+from data.tokenizer.training import train_tokenizer
 
 TEXTS = ["def total(values):\n        return sum(values)\n\n\tindex = 1234 + naïve\r\n" * 20] * 4
 TRAINED = train_tokenizer(TEXTS, 400)
@@ -54,7 +57,7 @@ def test_any_text_survives(text: str) -> None:
 @given(st.binary(max_size=300), st.sampled_from([1, 3, 16]))
 def test_long_documents_survive_their_cuts(content: bytes, block_bytes: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer_module, "_BLOCK_BYTES", block_bytes)
+        patch.setattr(sentencepiece_model, "_BLOCK_BYTES", block_bytes)
         assert TRAINED.decode(TRAINED.encode(content)) == content
 
 
@@ -97,14 +100,14 @@ def test_more_pieces_than_the_text_has_are_refused() -> None:
 
 def test_files_load_with_their_digest(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
-    path.write_bytes(TRAINED.model)
+    path.write_bytes(TRAINED.files[SENTENCEPIECE])
     loaded = load_tokenizer(path)
-    assert loaded.digest == TRAINED.digest == model_digest(path)
+    assert loaded.digest == TRAINED.digest == tokenizer_digest(read_files(tmp_path), "")
     assert (loaded.bos, loaded.eos, loaded.vocab_size) == (1, 2, 400)
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"garbage" * 50, TRAINED.model[:1500]], ids=["empty", "noise", "cut"]
+    "content", [b"", b"garbage" * 50, TRAINED.files[SENTENCEPIECE][:1500]], ids=["empty", "noise", "cut"]
 )
 def test_what_is_not_a_model_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "tokenizer.model"
@@ -121,21 +124,44 @@ def test_a_huge_or_absent_file_is_never_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="No such file"):
         load_tokenizer(path)
     with path.open("wb") as stream:
-        stream.truncate(MAX_MODEL_BYTES + 1)
-    with pytest.raises(DataError, match=f"at most {MAX_MODEL_BYTES}"):
+        stream.truncate(MAX_FILE_BYTES + 1)
+    with pytest.raises(DataError, match=f"at most {MAX_FILE_BYTES}"):
         load_tokenizer(path)
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    "changes",
     [
-        ({"normalization_rule_name": "nmt_nfkc"}, "alters text"),
-        ({"add_dummy_prefix": True}, "alters text"),
-        ({"remove_extra_whitespaces": True}, "alters text"),
-        ({"byte_fallback": False, "vocab_size": 100}, "256 of 256 byte pieces are missing"),
-        ({"bos_id": -1}, "begin id -1"),
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"add_dummy_prefix": True},
+        {"remove_extra_whitespaces": True},
+        {"byte_fallback": False, "vocab_size": 100},
     ],
+    ids=lambda changes: next(iter(changes)),
 )
-def test_models_that_lose_bytes_are_refused(changes: dict[str, object], words: str) -> None:
-    with pytest.raises(DataError, match=words):
-        Tokenizer(train_otherwise(**changes), "given.model")
+def test_models_that_normalise_encode_as_sentencepiece_does(changes: dict[str, object]) -> None:
+    model = train_otherwise(**changes)
+    tokenizer = SentencePieceTokenizer(model)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    text = "  def total(values):\n\treturn sum( values )  na\u0131ve \ufb01 e\u0301 \u2581x\n" * 200
+    assert not tokenizer.keeps_bytes
+    ids = tokenizer.encode(text.encode())
+    assert ids.tolist() == processor.encode(text)
+    assert tokenizer.decode(ids) == processor.decode(ids.tolist()).encode() != text.encode()
+    with pytest.raises(DataError, match="not UTF-8 at byte 1"):
+        tokenizer.encode(b"a\xff")
+
+
+def test_ends_are_those_of_the_model_or_those_asked_for(tmp_path: Path) -> None:
+    (tmp_path / SENTENCEPIECE).write_bytes(
+        train_otherwise(bos_id=-1, eos_id=-1, user_defined_symbols=["<end>"])
+    )
+    with pytest.raises(DataError, match=r"says no token that ends a text; name one .*data\.tokenizer\.eos"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(DataError, match=r"data\.tokenizer\.eos=<stop>: .* has no such token"):
+        load_tokenizer(tmp_path, Ends(eos="<stop>"))
+    asked = load_tokenizer(tmp_path, Ends(eos="<end>"))
+    assert (asked.bos, asked.decode([asked.eos])) == (None, b"<end>")
+    (tmp_path / SENTENCEPIECE).write_bytes(TRAINED.files[SENTENCEPIECE])
+    assert load_tokenizer(tmp_path, Ends(bos="")).bos is None
+    assert load_tokenizer(tmp_path, Ends(bos=2)).bos == 2

@@ -13,6 +13,7 @@ from typing import TypeVar
 import pyarrow
 import pytest
 import torch
+from backports import zstd
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -29,7 +30,7 @@ Folders = pytest.TempPathFactory
 T = TypeVar("T")
 TEXTS = [f"line {number} of a text that is read\nand one more\n" * (1 + number % 5) for number in range(40)]
 ROWS = "".join(json.dumps({"id": number, "text": text}) + "\n" for number, text in enumerate(TEXTS)).encode()
-PACKED = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+PACKED = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd.compress}
 KINDS = {"plain": "jsonl", **dict.fromkeys(PACKED, "jsonl"), "parquet": "parquet"}
 
 seeded = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)

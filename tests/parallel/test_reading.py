@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data.card import TOKENIZER, read_card
-from data.tokenizer import load_tokenizer
+from data.tokenizer.files import load_tokenizer
 from parallel.mesh.axes import open_axes
 from parallel.mesh.world import World
 from parallel.next_token import next_logits

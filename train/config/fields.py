@@ -54,6 +54,7 @@ class TrainConfig(Config):
     evaluate_rows: int = Field(ge=1)
     final_rows: int | None = Field(ge=1)
     max_skipped: int = Field(ge=0)
+    vocab_multiple: int = Field(ge=1)
     start: str | None = Field(min_length=1)
     fresh: list[str]
     foreign_ids: bool

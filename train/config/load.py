@@ -14,6 +14,7 @@ from conf.user_files import Given, read_given
 from parallel.config.parallel import ParallelConfig
 from train.checkpoint.run_files import CONFIG_FILE
 from train.config.checks import early_violations, mixer_key_violations, model_violations
+from train.config.dataset import dataset_values
 from train.config.fields import RunDraft
 from train.config.run_names import with_names
 from train.config.saved import own_tree, refuse_run_of_file, saved_tree, saved_values
@@ -46,11 +47,14 @@ def read_run(overrides: Sequence[str]) -> Given:
 def compose_run(given: Given) -> dict[str, Any]:
     """The composed config of a run, unchecked; the weights in train.start bring their architecture.
 
-    Where run.dir is typed and holds a run, what is not typed is as in that run. Raises ConfigError, also
-    where the weights are not ours, CheckpointError where the config of that run is damaged without a copy.
+    A dataset that is typed brings its corpora and its tokenizer. Where run.dir is typed and holds a run, what
+    is not typed is as in that run. Raises ConfigError, also where the weights are not ours, CheckpointError
+    where the config of that run is damaged without a copy, DataError where the dataset is damaged.
     """
     start = composed_value(given, "train.start")
-    tree = compose_known(given, RunDraft, started_architecture(start))
+    tree = compose_known(
+        given, RunDraft, started_architecture(start), dataset_values(given, start is not None)
+    )
     train = tree.get("train")
     if start is not None and isinstance(train, dict) and train.get("start") != start:
         message = f"{start} brings a model with which it would be {train.get('start')}; give it as plain text"

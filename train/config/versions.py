@@ -46,6 +46,13 @@ RULES: tuple[Rule, ...] = (
     Added(2, "track.router_every", 100),
     Added(2, "track.log_every", 10),
     Added(2, "sample.every", None),
+    Added(3, "train.vocab_multiple", 128),
+    Added(3, "data.tokenizer.train", "sentencepiece"),
+    Added(3, "data.tokenizer.bos", None),
+    Added(3, "data.tokenizer.eos", None),
+    Added(3, "data.tokenizer.pattern", None),
+    Added(3, "data.tokenizer.parses_special", False),
+    Added(3, "data.tokenizer.allows_changes", False),
 )
 VERSION = RULES[-1].version
 

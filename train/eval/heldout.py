@@ -56,5 +56,5 @@ def evaluate(
     nats, count = totals.tolist()
     # The first token of a document is given, all others are predicted: exact over all documents.
     card = loader.card.held_out
-    bytes_per_target = card.bytes / (card.tokens - card.documents)
+    bytes_per_target = (card.bytes - card.given_bytes) / (card.tokens - card.documents)
     return Evaluation(nats / count, nats / math.log(2) / (count * bytes_per_target), int(count))

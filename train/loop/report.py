@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from data.loader import Loader
-from data.tokenizer import Tokenizer
+from data.tokenizer.tokenizer import Tokenizer
 from model.count import count
 from parallel.mesh.world import World
 from parallel.micro_batches import Runner
@@ -118,7 +118,10 @@ def shown(value: float | str) -> str:
 
 def sample_text(runner: Runner, tokenizer: Tokenizer, config: RunConfig, world: World) -> str:
     """The prompt and what the model makes of it, the same on every rank. Collective."""
-    ids = np.concatenate([[tokenizer.bos], tokenizer.encode(config.sample.prompt.encode())])
+    prompt = tokenizer.encode(config.sample.prompt.encode())
+    # An empty prompt needs something to go on from: what stands before a document, if only the end of one.
+    begin = tokenizer.bos if tokenizer.bos is not None else None if prompt.size else tokenizer.eos
+    ids = np.concatenate([np.array([] if begin is None else [begin], np.int32), prompt])
     generator = torch.Generator(device=world.device).manual_seed(config.train.seed)
     context = config.data.sequence_length
     continued = generate(

@@ -12,7 +12,7 @@ import torch
 from conf.errors import STOPPED, ConfigError, NumericsError, Violation
 from conf.names import shortened
 from data.loader import Loader
-from data.tokenizer import Tokenizer
+from data.tokenizer.tokenizer import Tokenizer
 from model.count import count
 from parallel.apply import StepShape, build_parallel
 from parallel.block.compile import describe as describe_compiled
@@ -226,6 +226,7 @@ def open_data(config: RunConfig, rank: int) -> Loader:
         sequence_length=config.data.sequence_length,
         seed=config.train.seed,
         weights=config.data.weights,
+        epochs=config.data.epochs,
         vocab_size=config.model.vocab_size,
     )
     if loader.unused and rank == 0:

@@ -1,6 +1,6 @@
 """Text samples on the way of a run."""
 
-from data.tokenizer import Tokenizer
+from data.tokenizer.tokenizer import Tokenizer
 from parallel.mesh.world import World
 from train.config.run_config import RunConfig
 from train.loop.hooks import StepHook

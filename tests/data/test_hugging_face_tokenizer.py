@@ -1,0 +1,195 @@
+"""A tokenizer.json and files of tiktoken, beside what transformers and tiktoken make of them."""
+
+import base64
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from conf.errors import DataError
+from data.shards import make_shard
+from data.tokenizer.files import load_tokenizer, read_files, tokenizer_digest
+from data.tokenizer.hugging_face import CONFIG, TOKENIZER_JSON
+from data.tokenizer.pre_tokenizers import PATTERNS
+from data.tokenizer.tiktoken_ranks import from_ranks
+from data.tokenizer.tokenizer import Ends, Tokenizer
+from data.tokenizer.training import SPECIAL, train_tokenizer
+
+TEXTS = [
+    "def total(values):\n        return sum(values)\n\n\tIndex = 1234 + naïve's\r\n",
+    "Łódź, 東京 and Москва: it's 3.14159; <think>no</think> DON'T https://example.org/a_b?c=d  \n\n\n end ",
+] * 20
+SIZE = 370
+TRAINED = train_tokenizer(TEXTS, SIZE, "byte_level_bpe")
+TEXT = st.text(alphabet=st.one_of(st.sampled_from("abelrstu '\n\r\t 1240=_,."), st.characters(codec="utf-8")))
+
+
+@pytest.fixture(scope="module")
+def qwen_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory as of Qwen: NFC, its pre-tokenizer, added tokens after the vocabulary, no bos."""
+    from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as Loaded
+
+    directory = tmp_path_factory.mktemp("qwen")
+    made = Loaded.from_buffer(TRAINED.files[TOKENIZER_JSON])
+    made.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(PATTERNS["qwen"]), behavior="isolated")
+    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_of])
+    made.add_special_tokens([AddedToken(name, normalized=False) for name in ("<|endoftext|>", "<|im_end|>")])
+    made.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
+    made.save(str(directory / TOKENIZER_JSON))
+    config = {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "eos_token": "<|endoftext|>"}
+    (directory / CONFIG).write_text(json.dumps(config))
+    return directory
+
+
+def transformers_of(directory: Path) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(directory)
+
+
+@given(TEXT)
+@example("<|begin_of_text|><|pad|>")
+def test_a_trained_one_keeps_any_text_and_holds_no_special_token(text: str) -> None:
+    ids = TRAINED.encode(text.encode())
+    assert TRAINED.decode(ids) == text.encode()
+    assert not {*range(len(SPECIAL))} & {*ids.tolist()}
+
+
+def test_training_is_deterministic_and_says_what_is_too_much() -> None:
+    again = train_tokenizer(iter(TEXTS), SIZE, "byte_level_bpe")
+    assert again.files == TRAINED.files
+    assert TRAINED.vocab_size == SIZE
+    with pytest.raises(DataError, match=r"data\.tokenizer\.vocab_size=50000: .* only \d+; set it to"):
+        train_tokenizer(TEXTS, 50_000, "byte_level_bpe")
+
+
+def test_ids_are_those_of_transformers(qwen_like: Path) -> None:
+    theirs = transformers_of(qwen_like)
+    ours, parsing = load_tokenizer(qwen_like), load_tokenizer(qwen_like, parses_special=True)
+
+    @given(TEXT)
+    @example("a<think>b</think>")
+    @example("e\u0301 \ufb01")
+    def check(text: str) -> None:
+        expected = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text.encode()).tolist() == expected
+        # Not normalised further, so what decodes is what was encoded.
+        assert ours.decode(expected).decode() == theirs.decode(expected, clean_up_tokenization_spaces=False)
+
+    check()
+    text = "one<|endoftext|>two"
+    assert parsing.encode(text.encode()).tolist() == theirs.encode(text, add_special_tokens=False)
+    assert parsing.eos in parsing.encode(text.encode())
+    assert parsing.decode(parsing.encode(text.encode())) == text.encode()
+    assert ours.eos not in ours.encode(text.encode())
+    assert ours.decode(ours.encode(text.encode())) == text.encode()
+
+
+def test_documents_end_as_the_files_say_or_as_asked(qwen_like: Path, tmp_path: Path) -> None:
+    ours = load_tokenizer(qwen_like)
+    assert (ours.bos, ours.eos, ours.vocab_size) == (None, SIZE, SIZE + 4)
+    asked = load_tokenizer(qwen_like, Ends(bos="<|im_end|>", eos="<|im_end|>"))
+    assert (asked.bos, asked.eos) == (SIZE + 1, SIZE + 1)
+    shutil.copytree(qwen_like, tmp_path / "bare")
+    (tmp_path / "bare" / CONFIG).unlink()
+    with pytest.raises(DataError, match="says no token that ends a text"):
+        load_tokenizer(tmp_path / "bare")
+    (tmp_path / "bare" / CONFIG).write_text(json.dumps({"eos_token": {"content": "<|none|>"}}))
+    with pytest.raises(DataError, match=r"eos_token is '<\|none\|>', which is no token"):
+        load_tokenizer(tmp_path / "bare")
+
+
+def test_a_document_that_is_changed_is_said_or_refused(qwen_like: Path) -> None:
+    ours, contents = load_tokenizer(qwen_like), [b"plain", "caf\u0065\u0301".encode()]
+    with pytest.raises(DataError, match=r"b'cafe.*' becomes b'caf.*' at byte 3; set data\.tokenizer\.allows"):
+        make_shard(contents, 0.0, ours)
+    shard = make_shard(contents, 0.0, ours, allows_changes=True)
+    assert shard.changed.tolist() == [False, True]
+    assert "at byte 3" in shard.changed_example.tobytes().decode()
+    assert [tokens[-1] for tokens, _ in shard.documents()] == [ours.eos, ours.eos]
+    assert shard.lengths.tolist() == [1 + len(ours.encode(content)) for content in contents]
+
+
+def test_the_digest_is_of_the_meaning(qwen_like: Path, tmp_path: Path) -> None:
+    transformers_of(qwen_like).save_pretrained(tmp_path / "saved")
+    digest = load_tokenizer(qwen_like).digest
+    assert load_tokenizer(tmp_path / "saved").digest == digest == tokenizer_digest(read_files(qwen_like), "")
+    fields = json.loads((qwen_like / TOKENIZER_JSON).read_text())
+    for change in ("normalizer", "pre_tokenizer"):
+        assert tokenizer_digest({TOKENIZER_JSON: json.dumps(fields | {change: None}).encode()}, "") != digest
+    fields["added_tokens"][-1]["id"] += 1
+    assert tokenizer_digest({TOKENIZER_JSON: json.dumps(fields).encode()}, "") != digest
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"{", b"[]", b"{}", b'{"model": 3}', b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}'],
+)
+def test_damage_is_one_line(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / TOKENIZER_JSON).write_bytes(content)
+    with pytest.raises(DataError, match="tokenizer") as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def ranks_of(tokenizer: Tokenizer) -> dict[bytes, int]:
+    """Ranks as of tiktoken, from the vocabulary of a trained tokenizer."""
+    found = {tokenizer.decode([id]): id for id in range(len(SPECIAL), tokenizer.vocab_size)}
+    return {token: rank for rank, token in enumerate(found)}
+
+
+def rank_files(directory: Path) -> Iterator[tuple[str, bytes]]:
+    lines = [b"%s %d" % (base64.b64encode(token), rank) for token, rank in ranks_of(TRAINED).items()]
+    content = b"\n".join(lines) + b"\n"
+    (directory / "some.tiktoken").write_bytes(content)
+    decoder = {
+        str(len(lines)): {"content": "[EOS]"},
+        str(len(lines) + 1): {"content": "<think>", "special": False},
+    }
+    config = {"eos_token": "[EOS]", "added_tokens_decoder": decoder}
+    (directory / CONFIG).write_text(json.dumps(config))
+    yield "some.tiktoken", content
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS])
+def test_ids_are_those_of_tiktoken(pattern: str, tmp_path: Path) -> None:
+    import tiktoken
+
+    ranks = ranks_of(TRAINED)
+    [(name, _)] = rank_files(tmp_path)
+    special = {"[EOS]": len(ranks), "<think>": len(ranks) + 1}
+    theirs = tiktoken.Encoding(
+        "given", pat_str=PATTERNS[pattern], mergeable_ranks=ranks, special_tokens=special
+    )
+    files = read_files(tmp_path, pattern)
+    (tmp_path / TOKENIZER_JSON).write_bytes(files[TOKENIZER_JSON])
+    ours = load_tokenizer(tmp_path)
+    assert (ours.eos, ours.vocab_size) == (len(ranks), theirs.n_vocab)
+
+    @given(TEXT)
+    @example("a<think>b [EOS]")
+    @example(" ".join(TEXTS[:2]))
+    def check(text: str) -> None:
+        expected = theirs.encode(text, allowed_special={"<think>"}, disallowed_special=())
+        assert ours.encode(text.encode()).tolist() == expected
+        assert ours.decode(expected) == text.encode()
+
+    check()
+    with pytest.raises(DataError, match=r"set data\.tokenizer\.pattern"):
+        from_ranks((tmp_path / name).read_bytes(), {}, None, name)
+
+
+def test_ranks_that_are_cut_short_are_named(tmp_path: Path) -> None:
+    [(name, content)] = rank_files(tmp_path)
+    with pytest.raises(DataError, match=r"\d+ of 256 bytes have no rank"):
+        from_ranks(content[:1000].rsplit(b"\n", 1)[0], {}, "qwen", name)
+    with pytest.raises(DataError, match=rf"{name}:3: not a token in base64"):
+        from_ranks(content.replace(b"\n", b"\n?\n", 3).replace(b"?\n", b"", 1), {}, "qwen", name)
