@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from conf.errors import DataError
-from data.config import HELD_OUT, DataConfig
+from data.config import HELD_OUT, READ, DataConfig
 from data.durable import refuse_not_finite, sha256_of, write_whole
 from data.tokenizer.tokenizer import Ends, Tokenizer
 
@@ -175,7 +175,7 @@ def content_settings(config: DataConfig, given: Tokenizer | None) -> dict[str, A
             settings["data.tokenizer.train"] = asked.train
     else:
         # The content and not the path: a copy of the same model elsewhere changes nothing.
-        settings["data.tokenizer.model"] = f"sha256:{given.digest}"
+        settings["data.tokenizer.model"] = f"{READ}{given.digest}"
         settings["data.tokenizer.bos"], settings["data.tokenizer.eos"] = given.bos, given.eos
     if asked.parses_special:
         settings["data.tokenizer.parses_special"] = True

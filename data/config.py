@@ -11,7 +11,12 @@ from conf.compose import Config
 HELD_OUT = "held_out"  # the name of the held-out token file, so no corpus may have it
 STDLIB = "stdlib"  # the source that stands for the running Python's own standard library
 
+READ = "sha256:"  # begins what a card says in place of data.tokenizer.model
+
 SHORTEST_ROW = 8  # tokens
+
+# 256 byte pieces, unknown, begin, end, every printable ASCII character, and room for merges.
+_FEWEST_PIECES = 384
 
 _CORPUS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _FILE_KINDS = ("code", "text")
@@ -104,8 +109,7 @@ class CorpusConfig(Config):
 class TokenizerConfig(Config):
     """An existing tokenizer, or the kind and size of one to train."""
 
-    # 256 byte pieces, unknown, begin, end, every printable ASCII character, and room for merges.
-    vocab_size: int = Field(ge=384, le=1_000_000)
+    vocab_size: int = Field(ge=2, le=1_000_000)
     model: str | None = Field(default=None, min_length=1)
     train: TokenizerKind = "sentencepiece"
     train_bytes: int = Field(default=4_000_000, ge=1_000, le=2_000_000_000)
@@ -118,6 +122,11 @@ class TokenizerConfig(Config):
     @model_validator(mode="after")
     def _is_about_one(self) -> "TokenizerConfig":
         if self.model is None:
+            if self.vocab_size < _FEWEST_PIECES:
+                raise ValueError(
+                    f"vocab_size={self.vocab_size} is less than the {_FEWEST_PIECES} ids of a tokenizer that "
+                    "is trained here; raise it"
+                )
             for name in ("bos", "eos", "pattern"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name}={getattr(self, name)!r} is of a given model; set it to null")

@@ -61,11 +61,16 @@ def main(arguments: list[str]) -> None:
 
     form = Form(command.model_type, getattr(torch, command.dtype), int(command.shard_gb * 1e9))
     with open_readers(config, environment, ("a smaller shard_gb",)) as world:
-        written, step, ids = export(command.run, config, Path(command.to), form, world, command.step)
+        written, step, ids, has_tokenizer = export(
+            command.run, config, Path(command.to), form, world, command.step
+        )
     if environment.rank != 0:
         return
     if ids.tokenizer is None:
         print(f"{ids.where}: carries no digest of its tokenizer, so {command.to} carries none")
+    elif not has_tokenizer:
+        places = f"neither {command.run} nor {config.data.directory} has"
+        print(f"{command.to}: without a tokenizer: {places} the one with sha256 {ids.tokenizer}")
     print(f"wrote step {step} of {command.run} to {command.to} as {written}")
 
 

@@ -6,22 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from conf.errors import DataError
+from conf.tokenizer_files import BESIDE, SENTENCEPIECE, TOKENIZER_DIGEST, TOKENIZER_JSON
 from data.durable import write_whole
-from data.tokenizer.hugging_face import (
-    CONFIG,
-    SPECIAL_MAP,
-    TOKENIZER_JSON,
-    HuggingFaceTokenizer,
-    meaning_digest,
-    read_json,
-)
-from data.tokenizer.sentencepiece_model import SENTENCEPIECE, SentencePieceTokenizer
+from data.tokenizer.hugging_face import HuggingFaceTokenizer, meaning_digest, read_json
+from data.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from data.tokenizer.tiktoken_ranks import from_ranks, is_ranks
 from data.tokenizer.tokenizer import Ends, Tokenizer
 
 MAX_FILE_BYTES = 256 << 20
-# What goes along with the tokenizer, to whoever opens it after training.
-BESIDE = (CONFIG, SPECIAL_MAP, "chat_template.jinja", "generation_config.json", "added_tokens.json")
 _RANKS_ENDING = ".tiktoken"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _AS_TOKENIZER_SAYS = Ends()
@@ -111,6 +103,8 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def _model_in(directory: Path) -> Path:
+    if (directory / SENTENCEPIECE).exists() and _is_said_to_be(directory, SENTENCEPIECE):
+        return directory / SENTENCEPIECE
     for name in (TOKENIZER_JSON, SENTENCEPIECE, "tiktoken.model"):
         if (directory / name).exists():
             return directory / name
@@ -119,6 +113,14 @@ def _model_in(directory: Path) -> Path:
     raise DataError(
         f"{directory}: holds no tokenizer: neither {TOKENIZER_JSON} nor {SENTENCEPIECE} nor *{_RANKS_ENDING}"
     )
+
+
+def _is_said_to_be(directory: Path, name: str) -> bool:
+    """Whether weights beside it name this file as the one whose ids they learned."""
+    if not (directory / TOKENIZER_DIGEST).is_file():
+        return False
+    said = read_json(_read(directory / TOKENIZER_DIGEST), str(directory / TOKENIZER_DIGEST)).get("sha256")
+    return said == hashlib.sha256(_read(directory / name)).hexdigest()
 
 
 def _read(path: Path) -> bytes:

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from conf.errors import DataError
+from conf.tokenizer_files import SPECIAL_MAP, TOKENIZER_CONFIG, TOKENIZER_JSON
 from data.tokenizer.tokenizer import Tokenizer
 
-TOKENIZER_JSON, CONFIG, SPECIAL_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 # What says which ids a text gets. How they are padded, cut or put between special tokens is none of it.
 _MEANING = ("added_tokens", "normalizer", "pre_tokenizer", "model")
 
@@ -39,7 +39,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if not self.vocab_size:
             raise DataError(f"{origin}/{TOKENIZER_JSON}: has no tokens; fetch it again")
-        config = read_json(files.get(CONFIG, b"{}"), f"{origin}/{CONFIG}")
+        config = read_json(files.get(TOKENIZER_CONFIG, b"{}"), f"{origin}/{TOKENIZER_CONFIG}")
         named = read_json(files.get(SPECIAL_MAP, b"{}"), f"{origin}/{SPECIAL_MAP}") | config
         self.bos = self._named(named, "bos_token", origin)
         if named.get("add_bos_token") is False:
@@ -54,7 +54,10 @@ class HuggingFaceTokenizer(Tokenizer):
             return None
         found = self._tokenizer.token_to_id(name) if isinstance(name, str) else None
         if found is None:
-            raise DataError(f"{origin}/{CONFIG}: {key} is {name!r}, which is no token of {TOKENIZER_JSON}")
+            raise DataError(
+                f"{origin}/{TOKENIZER_CONFIG}: {key} is {name!r}, which is no token of {TOKENIZER_JSON}; "
+                "fetch both again"
+            )
         return found
 
     def encode_batch(self, contents: Sequence[bytes]) -> list[np.ndarray]:
@@ -84,6 +87,12 @@ class HuggingFaceTokenizer(Tokenizer):
     def id_of(self, token: str) -> int | None:
         """The id of a token by its name; None where there is none."""
         return self._tokenizer.token_to_id(token)
+
+    def name_of(self, id: int) -> str:
+        """The token of an id. Raises IndexError beyond the vocabulary."""
+        if (found := self._tokenizer.id_to_token(id)) is None:
+            raise IndexError(f"an id beyond {self.vocab_size - 1}")
+        return found
 
     @cached_property
     def _bytes_of(self) -> list[bytes] | None:

@@ -9,9 +9,8 @@ import numpy as np
 import sentencepiece
 
 from conf.errors import DataError
+from conf.tokenizer_files import SENTENCEPIECE
 from data.tokenizer.tokenizer import Tokenizer
-
-SENTENCEPIECE = "tokenizer.model"
 
 # What sentencepiece would not give back as it was: its own mark for a space, NUL, and bytes that are
 # not UTF-8, which Python's surrogateescape shows as U+DC80 to U+DCFF. They go through byte pieces.
@@ -89,6 +88,10 @@ class SentencePieceTokenizer(Tokenizer):
         """The id of a piece by its name; None where there is none."""
         found = self._processor.piece_to_id(token)
         return found if self._processor.id_to_piece(found) == token else None
+
+    def name_of(self, id: int) -> str:
+        """The piece of an id. Raises IndexError beyond the vocabulary."""
+        return self._processor.id_to_piece(id)
 
     def _spelt(self, ids: Iterable[int] | np.ndarray) -> bytes:
         pieces = self._piece_bytes

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from conf.errors import DataError
-from data.tokenizer.hugging_face import CONFIG, TOKENIZER_JSON, byte_characters
+from conf.tokenizer_files import TOKENIZER_CONFIG, TOKENIZER_JSON
+from data.tokenizer.hugging_face import byte_characters, read_json
 from data.tokenizer.pre_tokenizers import PATTERNS
 
 
@@ -64,7 +65,11 @@ def from_ranks(
             "merges": [[name(left), name(right)] for left, right in _merges(ranks)],
         },
     }
-    return {**files, TOKENIZER_JSON: json.dumps(made, ensure_ascii=False).encode()}
+    config = {name: value for name, value in _config_of(files, origin).items() if name != "auto_map"}
+    # Not the class that comes as code with the ranks: this is a file for the library.
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    written = {TOKENIZER_CONFIG: json.dumps(config, indent=1).encode()}
+    return {**files, **written, TOKENIZER_JSON: json.dumps(made, ensure_ascii=False).encode()}
 
 
 def _ranks(content: bytes, origin: str) -> dict[bytes, int]:
@@ -96,9 +101,13 @@ def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     return pairs
 
 
+def _config_of(files: Mapping[str, bytes], origin: str) -> dict[str, Any]:
+    return read_json(files.get(TOKENIZER_CONFIG, b"{}"), f"{origin}: {TOKENIZER_CONFIG}")
+
+
 def _special_tokens(files: Mapping[str, bytes], origin: str) -> list[dict[str, Any]]:
     try:
-        named = json.loads(files.get(CONFIG, b"{}")).get("added_tokens_decoder", {})
+        named = _config_of(files, origin).get("added_tokens_decoder", {})
         return [
             {
                 "id": int(id),
@@ -112,4 +121,6 @@ def _special_tokens(files: Mapping[str, bytes], origin: str) -> list[dict[str, A
             for id, token in sorted(named.items(), key=lambda item: int(item[0]))
         ]
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise DataError(f"{origin}: the added_tokens_decoder of its {CONFIG} is damaged; fetch it") from error
+        raise DataError(
+            f"{origin}: the added_tokens_decoder of its {TOKENIZER_CONFIG} is damaged; fetch it again"
+        ) from error

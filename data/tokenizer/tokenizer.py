@@ -52,6 +52,10 @@ class Tokenizer(ABC):
     def id_of(self, token: str) -> int | None:
         """The id of a token by its name; None where there is none."""
 
+    @abstractmethod
+    def name_of(self, id: int) -> str:
+        """The name of an id. Raises IndexError beyond the vocabulary."""
+
     def take_ends(self, ends: Ends, origin: str) -> None:
         """Sets bos and eos to those asked for. Mutates. Raises DataError for tokens that do not exist."""
         if ends.bos is not None:

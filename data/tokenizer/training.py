@@ -10,11 +10,12 @@ from typing import get_args
 import sentencepiece
 
 from conf.errors import DataError
+from conf.tokenizer_files import TOKENIZER_CONFIG, TOKENIZER_JSON
 from data.config import TokenizerKind
-from data.tokenizer.hugging_face import CONFIG, TOKENIZER_JSON, HuggingFaceTokenizer
+from data.tokenizer.files import made_from
 from data.tokenizer.pre_tokenizers import PATTERNS
 from data.tokenizer.sentencepiece_model import SentencePieceTokenizer
-from data.tokenizer.tokenizer import Ends, Tokenizer
+from data.tokenizer.tokenizer import Tokenizer
 
 _BOS, _EOS, _PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
 # Those of fill-in-the-middle stand in every vocabulary, so that it can be asked for later.
@@ -92,10 +93,8 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         raise DataError(_too_few(vocab_size, found))
     names = {"bos_token": _BOS, "eos_token": _EOS, "pad_token": _PAD}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
-    files = {TOKENIZER_JSON: trained.to_str().encode(), CONFIG: json.dumps(config, indent=1).encode()}
-    made = HuggingFaceTokenizer(files, "the trained tokenizer")
-    made.take_ends(Ends(), "the trained tokenizer")
-    return made
+    files = {TOKENIZER_JSON: trained.to_str(), TOKENIZER_CONFIG: json.dumps(config, indent=1)}
+    return made_from({name: text.encode() for name, text in files.items()}, "the trained tokenizer")
 
 
 def _cannot_train(vocab_size: int, message: str) -> str:

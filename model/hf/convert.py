@@ -26,9 +26,9 @@ def convert(
     """Writes the checkpoint in `source` to `target` as a family of the hub, or as our own; gives its name.
 
     `model_type` as in `save_pretrained`, but None takes the family that our own form was made from. A `dtype`
-    of None keeps every tensor's own; another one leaves in float32 what must stay so. The digest of the
-    tokenizer goes along. Memory holds one shard of the target and one tensor of ours, such as all experts of
-    a layer.
+    of None keeps every tensor's own; another one leaves in float32 what must stay so. The tokenizer
+    and its digest go along. Memory holds one shard of the target and one tensor of ours, such as all experts
+    of a layer.
 
     Raises CheckpointError as `open_pretrained` and `save_pretrained` do, StorageError.
     """
@@ -55,7 +55,10 @@ def convert(
     with torch.no_grad():
         said = dtype or ours[next(iter(opened.mapped.by_ours()))].dtype
         written = full_config(family, fields, said)
-        write_directory(Path(target), written, tensors(), shard_bytes, opened.hub.tokenizer_digest)
+        hub = opened.hub
+        write_directory(
+            Path(target), written, tensors(), shard_bytes, hub.tokenizer_digest, hub.tokenizer_files()
+        )
     return family.model_type
 
 

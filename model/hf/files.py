@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -15,13 +16,11 @@ from torch import Tensor
 
 from conf.errors import CheckpointError, as_storage_error
 from conf.names import shortened
+from conf.tokenizer_files import BESIDE, SENTENCEPIECE, TOKENIZER_DIGEST, TOKENIZER_JSON
 
 T = TypeVar("T")
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-# A file and not a field of config.json: families refuse fields that they do not know, and what transformers
-# saves after its embeddings were changed must not keep it.
-TOKENIZER_DIGEST = "tokenizer_digest.json"
 # How files of weights end, read or not.
 _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 SHARD_BYTES = 5 * 10**9
@@ -94,6 +93,17 @@ class HubDirectory:
             return f"{self.path}: holds {pickles[0]}, a pickle, which can run code; convert it to safetensors"
         return f"{self.path}: holds neither {SINGLE} nor {INDEX}"
 
+    def tokenizer_files(self) -> dict[str, bytes]:
+        """The files of its tokenizer, by name, and what goes along with them. Raises CheckpointError."""
+        try:
+            return {
+                name: (self.path / name).read_bytes()
+                for name in (TOKENIZER_JSON, SENTENCEPIECE, *BESIDE)
+                if (self.path / name).is_file()
+            }
+        except OSError as error:
+            raise CheckpointError(f"{error.filename}: cannot read: {error.strerror}") from error
+
     def passed_over(self) -> str:
         """A line that names files of weights that are not read; empty when there are none."""
         read = {*self.shards} | ({INDEX} if SINGLE not in self.shards else set())
@@ -148,15 +158,18 @@ def write_directory(
     tensors: Iterable[tuple[str, Tensor]],
     shard_bytes: int,
     tokenizer_digest: str | None = None,
+    files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
     """Writes a checkpoint beside `path` and renames it, one shard in memory at a time.
+
+    files are others by name, such as those of its tokenizer.
 
     Raises StorageError, and CheckpointError when `path` exists.
     """
     refuse_existing(path)
     beside, shards = beside_of(path), []
     try:
-        begin_directory(beside, config, tokenizer_digest)
+        begin_directory(beside, config, tokenizer_digest, files)
         for shard in shards_of(tensors, lambda tensor: tensor.nbytes, shard_bytes):
             write_shard(beside, len(shards), shard)
             shards.append({name: tensor.nbytes for name, tensor in shard.items()})
@@ -193,11 +206,17 @@ def shards_of(
     yield shard
 
 
-def begin_directory(beside: Path, config: Mapping[str, Any], tokenizer_digest: str | None) -> None:
+def begin_directory(
+    beside: Path, config: Mapping[str, Any], tokenizer_digest: str | None, files: Mapping[str, bytes]
+) -> None:
     """Makes the directory, with all but weights in it. Raises OSError."""
     beside.mkdir(parents=True)
+    for name, content in files.items():
+        (beside / name).write_bytes(content)
     (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     if tokenizer_digest is not None:
+        # A file and not a field of config.json: families refuse fields that they do not know, and what
+        # transformers saves after its embeddings were changed must not keep it.
         (beside / TOKENIZER_DIGEST).write_text(json.dumps({"sha256": tokenizer_digest}) + "\n")
 
 

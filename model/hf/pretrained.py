@@ -2,8 +2,9 @@
 
 import math
 import re
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -105,18 +106,20 @@ def save_pretrained(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     tokenizer_digest: str | None = None,
+    facts: Mapping[str, int] = MappingProxyType({}),
 ) -> str:
     """Writes the model as a hub directory that transformers opens; gives the name of its family.
 
     `model_type` picks among families that can hold the architecture; None takes the first; weft is our own.
     A `dtype` of None keeps that of every tensor; another one leaves in float32 what must stay so.
     `tokenizer_digest` is the sha256 of the tokenizer whose ids the model was trained on, written beside.
+    facts are as in `Export`.
 
     Raises CheckpointError when the directory exists, or no family holds the architecture or a buffer that is
     not zero, StorageError.
     """
     ours = state_of(model)
-    export = Export(model, model_type, dtype)
+    export = Export(model, model_type, dtype, facts)
     export.refuse_lost(ours.__getitem__)
     with torch.no_grad():
         tensors = export.tensors(view=lambda piece: piece.ours_view(ours[piece.ours]))
@@ -131,14 +134,21 @@ class Export:
     """
 
     def __init__(
-        self, model: LanguageModel, model_type: str | None = None, dtype: torch.dtype | None = None
+        self,
+        model: LanguageModel,
+        model_type: str | None = None,
+        dtype: torch.dtype | None = None,
+        facts: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
-        """model_type and dtype as in `save_pretrained`. Raises CheckpointError when no family fits."""
+        """model_type and dtype as in `save_pretrained`. Raises CheckpointError when no family fits.
+
+        facts are fields of config.json that the architecture does not say: special tokens, context length.
+        """
         self.family, fields = family_for(model.config, model_type)
         self._config, self._ours, self._dtype = model.config, state_of(model), dtype
         self._mapped = Mapped(self.family.pieces(model.config), self._ours)
         self._kept = self.family.float32_of(self._mapped, model)
-        self.fields = full_config(self.family, fields, dtype or next(model.parameters()).dtype)
+        self.fields = full_config(self.family, fields, dtype or next(model.parameters()).dtype) | dict(facts)
         # In the order of the files; the second is what a tensor is a copy of.
         self._sources = {name: name for name in sorted(self._mapped.by_theirs)}
         self._sources |= self.family.copies(model.config)

@@ -98,7 +98,7 @@ def test_the_default_is_what_the_readme_promises() -> None:
         ({"corpora": {"w": {**JSONL, "source": "stdlib"}}}, "corpora.w", "set kind=code"),
         ({"corpora": {"w": {**HUB, "split": None}}}, "corpora.w", "needs split"),
         ({"corpora": {"w": {**TEXT, "source": ""}}}, "corpora.w.source", "at least 1"),
-        ({"tokenizer": {"vocab_size": 100}}, "tokenizer.vocab_size", "greater than or equal to 384"),
+        ({"tokenizer": {"vocab_size": 383}}, "tokenizer", "less than the 384 ids"),
         ({"tokenizer": {"vocab_size": 500, "train_bytes": 1}}, "tokenizer.train_bytes", "equal to 1000"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,41 +13,24 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from conf.errors import DataError
+from conf.tokenizer_files import TOKENIZER_CONFIG, TOKENIZER_DIGEST, TOKENIZER_JSON
 from data.shards import make_shard
-from data.tokenizer.files import load_tokenizer, read_files, tokenizer_digest
-from data.tokenizer.hugging_face import CONFIG, TOKENIZER_JSON
+from data.tokenizer.files import load_tokenizer, read_files, tokenizer_digest, write_files
+from data.tokenizer.hub_files import hub_files
 from data.tokenizer.pre_tokenizers import PATTERNS
 from data.tokenizer.tiktoken_ranks import from_ranks
 from data.tokenizer.tokenizer import Ends, Tokenizer
 from data.tokenizer.training import SPECIAL, train_tokenizer
+from tests.qwen_like import SIZE, TEXTS, write_qwen_like
 
-TEXTS = [
-    "def total(values):\n        return sum(values)\n\n\tIndex = 1234 + naïve's\r\n",
-    "Łódź, 東京 and Москва: it's 3.14159; <think>no</think> DON'T https://example.org/a_b?c=d  \n\n\n end ",
-] * 20
-SIZE = 370
 TRAINED = train_tokenizer(TEXTS, SIZE, "byte_level_bpe")
 TEXT = st.text(alphabet=st.one_of(st.sampled_from("abelrstu '\n\r\t 1240=_,."), st.characters(codec="utf-8")))
 
 
 @pytest.fixture(scope="module")
 def qwen_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory as of Qwen: NFC, its pre-tokenizer, added tokens after the vocabulary, no bos."""
-    from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
-    from tokenizers import Tokenizer as Loaded
-
-    directory = tmp_path_factory.mktemp("qwen")
-    made = Loaded.from_buffer(TRAINED.files[TOKENIZER_JSON])
-    made.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(PATTERNS["qwen"]), behavior="isolated")
-    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_of])
-    made.add_special_tokens([AddedToken(name, normalized=False) for name in ("<|endoftext|>", "<|im_end|>")])
-    made.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
-    made.save(str(directory / TOKENIZER_JSON))
-    config = {"tokenizer_class": "Qwen2Tokenizer", "bos_token": None, "eos_token": "<|endoftext|>"}
-    (directory / CONFIG).write_text(json.dumps(config))
-    return directory
+    """A directory as of Qwen."""
+    return write_qwen_like(tmp_path_factory.mktemp("qwen"))
 
 
 def transformers_of(directory: Path) -> Any:
@@ -99,10 +83,10 @@ def test_documents_end_as_the_files_say_or_as_asked(qwen_like: Path, tmp_path: P
     asked = load_tokenizer(qwen_like, Ends(bos="<|im_end|>", eos="<|im_end|>"))
     assert (asked.bos, asked.eos) == (SIZE + 1, SIZE + 1)
     shutil.copytree(qwen_like, tmp_path / "bare")
-    (tmp_path / "bare" / CONFIG).unlink()
+    (tmp_path / "bare" / TOKENIZER_CONFIG).unlink()
     with pytest.raises(DataError, match="says no token that ends a text"):
         load_tokenizer(tmp_path / "bare")
-    (tmp_path / "bare" / CONFIG).write_text(json.dumps({"eos_token": {"content": "<|none|>"}}))
+    (tmp_path / "bare" / TOKENIZER_CONFIG).write_text(json.dumps({"eos_token": {"content": "<|none|>"}}))
     with pytest.raises(DataError, match=r"eos_token is '<\|none\|>', which is no token"):
         load_tokenizer(tmp_path / "bare")
 
@@ -155,7 +139,7 @@ def rank_files(directory: Path) -> Iterator[tuple[str, bytes]]:
         str(len(lines) + 1): {"content": "<think>", "special": False},
     }
     config = {"eos_token": "[EOS]", "added_tokens_decoder": decoder}
-    (directory / CONFIG).write_text(json.dumps(config))
+    (directory / TOKENIZER_CONFIG).write_text(json.dumps(config))
     yield "some.tiktoken", content
 
 
@@ -193,3 +177,26 @@ def test_ranks_that_are_cut_short_are_named(tmp_path: Path) -> None:
         from_ranks(content[:1000].rsplit(b"\n", 1)[0], {}, "qwen", name)
     with pytest.raises(DataError, match=rf"{name}:3: not a token in base64"):
         from_ranks(content.replace(b"\n", b"\n?\n", 3).replace(b"?\n", b"", 1), {}, "qwen", name)
+
+
+def test_transformers_opens_a_trained_sentencepiece_model(tmp_path: Path) -> None:
+    trained = train_tokenizer(TEXTS, 420)
+    write_files(hub_files(trained), tmp_path)
+    theirs = transformers_of(tmp_path)
+
+    @given(TEXT)
+    @example("  two  spaces\n\n\n and 12345 <s>")
+    def check(text: str) -> None:
+        # Sentencepiece's mark for a space, and NUL, are bytes to ours alone.
+        plain = text.replace("\u2581", "").replace("\0", "")
+        parts = [part for part in re.split("(<s>|</s>|<unk>)", plain) if part]
+        if len(parts) == 1:
+            assert theirs.encode(plain, add_special_tokens=False) == trained.encode(plain.encode()).tolist()
+        assert theirs.decode(trained.encode(plain.encode()), clean_up_tokenization_spaces=False) == plain
+
+    check()
+    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (1, 2, 420)
+    # Weights beside say which of the two forms their ids are of.
+    assert load_tokenizer(tmp_path).digest != trained.digest
+    (tmp_path / TOKENIZER_DIGEST).write_text(json.dumps({"sha256": trained.digest}))
+    assert load_tokenizer(tmp_path).digest == trained.digest

@@ -8,9 +8,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from conf.errors import DataError
+from conf.tokenizer_files import SENTENCEPIECE
 from data.tokenizer import sentencepiece_model
 from data.tokenizer.files import MAX_FILE_BYTES, load_tokenizer, read_files, tokenizer_digest
-from data.tokenizer.sentencepiece_model import SENTENCEPIECE, SentencePieceTokenizer
+from data.tokenizer.sentencepiece_model import SentencePieceTokenizer
 from data.tokenizer.tokenizer import Ends
 from data.tokenizer.training import train_tokenizer
 

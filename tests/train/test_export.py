@@ -65,6 +65,7 @@ def test_files_are_those_of_the_model_in_memory(
         dtype=getattr(torch, dtype),
         shard_bytes=int(shard_gb * 1e9),
         tokenizer_digest=DIGEST,
+        facts={} if is_own else {"max_position_embeddings": 4096},
     )
     assert_same(tmp_path / "found", tmp_path / "expected")
     assert (tmp_path / "found" / (SINGLE if shard_gb == 5.0 else INDEX)).exists()

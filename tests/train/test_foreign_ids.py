@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.errors import CheckpointError, ConfigError
+from conf.tokenizer_files import SENTENCEPIECE, TOKENIZER_DIGEST, TOKENIZER_JSON
 from data.card import read_card
 from data.prepare import prepare
-from model.hf.files import TOKENIZER_DIGEST, HubDirectory
+from model.hf.files import HubDirectory
 from tests.train.conftest import Corpus
 from tests.train.runs import log_path, run_to_end
 from train.checkpoint.foreign_ids import Ids, compare_ids
@@ -122,7 +123,8 @@ def test_weights_of_another_tokenizer_are_refused_until_they_are_meant(
 
 def test_weights_without_a_digest_start_and_say_so(foreign: Corpus, finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished.parent / "weights", tmp_path / "weights")
-    (tmp_path / "weights" / TOKENIZER_DIGEST).unlink()
+    for name in (TOKENIZER_DIGEST, TOKENIZER_JSON, SENTENCEPIECE):
+        (tmp_path / "weights" / name).unlink()
     overrides = foreign.overrides(tmp_path / "run", f"train.start={tmp_path}/weights", *FEW)
     assert run_to_end(overrides) == 0
     (line,) = [x for x in log_path(overrides).read_text().splitlines() if "could not be compared" in x]

@@ -7,6 +7,7 @@ from conf.compose import unknown_key
 from conf.errors import Violation
 from conf.groups import option_files
 from conf.keys import file_keys
+from data.config import READ
 from model.layout import expand_layers
 from parallel.config.checks import (
     compile_violations,
@@ -115,10 +116,13 @@ def _profile(config: "RunDraft | RunConfig", world_size: int) -> list[Violation]
 
 
 def _vocabulary(config: "RunDraft | RunConfig", world_size: int) -> list[Violation]:
-    if config.data.tokenizer.vocab_size <= config.model.vocab_size:
+    asked = config.data.tokenizer
+    # The size of a tokenizer that is given is known once it was read, which the dataset's card says.
+    is_unknown = asked.model is not None and not asked.model.startswith(READ)
+    if is_unknown or asked.vocab_size <= config.model.vocab_size:
         return []
     message = (
-        f"{config.model.vocab_size} rows cannot hold the {config.data.tokenizer.vocab_size} pieces of "
+        f"{config.model.vocab_size} rows cannot hold the {asked.vocab_size} pieces of "
         f"data.tokenizer.vocab_size; raise it to at least that"
     )
     return [Violation("model.vocab_size", message)]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from data.tokenizer.hub_files import hub_files, special_ids
 from model.hf.files import (
     begin_directory,
     beside_of,
@@ -15,12 +16,14 @@ from model.hf.files import (
     shards_of,
     write_shard,
 )
+from model.hf.own import OWN
 from model.hf.pretrained import Export, state_of
 from model.hf.row_views import ReadRows, RowViews
 from model.language_model import LanguageModel
 from parallel.mesh.world import World
 from train.checkpoint.foreign_ids import Ids
 from train.checkpoint.ranks import Ranks
+from train.checkpoint.run_tokenizer import read_tokenizer
 from train.config.run_config import RunConfig
 from train.eval.restored import dtypes_of, open_store, without_checkpoint
 
@@ -33,12 +36,23 @@ class Form(NamedTuple):
     shard_bytes: int
 
 
+class Beside(NamedTuple):
+    """What is written beside weights: the digest of the tokenizer whose ids they learned, and its files."""
+
+    digest: str | None
+    files: Mapping[str, bytes]
+
+
 class Written(NamedTuple):
-    """The family that was written, the step of the checkpoint, and whose ids the model has learned."""
+    """The family that was written, the step of the checkpoint, and whose ids the model has learned.
+
+    has_tokenizer: the tokenizer was there to go along.
+    """
 
     family: str
     step: int
     ids: Ids
+    has_tokenizer: bool
 
 
 def export(
@@ -64,9 +78,17 @@ def export(
         def read(name: str, first: int, stop: int) -> torch.Tensor:
             return reader.rows(f"model.{name}", first, stop)
 
-        written = Export(model, form.model_type, form.dtype)
-        write_together(written, state, read, to, form.shard_bytes, digest, ranks)
-        return Written(written.family.model_type, opened.step, Ids(str(opened.path), digest))
+        data = Path(config.data.directory).expanduser()
+        tokenizer = read_tokenizer(Path(directory), data, digest)
+        files = {} if tokenizer is None else hub_files(tokenizer)
+        facts = {"max_position_embeddings": config.data.sequence_length}
+        facts |= {} if tokenizer is None else special_ids(tokenizer)
+        # Our own form holds the architecture alone.
+        is_own = form.model_type == OWN.model_type
+        written = Export(model, form.model_type, form.dtype, {} if is_own else facts)
+        write_together(written, state, read, to, form.shard_bytes, Beside(digest, files), ranks)
+        ids = Ids(str(opened.path), digest)
+        return Written(written.family.model_type, opened.step, ids, tokenizer is not None)
 
 
 def write_together(
@@ -75,7 +97,7 @@ def write_together(
     read: ReadRows,
     to: Path,
     shard_bytes: int,
-    digest: str | None,
+    others: Beside,
     ranks: Ranks,
 ) -> None:
     """Writes `to` under another name, its files shared out over the ranks, and renames it. Collective.
@@ -92,7 +114,7 @@ def write_together(
     def begin() -> None:
         refuse_existing(to)
         written.refuse_lost(whole)
-        begin_directory(beside, written.fields, digest)
+        begin_directory(beside, written.fields, others.digest, others.files)
 
     def write() -> None:
         for number in range(ranks.rank, len(shards), ranks.size):

@@ -9,6 +9,7 @@ import torch
 from conf.errors import CheckpointError
 from conf.names import shortened
 from data.loader import Loader
+from data.tokenizer.files import has_tokenizer, read_files, tokenizer_digest
 from model.hf.files import HubDirectory
 from parallel.apply import Parallel
 from train.checkpoint.foreign_ids import Ids, compare_ids
@@ -24,7 +25,7 @@ def begin(built: Parallel, config: RunConfig, loader: Loader) -> list[str]:
     assert config.train.start is not None, "a run that begins from weights"
     hub = HubDirectory(Path(config.train.start))
     line = compare_ids(
-        Ids(config.train.start, hub.tokenizer_digest),
+        Ids(config.train.start, hub.tokenizer_digest or digest_beside(hub.path)),
         Ids(config.data.directory, loader.card.tokenizer.digest),
         "train.start",
         "prepare the data with the tokenizer of the weights (data.tokenizer.model), or set "
@@ -34,6 +35,11 @@ def begin(built: Parallel, config: RunConfig, loader: Loader) -> list[str]:
     fresh = start_from(built, hub, config.train.fresh)
     began = f"began from {config.train.start}, {len(fresh)} parameters from their first values"
     return [said for said in (hub.passed_over(), line, began) if said]
+
+
+def digest_beside(path: Path) -> str | None:
+    """The digest of the tokenizer that lies beside weights of the hub; None without one. Raises DataError."""
+    return tokenizer_digest(read_files(path), str(path)) if has_tokenizer(path) else None
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from train.checkpoint.atomic import write_atomically
 from train.checkpoint.foreign_ids import Ids, compare_ids
 from train.checkpoint.lock import RunLock
 from train.checkpoint.run_files import CHECKPOINTS, RunFiles
+from train.checkpoint.run_tokenizer import keep_tokenizer
 from train.checkpoint.store import CheckpointStore
 from train.config.environment import Environment, prepare_deepspeed, read_launch
 from train.config.run_config import RunConfig
@@ -86,6 +87,7 @@ def run_in_world(
     compare_data(loader, world)
     if world.rank == 0:
         print(loader.describe(), flush=True)
+        keep_tokenizer(directory, loader.tokenizer, loader.card.tokenizer)
     state = build_state(config, world)
     kernels = prepare_kernels(config, state.built.modules(), world)
     if world.rank == 0:

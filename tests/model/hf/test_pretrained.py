@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from conf.compose import compose
 from conf.errors import CheckpointError, ConfigError
+from conf.tokenizer_files import TOKENIZER_DIGEST
 from model.config import Architecture
 from model.hf.__main__ import main
 from model.hf.convert import convert
-from model.hf.files import TOKENIZER_DIGEST, HubDirectory
+from model.hf.files import HubDirectory
 from model.hf.pretrained import family_for, load_pretrained, save_pretrained, used
 from model.language_model import LanguageModel
 from tests.architectures import random_model, small_architecture
