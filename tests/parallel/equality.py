@@ -59,13 +59,15 @@ LIMIT = 1e-12
 class Job(NamedTuple):
     """One model in one layout. fault breaks one thing that layouts stand on.
 
-    moved: the draw by which the first weights go up or down by an eps of float32; on one process alone.
+    moved: the draw by which the first weights go up or down by `by` times an eps of float32; on one process
+    alone.
     """
 
     config: RunConfig
     degrees: Degrees
     fault: str = ""
     moved: int | None = None
+    by: float = 1.0
 
 
 class Forgetful(Parallel):
@@ -149,7 +151,7 @@ def run(job: Job, world: World) -> Run:
     loader = open_data(config, world.rank)
     state = build_state(config, world)
     fill(state, config)
-    move(state, job.moved)
+    move(state, job.moved, job.by)
     if job.fault == "gradients of copies":
         state.built = Forgetful(**vars(state.built))
     for module in state.built.modules():
@@ -192,13 +194,13 @@ def fill(state: TrainState, config: RunConfig) -> None:
 
 
 @torch.no_grad()
-def move(state: TrainState, draw: int | None) -> None:
-    """Moves every weight up or down by an eps of float32. Mutates the parameters."""
+def move(state: TrainState, draw: int | None, by: float = 1.0) -> None:
+    """Moves every weight up or down by so many eps of float32. Mutates the parameters."""
     if draw is None:
         return
     weights = [parameter for _, parameter in state.built.named_parameters()]
     assert all(weight.dtype == torch.float64 for weight in weights), "moved by less than they round"
-    for weight, moved in zip(weights, moved_by(weights, EPS, draw), strict=True):
+    for weight, moved in zip(weights, moved_by(weights, by * EPS, draw), strict=True):
         weight.copy_(moved)
 
 

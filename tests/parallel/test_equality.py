@@ -23,7 +23,7 @@ from tests.parallel.equality import (
     config_of,
     on_rank,
 )
-from tests.parallel.truth import TrueRun, true_runs
+from tests.parallel.truth import TrueRun, decided, true_runs
 from tests.worlds import run_world
 
 # Every pair of axes, in little time; the rest is run by `make equality`.
@@ -68,7 +68,10 @@ class Alone:
         """What was run and what it gave, by mixer."""
         missing = [mixer for mixer in mixers if (mixer, precision) not in self._found]
         if missing:
-            jobs = [Job(config_of(PATTERNS[mixer], precision, self.dataset), Degrees()) for mixer in missing]
+            configs = [config_of(PATTERNS[mixer], precision, self.dataset) for mixer in missing]
+            if precision == "float32":
+                configs = decided(configs, SECONDS)
+            jobs = [Job(config, Degrees()) for config in configs]
             (runs,) = run_world(1, on_rank, jobs, timeout=SECONDS)
             for mixer, job, run in zip(missing, jobs, runs, strict=True):
                 self._found[mixer, precision] = (job, run)
@@ -78,10 +81,11 @@ class Alone:
         """What runs in float32 round, by mixer; one process in float32 is held to it first."""
         missing = [mixer for mixer in mixers if mixer not in self._true]
         if missing:
-            configs = [config_of(PATTERNS[mixer], "float64", self.dataset) for mixer in missing]
-            self._true |= dict(zip(missing, true_runs(configs, SECONDS), strict=True))
-            for mixer, (_, run) in zip(missing, self.of(missing, "float32"), strict=True):
-                self._true[mixer].check([run], f"{mixer} on one process")
+            jobs, runs = zip(*self.of(missing, "float32"), strict=True)
+            found = true_runs([job.config for job in jobs], SECONDS)
+            for mixer, true, run in zip(missing, found, runs, strict=True):
+                true.check([run], f"{mixer} on one process")
+                self._true[mixer] = true
         return [self._true[mixer] for mixer in mixers]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from parallel.config.degrees import Degrees
-from tests.closeness import DRAWS, assert_within, limits_of
+from tests.closeness import DRAWS, FACTOR, assert_within, limits_of
 from tests.parallel.equality import Job, Run, on_rank, wholes_of
 from tests.worlds import run_world
 from train.config.fields import PrecisionConfig
@@ -21,6 +21,7 @@ from train.config.run_config import RunConfig
 FLOAT64 = PrecisionConfig(compute="float64", parameters="float64")
 # The run itself, then those from moved weights.
 TURNS = (None, *range(DRAWS))
+SEEDS = 8
 
 # Tensors of some kinds, such as weights, by name.
 Kinds = Mapping[str, Mapping[str, Tensor]]
@@ -75,14 +76,45 @@ def exactly(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"precision": FLOAT64, "parallel": parallel})
 
 
+def decided(configs: Sequence[RunConfig], timeout: float = 120) -> list[RunConfig]:
+    """The configs, with seeds of data by which rounding turns no choice of an expert."""
+    found = dict(enumerate(configs))
+    open_ones = list(found)
+    for _ in range(SEEDS):
+        moves = [(None, 1.0), *((draw, FACTOR) for draw in range(DRAWS))]
+        jobs = [
+            Job(exactly(found[index]), Degrees(), moved=draw, by=by)
+            for index in open_ones
+            for draw, by in moves
+        ]
+        (runs,) = run_world(1, on_rank, jobs, timeout=timeout)
+        for index in list(open_ones):
+            run, *moved = runs[: len(moves)]
+            del runs[: len(moves)]
+            if have_equal_loads(run, moved):
+                open_ones.remove(index)
+            else:
+                train = found[index].train
+                update = {"train": train.model_copy(update={"seed": train.seed + 1})}
+                found[index] = found[index].model_copy(update=update)
+        if not open_ones:
+            return [*found.values()]
+    raise AssertionError(
+        f"{len(open_ones)} of {len(configs)} models turn a choice with each of {SEEDS} seeds"
+    )
+
+
+def have_equal_loads(run: Run, others: Sequence[Run]) -> bool:
+    return all(torch.equal(a, b) for other in others for a, b in zip(other.loads, run.loads, strict=True))
+
+
 def true_runs(configs: Sequence[RunConfig], timeout: float = 120) -> list[TrueRun]:
     """One process in float64, for each config."""
     jobs = [Job(exactly(config), Degrees(), moved=turn) for config in configs for turn in TURNS]
     (runs,) = run_world(1, on_rank, jobs, timeout=timeout)
     groups = [runs[start : start + len(TURNS)] for start in range(0, len(runs), len(TURNS))]
     for run, *moved in groups:
-        # No choice of an expert is so narrow that rounding would turn it.
-        assert all(torch.equal(a, b) for other in moved for a, b in zip(other.loads, run.loads, strict=True))
+        assert have_equal_loads(run, moved), "a choice is so narrow that rounding turns it"
     return [TrueRun(group[0], Truth.of(kinds_of([run], group[0]) for run in group)) for group in groups]
 
 
