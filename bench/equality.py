@@ -36,12 +36,12 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def write(found: Measured, steps: int, limits: dict[str, float]) -> None:
-    """Writes the result file."""
+def write(found: Measured, steps: int, limit: float) -> None:
+    """Writes the result file. The limit is that of float64."""
     described: dict[str, Any] = {
         **origin("gloo"),
         "steps": steps,
-        "limits": limits,
+        "limit": limit,
         "worst": found,
     }
     RESULT.write_text(json.dumps(described, indent=1) + "\n")

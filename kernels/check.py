@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from conf.help import Page, run
+from kernels.families import FAMILIES, refuse_unknown
 
 PAGE = Page(
     __doc__ or "",
@@ -25,17 +26,14 @@ PAGE = Page(
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints a line per kernel; 1 if one is wrong, 64 for an unknown family."""
+    """Prints a line per kernel; 1 if one is wrong. Raises ConfigError for an unknown family."""
+    refuse_unknown(arguments)
     import torch
 
-    from kernels.choose import FAMILIES, has_triton, is_interpreted
+    from kernels.choose import has_triton, is_interpreted
     from kernels.spec import kernel_specs
     from kernels.verdict import in_interpreter, on_gpu
 
-    unknown = sorted(set(arguments) - set(FAMILIES))
-    if unknown:
-        print(f"no such family: {', '.join(unknown)}; there are {', '.join(FAMILIES)}", file=sys.stderr)
-        return 64
     if not has_triton():
         print("triton is not installed: all kernels run in plain torch", file=sys.stderr)
         return 1

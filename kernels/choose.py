@@ -12,26 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kernels.families import FAMILIES
+
 KernelBackend = Literal["auto", "triton", "reference"]
-# Those with Triton kernels; the selective scan has none and always runs in plain torch.
-FAMILIES = (
-    "activation",
-    "attention",
-    "block_attention",
-    "block_selection",
-    "compress",
-    "compressed_attention",
-    "convolution",
-    "cross_entropy",
-    "delta_rule",
-    "experts",
-    "indexer",
-    "linear_attention",
-    "norm",
-    "rotary",
-    "selected_attention",
-    "sinkhorn",
-)
 # Work on each token alone: inside compiled code they are plain torch, which the compiler fuses with the rest.
 FUSED = ("activation", "norm", "rotary", "sinkhorn")
 # What the kernels compute in; a run in float64 is a proof and takes plain torch.

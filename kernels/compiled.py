@@ -9,6 +9,7 @@ matrices off the fast tensor cores and its `spec.py` does not list it in known_s
 from collections.abc import Sequence
 
 from conf.help import Page, run
+from kernels.families import refuse_unknown
 
 PAGE = Page(
     __doc__ or "",
@@ -18,7 +19,11 @@ PAGE = Page(
 
 
 def main(names: Sequence[str]) -> int:
-    """Prints the table and the faults; 1 if there is a fault, 64 for an unknown spec."""
+    """Prints the table and the faults; 1 if there is a fault, 64 for an unknown spec.
+
+    Raises ConfigError for an unknown family.
+    """
+    refuse_unknown([name.partition(".")[0] for name in names])
     from kernels.binaries import compile_all
 
     return compile_all(names)

@@ -6,7 +6,7 @@ one processor. Equations are compared in float64, where rounding is many digits 
 its own truth in float64, from which it may be as far as rounding takes it (`assert_rounded`).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -121,7 +121,13 @@ def assert_rounded(
     names: Sequence[str] = (),
 ) -> None:
     """Each of `found`, computed in `dtype`, is `truth(*inputs)` in float64 up to rounding; see `rounding`."""
-    true, limits = rounding(truth, inputs, dtype)
+    assert_within(found, *rounding(truth, inputs, dtype), names=names)
+
+
+def assert_within(
+    found: Sequence[Tensor], true: Sequence[Tensor], limits: Sequence[float], *, names: Sequence[str] = ()
+) -> None:
+    """Each of `found` is at most its limit away from the truth."""
     for index, (a, b, limit) in enumerate(zip(found, true, limits, strict=True)):
         name = names[index] if names else f"tensor {index}"
         assert a.shape == b.shape, f"{name}: {a.shape} {b.shape}"
@@ -167,21 +173,25 @@ def assert_kernel(case: KernelCase, limit: float = 1e-5) -> None:
 def rounding(
     truth: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], dtype: torch.dtype
 ) -> tuple[list[Tensor], list[float]]:
-    """`truth(*inputs)` in float64, and how far rounding to `dtype` may take each of its tensors from there.
+    """`truth(*inputs)` in float64, and how far rounding to `dtype` may take each of its tensors."""
+    eps = torch.finfo(dtype).eps
+    exact = [x.detach().double() if x.is_floating_point() else x for x in inputs]
+    true = [x.detach() for x in truth(*exact)]
+    return true, limits_of(true, (truth(*moved_by(exact, eps, draw)) for draw in range(DRAWS)), dtype)
+
+
+def limits_of(true: Sequence[Tensor], moved: Iterable[Sequence[Tensor]], dtype: torch.dtype) -> list[float]:
+    """How far rounding to `dtype` may take each tensor of a truth, given what moved inputs give.
 
     FACTOR times how far it goes when every number of the inputs goes up or down by an eps, the farthest of
     DRAWS, and an eps of itself, or of the terms that it may be the difference of.
     """
-    eps = torch.finfo(dtype).eps
-    exact = [x.detach().double() if x.is_floating_point() else x for x in inputs]
-    true = [x.detach() for x in truth(*exact)]
     farthest = [0.0] * len(true)
-    for draw in range(DRAWS):
-        moved = truth(*moved_by(exact, eps, draw))
-        farthest = [max(far, distance(a, b)) for far, a, b in zip(farthest, moved, true, strict=True)]
-    lengths = [length(x) for x in true]
+    for tensors in moved:
+        farthest = [max(far, distance(a, b)) for far, a, b in zip(farthest, tensors, true, strict=True)]
+    eps, lengths = torch.finfo(dtype).eps, [length(x) for x in true]
     terms = TERMS * max(lengths, default=0.0)
-    return true, [FACTOR * (far + eps * max(own, terms)) for far, own in zip(farthest, lengths, strict=True)]
+    return [FACTOR * (far + eps * max(own, terms)) for far, own in zip(farthest, lengths, strict=True)]
 
 
 def moved_by(inputs: Sequence[Tensor], eps: float, draw: int) -> list[Tensor]:

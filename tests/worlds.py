@@ -53,15 +53,15 @@ def run_world(
     """What `function(rank, size, *args)` returned on each of `size` processes, in rank order.
 
     `function` must be importable (top level of a module), its arguments and results picklable. Each
-    process has one thread, the same seed, and with `initialise` a gloo default group. `timeout` is in
-    seconds and covers everything. No process outlives the call.
+    process multiplies as this one does, has the same seed, and with `initialise` a gloo default group.
+    `timeout` is in seconds and covers everything. No process outlives the call.
 
     Raises the exception of the rank that failed first, with that rank's traceback as a note;
     WorldError when a rank died or its exception cannot be pickled; TimeoutError, with the stacks of
     the ranks that hang.
     """
     context = _context()
-    job = pickle.dumps((function, args))
+    job = pickle.dumps((Arithmetic.of_here(), function, args))
     deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory(prefix="world-") as name:
         folder, processes, readers = Path(name), [], []
@@ -79,6 +79,26 @@ def run_world(
             _end(processes)
             for reader in readers:
                 reader.close()
+
+
+class Arithmetic(NamedTuple):
+    """What of this process decides how torch rounds: its threads, and whether oneDNN multiplies matrices."""
+
+    threads: int
+    has_onednn: bool
+
+    @classmethod
+    def of_here(cls) -> "Arithmetic":
+        import torch
+
+        return cls(torch.get_num_threads(), torch._C._get_mkldnn_enabled())
+
+    def take(self) -> None:
+        """Sets this process so."""
+        import torch
+
+        torch.set_num_threads(self.threads)
+        torch.backends.mkldnn.set_flags(self.has_onednn)
 
 
 def process_pool(size: int) -> ProcessPoolExecutor:
@@ -184,9 +204,9 @@ def _call(rank: int, size: int, group_timeout: float | None, folder: Path, job: 
     from tests import shapes
 
     shapes.check_imports()
-    torch.set_num_threads(1)
+    arithmetic, function, args = pickle.loads(job)
+    arithmetic.take()
     torch.manual_seed(0)
-    function, args = pickle.loads(job)
     if group_timeout is not None:
         # By a file and not by a port: worlds side by side cannot meet.
         rendezvous, wait_at_most = f"file://{folder / 'store'}", timedelta(seconds=group_timeout)

@@ -87,8 +87,8 @@ class AttnConfig(GroupedQueryConfig):
         return Flops(2 * width * (sum(self._parts()) + self._outputs()), core)
 
     def cache_bytes(self, context: int, *, element_bytes: int = 2) -> int:
-        """Keys and values of the tokens that later queries can still see."""
-        return sum(self._parts()[2:]) * self._reach(context) * element_bytes
+        """Keys and values of the tokens that the next query sees beside its own."""
+        return sum(self._parts()[2:]) * (self._reach(context + 1) - 1) * element_bytes
 
     def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
         """Projections, what attention reads beside them, output, gate, gated output, statistics."""

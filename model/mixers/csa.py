@@ -54,9 +54,12 @@ class CsaConfig(SharedKeyConfig):
         return element_bytes * (4 * sum(learning) + index) + entries + choice
 
     def cache_bytes(self, context: int, *, element_bytes: int = 2) -> int:
-        """Keys of the window, entries and index keys, and the compressors' inputs of two windows."""
-        both, window = self.head_dim + self.index_dim, self.head_dim * min(self.window, context)
-        pending = 4 * both * min(2 * self.compression, context)
+        """Keys of the window, entries and index keys, and the compressors' inputs that are still open.
+
+        An entry takes half of the keys and gates of the window before its own, and all of its own.
+        """
+        both, window = self.head_dim + self.index_dim, self.head_dim * min(self.window - 1, context)
+        pending = 2 * both * (2 * min(self.compression - 1, context) + min(self.compression, context))
         return element_bytes * (window + both * (context // self.compression) + pending)
 
     def tp_plan(self, width: int) -> Mapping[str, TPShard]:

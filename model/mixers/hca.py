@@ -45,10 +45,11 @@ class HcaConfig(SharedKeyConfig):
     def cache_bytes(self, context: int, *, element_bytes: int = 2) -> int:
         """Keys of the window, entries, and the compressor's inputs of the window that is not complete."""
         size = self.head_dim * element_bytes
+        window = min(self.window - 1, context)
         if self.compression is None:
-            return size * min(self.window, context)
-        pending = 2 * min(self.compression, context)
-        return size * (min(self.window, context) + context // self.compression + pending)
+            return size * window
+        pending = 2 * min(self.compression - 1, context)
+        return size * (window + context // self.compression + pending)
 
     def tp_plan(self, width: int) -> Mapping[str, TPShard]:
         """As without compression; the compressor is every rank's."""

@@ -91,11 +91,12 @@ class NsaConfig(GroupedQueryConfig):
         return Flops(2 * width * (sum(self._parts()) + out), core + compressing)
 
     def cache_bytes(self, context: int, *, element_bytes: int = 2) -> int:
-        """Keys and values of all tokens for selection, compressed entries, and those of the window."""
+        """Keys and values of all tokens, whole entries, and those of the window and of open entries."""
         size = self.num_key_heads * (self.key_dim + self.value_dim) * element_bytes
-        window = 0 if self.has_shared_keys else min(self.window, context)
-        pending = 0 if self.has_shared_keys else min(self.entry_length, context)
-        return size * (context + context // self.entry_stride + window + pending)
+        entries = max(0, (context - self.entry_length) // self.entry_stride + 1)
+        window = 0 if self.has_shared_keys else min(self.window - 1, context)
+        pending = 0 if self.has_shared_keys else min(self.entry_length - 1, context)
+        return size * (context + entries + window + pending)
 
     def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:
         """Projections, rotated queries and keys, the branches' outputs and gates, their sum, what compression

@@ -39,8 +39,8 @@ class ZigzagConfig(LatentConfig):
         return Flops(super().flops(width, context).projections, core)
 
     def cache_bytes(self, context: int, *, element_bytes: int = 2) -> int:
-        """The latents and shared keys of the first and the last blocks."""
-        kept = min(context, (self.first_blocks + self.recent_blocks) * self.block)
+        """The latents and shared keys of the first and the last blocks, but for the next query's own."""
+        kept = min(context, (self.first_blocks + self.recent_blocks) * self.block - 1)
         return super().cache_bytes(kept, element_bytes=element_bytes)
 
     def activation_bytes(self, width: int, *, element_bytes: int = 2) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
@@ -32,6 +32,13 @@ def patience(deadline: float) -> float:
     With a shorter one they end at most 14 s after half of it.
     """
     return max(deadline - _VERDICT, deadline / 2)
+
+
+class Verdict(NamedTuple):
+    """Which ranks are the cause and why, in words, and their machine where it is one and to blame."""
+
+    said: str
+    lost: str | None = None
 
 
 class Heartbeat:
@@ -69,7 +76,6 @@ class Heartbeat:
         self._has_told = False
         # Asked for while it can be: rank 0 takes the store with it.
         self._first_host = host_of(store, 0)
-        self._lost: str | None = None
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
@@ -82,9 +88,8 @@ class Heartbeat:
         limit = 2 * self.silence + 8 * self.interval
 
         def give_up() -> None:
-            self._lost = self._first_host
-            found = f"rank {self.rank}: {self._described(0)} hangs: {error}"
-            leave(PeerError(found + self._recorded()))
+            found = Verdict(f"{self._described(0)} hangs: {error}", self._first_host)
+            leave(PeerError(f"rank {self.rank}: {self._with_record(found)}"))
 
         timer = threading.Timer(limit, give_up)
         timer.daemon = True
@@ -135,35 +140,38 @@ class Heartbeat:
                 self._own.set(f"beat/{self.rank}", json.dumps([beat, self._progress.said()]))
                 found = self._judged() if self.rank == 0 else self._read()
             except dist.DistError:
-                found = f"{self._named(0)} ended, or its machine is gone: the connection to it is lost"
-                self._lost = self._first_host
+                said = f"{self._named(0)} ended, or its machine is gone: the connection to it is lost"
+                found = Verdict(said, self._first_host)
             if found is not None:
                 self._end(found)
                 return
 
-    def _end(self, found: str) -> None:
-        self._verdict = found + self._recorded()
+    def _end(self, found: Verdict) -> None:
+        self._verdict = self._with_record(found)
         self._is_known.set()
         if not self._is_over.wait(self.silence + 4 * self.interval):
             leave(PeerError(f"rank {self.rank}: {self._verdict}"))
 
-    def _recorded(self) -> str:
-        """What `leave_record` says; nothing where the disk takes too long: it may be why a rank hangs."""
+    def _with_record(self, found: Verdict) -> str:
+        """Its words and what `leave_record` says; without that where the disk takes too long to say it.
+
+        The disk may be why a rank hangs.
+        """
         if self._record is None:
-            return ""
+            return found.said
         written = SimpleQueue[str]()
         folder = self._record
         writing = threading.Thread(
-            target=lambda: written.put(leave_record(folder, self.rank, self._lost)), daemon=True
+            target=lambda: written.put(leave_record(folder, self.rank, found.lost)), daemon=True
         )
         writing.start()
         with suppress(Empty):
-            return written.get(timeout=2 * self.interval)
-        return ""
+            return found.said + written.get(timeout=2 * self.interval)
+        return found.said
 
-    def _read(self) -> str | None:
+    def _read(self) -> Verdict | None:
         if self._own.check(["verdict"]):
-            found, self._lost = json.loads(self._own.get("verdict"))
+            found = Verdict(*json.loads(self._own.get("verdict")))
             self._own.add("heard", 1)
             return found
         has_failed = self._own.add("failures", 0) > 0
@@ -178,13 +186,13 @@ class Heartbeat:
             self._own.set(f"waits/{self.rank}", json.dumps(waits_for()))
             self._has_told = True
 
-    def _judged(self) -> str | None:
+    def _judged(self) -> Verdict | None:
         found = self._judge()
         if found is not None:
-            self._own.set("verdict", json.dumps([found, self._lost]))
+            self._own.set("verdict", json.dumps(found))
         return found
 
-    def _judge(self) -> str | None:
+    def _judge(self) -> Verdict | None:
         silent = self._silent(self.timeout)
         if silent:
             return self._of_silent(silent, self.timeout, is_closed=False)
@@ -194,7 +202,7 @@ class Heartbeat:
         reports = self._reports()
         for peer, (is_of_peer, said) in sorted(reports.items()):
             if not is_of_peer:
-                return f"{self._named(peer)} failed: {said}"
+                return Verdict(f"{self._named(peer)} failed: {said}")
         if self._failure_seen is None:
             self._failure_seen = time.monotonic()
         if time.monotonic() - self._failure_seen < self.silence:
@@ -206,18 +214,18 @@ class Heartbeat:
             return self._of_silent(silent, self.silence, is_closed=is_closed)
         return self._of_alive(list(reports), said)
 
-    def _of_alive(self, reporters: list[int], said: str) -> str:
+    def _of_alive(self, reporters: list[int], said: str) -> Verdict:
         """Who keeps the reporters waiting, where no rank is lost: one that waits for none itself."""
         others = [peer for peer in range(self.size) if peer not in reporters]
         waits = {peer: self._waits_of(peer) for peer in others}
         text = f"rank {', '.join(map(str, sorted(reporters)))} waited in vain for another"
-        if idle := [peer for peer in others if waits[peer] is None]:
-            self._blame(idle)
+        idle = [peer for peer in others if waits[peer] is None]
+        if idle:
             text = f"{self._all_named(idle)}: waits for no other rank, and {text}"
         else:
             named = "; ".join(f"{self._named(peer)}, waits for {waits[peer]}" for peer in others[:8])
             text += f"; nothing was reported by {named}" if named else ""
-        return f"every rank is alive, but {text}: {said}"
+        return Verdict(f"every rank is alive, but {text}: {said}", self._host_of(idle))
 
     def _waits_of(self, rank: int) -> str | None:
         with suppress(dist.DistError):
@@ -225,15 +233,15 @@ class Heartbeat:
                 return json.loads(self._own.get(f"waits/{rank}"))
         return UNKNOWN
 
-    def _blame(self, ranks: list[int]) -> None:
-        """Notes the machine of the ranks that are the cause, where it is one."""
+    def _host_of(self, ranks: list[int]) -> str | None:
+        """The machine of these ranks, where it is one."""
         hosts = {self._first_host if rank == 0 else host_of(self._own, rank) for rank in ranks}
-        self._lost = hosts.pop() if len(hosts) == 1 else None
+        return hosts.pop() if len(hosts) == 1 else None
 
-    def _of_silent(self, silent: list[int], seconds: float, *, is_closed: bool) -> str:
-        self._blame(silent)
+    def _of_silent(self, silent: list[int], seconds: float, *, is_closed: bool) -> Verdict:
         what = "ended without a word" if is_closed else "hangs, or its machine is gone"
-        return f"{self._all_named(silent)}: {what}; silent for {seconds:g} s"
+        said = f"{self._all_named(silent)}: {what}; silent for {seconds:g} s"
+        return Verdict(said, self._host_of(silent))
 
     def _all_named(self, ranks: list[int]) -> str:
         named = ", ".join(self._named(rank) for rank in ranks[:8])

@@ -33,6 +33,7 @@ from parallel.mesh.world import World
 from parallel.micro_batches import Denominators
 from parallel.shard.shard_map import local_slices
 from tests.architectures import SMALL
+from tests.closeness import moved_by
 
 ROWS, TOKENS = 4, 32
 SEED = 5
@@ -122,12 +123,17 @@ def named(losses: Losses) -> dict[str, Tensor]:
     return {name: part.detach() for name, part in parts.items() if isinstance(part, Tensor)}
 
 
-def alone(config: Architecture) -> Result:
-    """One process, without anything of parallel/."""
+def alone(config: Architecture, draw: int | None = None) -> Result:
+    """One process, without anything of parallel/; draw: its weights moved by an eps of float32."""
     model = LanguageModel(config, torch.float64).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(value_of(name, initial_values(model)[name], parameter.shape))
+        weights = list(model.parameters())
+        eps = torch.finfo(torch.float32).eps
+        moved = weights if draw is None else moved_by(weights, eps, draw)
+        for weight, other in zip(weights, moved, strict=True):
+            weight.copy_(other)
     batch = batch_of(config.model.vocab_size)
     sequence = Sequence(batch.position, batch.document, batch.tokens, uniform=UNIFORM)
     losses = model.loss(batch.tokens, batch.targets, sequence)

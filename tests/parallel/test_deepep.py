@@ -19,6 +19,7 @@ from kernels.experts.reference import experts_direct
 from parallel.config.degrees import Degrees
 from parallel.mesh.axes import open_axes
 from parallel.shard.deepep import DeepEP, Fused, open_deepep
+from tests.closeness import DRAWS, assert_within, distance, length, limits_of, moved_by
 from tests.parallel import deep_ep_double
 from tests.parallel.layouts import alone, apart, architecture_of, assembled, on_rank
 from tests.worlds import run_world
@@ -84,10 +85,14 @@ def leaf(x: Tensor) -> Tensor:
     return x.clone().requires_grad_()
 
 
-def truth(case: str, form: str, size: int) -> dict[str, list[Tensor]]:
-    """By name what each rank should have, calculated in one place."""
-    rows, parameters = rows_of(case, size), {n: leaf(p) for n, p in parameters_of(form).items()}
-    x, weights = (leaf(torch.cat([getattr(part, name) for part in rows])) for name in ("x", "weights"))
+def truth(case: str, form: str, size: int, draw: int | None = None) -> dict[str, list[Tensor]]:
+    """By name what each rank should have, calculated in one place; draw: of moved inputs."""
+    rows, parameters = rows_of(case, size), parameters_of(form)
+    inputs = [torch.cat([getattr(part, name) for part in rows]) for name in ("x", "weights")]
+    inputs = [*inputs, *parameters.values()]
+    inputs = inputs if draw is None else moved_by(inputs, torch.finfo(torch.float32).eps, draw)
+    x, weights, *leaves = map(leaf, inputs)
+    parameters = dict(zip(parameters, leaves, strict=True))
     chosen, grad = (torch.cat([getattr(part, name) for part in rows]) for name in ("chosen", "grad"))
     gate_up, down = parameters["gate_up"], parameters["down"]
     out = experts_direct(x, gate_up, down, chosen, weights, FORMS[form], biases_of(parameters))
@@ -139,30 +144,32 @@ def steps(rank: int, size: int, dtype: torch.dtype, fault: str = "none") -> dict
     return {(case, form): step(rank, size, case, form, dtype) for case, form in cases}
 
 
-def distances(case: str, form: str, ranks: list[dict[str, Tensor]]) -> dict[str, float]:
-    """By name the largest distance of a rank from the truth; infinite where something is missing."""
-    expected = truth(case, form, len(ranks))
-    return {
-        name: max(
-            apart(found[name].double(), part) if name in found else float("inf")
-            for found, part in zip(ranks, parts, strict=True)
-        )
-        for name, parts in expected.items()
-    }
+def wrong(case: str, form: str, ranks: list[dict[str, Tensor]], dtype: torch.dtype) -> dict[str, float]:
+    """By name how far a rank is from the truth where that is too far; infinite where something is missing.
 
-
-def wrong(found: dict[str, float], dtype: torch.dtype) -> dict[str, float]:
-    """What is too far off. Weights and their gradients travel in float32, whatever the tokens are in."""
-    limits = {name: 1e-12 if dtype == torch.float64 and name != "weights" else 1e-5 for name in found}
-    # Not "above": a NaN is wrong too.
-    return {name: distance for name, distance in found.items() if not distance < limits[name]}
+    Weights and their gradients travel in float32, whatever the tokens are in.
+    """
+    size = len(ranks)
+    true, *moved = (truth(case, form, size, draw) for draw in (None, *range(DRAWS)))
+    flat = [[part for parts in found.values() for part in parts] for found in (true, *moved)]
+    limits = iter(limits_of(flat[0], flat[1:], torch.float32))
+    off: dict[str, float] = {}
+    for name, parts in true.items():
+        for found, part in zip(ranks, parts, strict=True):
+            limit = next(limits)
+            is_exact = dtype == torch.float64 and name != "weights"
+            far = distance(found[name], part) if name in found else float("inf")
+            # Not "above": a NaN is wrong too.
+            if not far <= (1e-12 * length(part) if is_exact else limit):
+                off[name] = max(far, off.get(name, 0.0))
+    return off
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_tokens_find_their_experts_and_gradients_their_way_back(size: int, dtype: torch.dtype) -> None:
     ranks = run_world(size, steps, dtype, timeout=300)
-    found = {key: wrong(distances(*key, [rank[key] for rank in ranks]), dtype) for key in ranks[0]}
+    found = {key: wrong(*key, [rank[key] for rank in ranks], dtype) for key in ranks[0]}
     assert len(found) == len(CHOICES) * len(FORMS)
     assert not {key: off for key, off in found.items() if off}
 
@@ -179,7 +186,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_under_way_is_seen(fault: str) -> None:
     ranks = run_world(2, steps, torch.float32, fault)
-    off = wrong(distances("any", "plain", [rank["any", "plain"] for rank in ranks]), torch.float32)
+    off = wrong("any", "plain", [rank["any", "plain"] for rank in ranks], torch.float32)
     assert FAULTS[fault] <= set(off)
 
 
@@ -218,13 +225,17 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_layout_equals_one_process(layout: str) -> None:
     degrees, recompute = LAYOUTS[layout]
-    reference = alone(architecture_of(mixers=MIXERS))
+    reference, *moved = (alone(architecture_of(mixers=MIXERS), draw) for draw in (None, *range(DRAWS)))
     ranks = run_world(degrees.size, on_layout, degrees, recompute, timeout=300)
     found = assembled(reference, ranks)
-    off = {name: apart(part, reference.losses[name]) for name, part in found.losses.items() if name != "load"}
-    off |= {name: apart(found.grads[name], grad) for name, grad in reference.grads.items()}
     # Weights travel in float32 beside float64 tokens.
-    assert not {name: distance for name, distance in off.items() if not distance < 1e-6}
+    for kind in ("losses", "grads"):
+        true = getattr(reference, kind)
+        names = [name for name in true if name != "load"]
+        parts, expected, *others = (
+            [getattr(result, kind)[name] for name in names] for result in (found, reference, *moved)
+        )
+        assert_within(parts, expected, limits_of(expected, others, torch.float32), names=names)
 
 
 def whole_megatron(rank: int, size: int) -> dict[str, Tensor]:
@@ -235,7 +246,7 @@ def whole_megatron(rank: int, size: int) -> dict[str, Tensor]:
 @pytest.mark.prove
 def test_megatron_core_imported_as_a_whole_does_the_same() -> None:
     ranks = run_world(2, whole_megatron, timeout=500)
-    assert not wrong(distances("any", "plain", ranks), torch.float32)
+    assert not wrong("any", "plain", ranks, torch.float32)
 
 
 def opened(rank: int, size: int, *, on: tuple[str, ...], has_deep_ep: bool) -> list[str]:

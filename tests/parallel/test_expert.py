@@ -10,6 +10,7 @@ from torch import Tensor
 from parallel.config.degrees import Degrees
 from parallel.mesh.axes import open_axes
 from parallel.shard.expert import AllToAll
+from tests.closeness import assert_close
 from tests.worlds import run_world
 
 EXPERTS = 4
@@ -53,9 +54,9 @@ def on_rank(rank: int, size: int) -> list[str]:
 
     axis = open_axes(Degrees(dp_shard=size, ep=size), rank).ep
     dispatch = AllToAll(axis, EXPERTS // size, scales_input=False)
-    x = torch.randn(6, 8, requires_grad=True)
+    x = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
     # The first rank gets most of the rows.
-    chosen, weights = torch.tensor([[0, 1]] * 4 + [[0, 3], [2, 1]]), torch.rand(6, 2)
+    chosen, weights = torch.tensor([[0, 1]] * 4 + [[0, 3], [2, 1]]), torch.rand(6, 2).double()
     with patch.object(dist, "all_to_all_single", noted):
         routed, shared = dispatch(
             x, chosen, weights, lambda rows, ids, scale: 3.0 * rows, lambda: Noted.apply(x, events)
@@ -65,8 +66,7 @@ def on_rank(rank: int, size: int) -> list[str]:
     assert x.grad is not None
     # Every choice comes back three times as large, weighed.
     expected = 3.0 * weights.sum(1, keepdim=True)
-    assert torch.allclose(routed, expected * x)
-    assert torch.allclose(x.grad, 1.0 + expected.expand_as(x))
+    assert_close([routed, x.grad], [expected * x, 1.0 + expected.expand_as(x)], 1e-14)
     return events
 
 

@@ -9,7 +9,7 @@ import torch
 from parallel.config.degrees import Degrees
 from parallel.mesh.axes import Axis
 from parallel.mesh.collectives import sum_neighbours
-from tests.parallel.equality import LIMITS, Job, Run, compare, config_of, on_rank
+from tests.parallel.equality import LIMIT, Job, Run, compare, config_of, on_rank
 from tests.worlds import run_world
 
 MIXERS = ("nsa", "msa", "ssa", "mamba2")
@@ -35,7 +35,7 @@ def run_beside_one_process(jobs: list[Job]) -> list[tuple[Run, list[Run]]]:
 
 def assert_equal(jobs: list[Job]) -> None:
     found = [compare(*runs) for runs in run_beside_one_process(jobs)]
-    assert not [apart for apart in found if not apart.worst < LIMITS["float64"]], found
+    assert not [apart for apart in found if not apart.worst < LIMIT], found
 
 
 @pytest.mark.prove
@@ -63,7 +63,7 @@ def test_a_rank_that_goes_by_its_own_heads_is_seen(short_documents: Path) -> Non
     unseen = []
     for mixer, runs in zip(FAULTS, run_beside_one_process(jobs), strict=True):
         try:
-            if compare(*runs).worst < LIMITS["float64"]:
+            if compare(*runs).worst < LIMIT:
                 unseen.append(mixer)
         except AssertionError:
             continue

@@ -14,8 +14,9 @@ from parallel.mesh.axes import open_axes
 from parallel.mesh.world import World
 from parallel.next_token import next_logits
 from parallel.shard.shard_view import GlobalShardView, flat_slices
-from tests.parallel.equality import Job, Run, compare, config_of, laid_out, on_rank, run
-from tests.parallel.test_resume_layouts import Step, go_on
+from tests.parallel.equality import Job, Run, config_of, laid_out, move, run
+from tests.parallel.test_resume_layouts import Step, go_on, true_steps
+from tests.parallel.truth import TURNS, Kinds, TrueRun, Truth, as_tensor, exactly, true_runs
 from tests.worlds import run_world
 from train.config.environment import prepare_deepspeed
 from train.config.run_config import RunConfig
@@ -32,7 +33,6 @@ FORMS = {
 }
 # A router with a bias, groups with and without decay, and a table that embeds and scores.
 KEYS = ("moe=sigmoid", "moe.num_experts=8", "moe.bias_rate=0.05", "model.has_tied_embeddings=true")
-LIMIT = 1e-5
 
 
 class Seen(NamedTuple):
@@ -65,10 +65,12 @@ def all_forms(rank: int, size: int, config: RunConfig, directory: Path) -> Seen:
     return Seen(runs, chain, [*held_out], [*logits], skipped)
 
 
-def score(config: RunConfig, world: World) -> tuple[float, torch.Tensor]:
+def score(config: RunConfig, world: World, moved: int | None = None) -> tuple[float, torch.Tensor]:
     """Held-out loss of the first values, and their logits after some tokens."""
-    config = laid_out(config, TWO)
-    runner = build_state(config, world).built.runner
+    config = laid_out(config, world.axes.degrees)
+    state = build_state(config, world)
+    move(state, moved)
+    runner = state.built.runner
     held_out = evaluate(runner, open_data(config, world.rank), world, rows=8, micro_batch=1)
     return held_out.loss, next_logits(runner, torch.arange(5, 12), world, config.data.sequence_length)
 
@@ -97,58 +99,55 @@ def config(short_documents: Path) -> RunConfig:
     return config_of("gdn attn", "float32", short_documents, *KEYS, "train.steps=9", "optim.weight_decay=0.3")
 
 
-@pytest.fixture(scope="module")
-def alone(config: RunConfig) -> Run:
-    (runs,) = run_world(1, on_rank, [Job(config, ALONE)])
-    return runs[0]
+def true_scores(rank: int, size: int, config: RunConfig) -> list[tuple[float, torch.Tensor]]:
+    """Those of one process, and those from moved weights."""
+    world = World(rank, size, torch.device("cpu"), open_axes(ALONE, rank))
+    return [score(config, world, turn) for turn in TURNS]
+
+
+def kinds_of(held_out: float, logits: torch.Tensor) -> Kinds:
+    return {"loss": {"held out": as_tensor([held_out])}, "logits": {"next": logits}}
 
 
 @pytest.fixture(scope="module")
-def chained(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def true(config: RunConfig) -> TrueRun:
+    return true_runs([config])[0]
+
+
+@pytest.fixture(scope="module")
+def chained(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Step]]:
     directory = tmp_path_factory.mktemp("chain") / "checkpoints"
-    run_world(1, go_on, config, ALONE, directory, 1)
-    return directory
+    (steps,) = run_world(1, go_on, config, ALONE, directory, 1)
+    return directory, steps
 
 
 @pytest.fixture(scope="module")
-def seen(config: RunConfig, chained: Path) -> list[Seen]:
-    return run_world(2, all_forms, config, chained, timeout=300)
+def seen(config: RunConfig, chained: tuple[Path, list[Step]]) -> list[Seen]:
+    return run_world(2, all_forms, config, chained[0], timeout=300)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_two_ranks_equal_one_process(alone: Run, seen: list[Seen], form: str) -> None:
-    apart = compare(alone, [rank.runs[form] for rank in seen])
-    assert max(apart.loss, apart.norm, apart.weight) < LIMIT, apart
-    assert apart.gradient < 3 * LIMIT, apart
+def test_two_ranks_equal_one_process(true: TrueRun, seen: list[Seen], form: str) -> None:
+    true.check([rank.runs[form] for rank in seen])
 
 
 def test_a_run_goes_from_one_process_through_every_form_and_back(
-    config: RunConfig, chained: Path, seen: list[Seen], tmp_path: Path
+    config: RunConfig, chained: tuple[Path, list[Step]], seen: list[Seen], tmp_path: Path
 ) -> None:
-    (expected,) = run_world(1, go_on, config, ALONE, tmp_path / "one", 7)
-    (last,) = run_world(1, go_on, config, ALONE, chained, 7)
-    found = [*seen[0].chain, *last]
+    directory, first = chained
+    (last,) = run_world(1, go_on, config, ALONE, directory, 7)
     assert seen[0].chain == seen[1].chain
-    assert len(found) == 6
-    for step, other in zip(found, expected[1:], strict=True):
-        assert step.samples == other.samples
-        assert step.loss == pytest.approx(other.loss, rel=LIMIT)
-        assert step.norm == pytest.approx(other.norm, rel=10 * LIMIT)
+    assert len(seen[0].chain) == 5
+    true_steps(config, tmp_path, 7).check([*first, *seen[0].chain, *last])
 
 
-def test_held_out_losses_are_those_of_fsdp(seen: list[Seen]) -> None:
-    fsdp, *zero = seen[0].held_out
-    assert zero == pytest.approx([fsdp] * len(FORMS), rel=1e-6)
-
-
-def test_logits_of_the_next_token_are_those_of_fsdp(seen: list[Seen]) -> None:
+def test_scores_and_logits_are_those_of_one_process(config: RunConfig, seen: list[Seen]) -> None:
+    (scores,) = run_world(1, true_scores, exactly(config))
+    truth = Truth.of(kinds_of(*found) for found in scores)
+    assert truth.kinds["logits"]["next"].std() > 0
     for rank in seen:
-        fsdp, *zero = rank.logits
-        assert fsdp.std() > 0
-        assert len(zero) == len(FORMS)
-        for logits in zero:
-            # As far apart as losses may be; where terms cancel, of the largest of them.
-            torch.testing.assert_close(logits, fsdp, rtol=0, atol=LIMIT * float(fsdp.abs().max()))
+        for form, *found in zip(("fsdp", *FORMS), rank.held_out, rank.logits, strict=True):
+            truth.check(kinds_of(*found), form)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_leaves_nothing(seen: list[Seen]) -> None:

@@ -11,27 +11,20 @@ from parallel.config.zero import ZeroConfig
 from parallel.mesh.axes import open_axes
 from parallel.mesh.world import World
 from tests.parallel.equality import (
-    LIMITS,
     MIXERS,
     PATTERNS,
-    Apart,
     Job,
     Run,
-    compare,
     config_of,
-    distance,
-    on_rank,
     run,
 )
 from tests.parallel.test_zero import FORMS, with_zero
+from tests.parallel.truth import decided, true_runs
 from tests.worlds import run_world
 from train.config.environment import prepare_deepspeed
-from train.config.fields import PrecisionConfig
 from train.config.run_config import RunConfig
 
 SECONDS = 400
-LIMIT = LIMITS["float32"]
-FLOAT64 = PrecisionConfig(compute="float64", parameters="float64")
 EXPERTS = ("moe=sigmoid", "moe.num_experts=8", "moe.bias_rate=0.05")
 # Nothing before a trained parameter needs a gradient, nothing behind it has one of its own, or both.
 FROZEN = {
@@ -64,37 +57,19 @@ def zero_runs(
 
 
 def check(configs: Mapping[str, RunConfig], forms: Mapping[str, ZeroConfig], size: int) -> None:
-    """Asserts that every form trains every config as one process does without DeepSpeed.
-
-    It trains in float32 alone: where one process is farther than a quarter of LIMIT from itself in float64,
-    what it may be apart is four times that.
-    """
-    exact = [config.model_copy(update={"precision": FLOAT64}) for config in configs.values()]
-    jobs = [Job(config, Degrees()) for config in (*configs.values(), *exact)]
-    (alone,) = run_world(1, on_rank, jobs, timeout=SECONDS)
-    expected = dict(zip(configs, alone, strict=False))
-    limits = {
-        name: [max(LIMIT, 4 * own) for own in float32_apart(expected[name], truth)]
-        for name, truth in zip(configs, alone[len(configs) :], strict=True)
-    }
+    """Asserts that every form trains every config as one process does in float64, up to rounding."""
+    true = dict(zip(configs, true_runs([*configs.values()], SECONDS), strict=True))
     ranks = run_world(size, zero_runs, configs, forms, timeout=SECONDS)
-    apart = {key: compare(expected[key[0]], [rank[key] for rank in ranks]) for key in ranks[0]}
-    assert len(apart) == len(configs) * len(forms)
-    for key, found in apart.items():
-        is_near = [x < limit for x, limit in zip(found, limits[key[0]], strict=True)]
-        assert all(is_near), f"{key}: {found}, limits {limits[key[0]]}"
-
-
-def float32_apart(found: Run, truth: Run) -> Apart:
-    """How far a run of one process in float32 is from the same in float64."""
-    assert all(torch.equal(a, b) for a, b in zip(found.loads, truth.loads, strict=True)), "loads differ"
-    return distance(truth, [found])
+    assert len(ranks[0]) == len(configs) * len(forms)
+    for name, form in ranks[0]:
+        true[name].check([rank[name, form] for rank in ranks], f"{name}, {form}")
 
 
 @pytest.mark.equality
 @pytest.mark.timeout(3 * SECONDS)
 def test_every_mixer_trains_with_its_weights_gathered_while_they_are_used(short_documents: Path) -> None:
-    configs = {mixer: config_of(PATTERNS[mixer], "float32", short_documents) for mixer in MIXERS}
+    drawn = [config_of(PATTERNS[mixer], "float32", short_documents) for mixer in MIXERS]
+    configs = dict(zip(MIXERS, decided(drawn, SECONDS), strict=True))
     check(configs, {"stage 3": FORMS["stage 3"]}, 2)
 
 

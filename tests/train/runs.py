@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.architectures import SMALL
-from tests.worlds import PRELOADED
+from tests.worlds import PRELOADED, Arithmetic
 
 # Dropout draws random numbers and a bias steers the experts: what a checkpoint forgets shows in the loss.
 TINY = (
@@ -77,16 +77,17 @@ def write_tree(root: Path) -> Path:
 
 
 def spawn(function: Any, *args: Any) -> BaseProcess:
-    """A process that runs `function(*args)`, its exit code the run's."""
+    """A process that runs `function(*args)` and multiplies as this one does, its exit code the run's."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    process = context.Process(target=_guarded, args=(function, *args))
+    process = context.Process(target=_guarded, args=(Arithmetic.of_here(), function, *args))
     process.start()
     return process
 
 
-def _guarded(function: Any, *args: Any) -> None:
+def _guarded(arithmetic: Arithmetic, function: Any, *args: Any) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    arithmetic.take()
     function(*args)
     os._exit(0)
 
@@ -105,15 +106,12 @@ def train_here(
 
     `forgets` names what restoring a checkpoint leaves out: a sabotage.
     """
-    import torch
-
     from conf.errors import exit_on_error
     from train.__main__ import start
 
     file = os.open(log or log_path(overrides), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if forgets:

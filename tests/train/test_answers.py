@@ -51,6 +51,8 @@ def violations(*overrides: str, world_size: int | None = None) -> dict[str, str]
         ("slurm.settings model.widht=1", "model.width?"),
         ("data.prepare data.held=1", "data.held_out?"),
         ("model.hf import a b dtyp=1", "dtype?"),
+        ("kernels.check nrm", "norm?"),
+        ("kernels.compiled atention.full", "attention?"),
     ],
 )
 def test_a_typo_is_answered_before_anything_slow_is_imported(command: str, says: str) -> None:

@@ -21,7 +21,7 @@ ROWS, TOKENS, VOCABULARY, EXPERTS = 2, 8, 448, 4
 KEYS = (
     *("moe=softmax", "moe.has_router_bias=true", "moe.top_k=1", "moe.balance_loss=0.0", "moe.bias_rate=0.0"),
     *("layout.pattern=attn", "layout.ffn.pattern=moe", "model.depth=2", "residual.dropout=0.0"),
-    *(f"data.sequence_length={TOKENS}", "model.mtp.depth=1", "model.mtp.ffn=dense", "precision=fp32"),
+    *(f"data.sequence_length={TOKENS}", "model.mtp.depth=1", "model.mtp.ffn=dense", "precision=fp64"),
     *(f"train.global_batch={ROWS}", "train.micro_batch=1", "optim.weight_decay=0.0"),
 )
 # What each router wants of its four experts: 1.75 bits of entropy, and nearly two.
@@ -53,7 +53,7 @@ def test_panels_are_those_of_the_batch(top_k: int) -> None:
         for router, wanted in zip(model.routers(), WANTED, strict=True):
             router.weight.zero_()
             assert router.logit_bias is not None
-            router.logit_bias.copy_(torch.tensor(wanted).log())
+            router.logit_bias.copy_(torch.tensor(wanted, dtype=torch.float64).log())
     lines = []
     for _ in range(2):
         result = train_step(state, batch_by_hand(), config, world)
@@ -68,11 +68,11 @@ def test_panels_are_those_of_the_batch(top_k: int) -> None:
         routers[f"router/idle_experts_{layer}"] = EXPERTS - top_k
         routers[f"router/entropy_{layer}"] = entropy
     found = {name: value for name, value in lines[0].items() if name.startswith("router/")}
-    assert found == pytest.approx(routers, rel=1e-6)
+    assert found == pytest.approx(routers, rel=1e-12)
     # Thirteen tokens have a next one of their document, ten have one after it.
     losses = {"loss": math.log(VOCABULARY), "loss/cross_entropy": math.log(VOCABULARY)}
     losses["loss/mtp_1"] = math.log(VOCABULARY)
-    assert {name: lines[0][name] for name in losses} == pytest.approx(losses, rel=1e-6)
+    assert {name: lines[0][name] for name in losses} == pytest.approx(losses, rel=1e-12)
     assert [line["data/sequences"] for line in lines] == [ROWS, 2 * ROWS]
     assert [line["data/tokens"] for line in lines] == [13, 26]
     assert [line["step"] for line in lines] == [1, 2]

@@ -14,11 +14,9 @@ import pytest
 import torch
 
 from conf.errors import STOPPED
-from model.hf.pretrained import save_pretrained
-from tests.architectures import random_model
+from tests.parallel.true_commands import TrueCommand, true_commands
 from tests.train.conftest import Corpus
 from tests.train.runs import log_path, metrics_of, run_to_end
-from train.config.load import load_config
 
 SECONDS = 240
 STEPS = 12  # checkpoints at 4, 8 and 12
@@ -29,7 +27,6 @@ KEYS = (
     *("optim.lr=0.001", "optim.clip_norm=0.5", "optim.lr_scales={blocks.0.mixer.*:0.0}"),
 )
 ZERO = ("parallel.data=zero", "parallel.zero.whole_below=100")
-LIMIT = 1e-5
 
 
 def torchrun(overrides: list[str]) -> subprocess.Popen[bytes]:
@@ -68,13 +65,20 @@ def evaluations_of(directory: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def keys(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+def true(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> TrueCommand:
+    """What all runs round."""
+
+    def overrides(directory: Path, *more: str) -> list[str]:
+        return corpus.overrides(directory, *KEYS, *more)
+
+    (found,) = true_commands(tmp_path_factory.mktemp("true"), overrides, [torch.float32])
+    return found
+
+
+@pytest.fixture(scope="module")
+def keys(true: TrueCommand) -> tuple[str, ...]:
     """What all runs share: weights that they begin from."""
-    given = tmp_path_factory.mktemp("start") / "given"
-    torch.manual_seed(0)
-    config = load_config(corpus.overrides(given, *KEYS), 1)
-    save_pretrained(random_model(config.architecture, torch.float32), given, model_type="weft")
-    return (*KEYS, f"train.start={given}")
+    return (*KEYS, true.start)
 
 
 @pytest.fixture(scope="module")
@@ -112,11 +116,12 @@ def test_a_run_by_torchrun_is_asked_to_stop_and_goes_on(
 
 
 def test_runs_of_zero_and_fsdp_are_the_same_and_take_each_other_on(
-    corpus: Corpus, keys: tuple[str, ...], uninterrupted: Path, tmp_path: Path
+    corpus: Corpus, keys: tuple[str, ...], true: TrueCommand, uninterrupted: Path, tmp_path: Path
 ) -> None:
     fsdp = corpus.overrides(tmp_path / "fsdp", *keys)
     assert run_to_end(fsdp, 2, timeout=SECONDS) == 0, log_path(fsdp).read_text()
-    assert_alike(uninterrupted, tmp_path / "fsdp")
+    true.check(uninterrupted, "zero")
+    true.check(tmp_path / "fsdp", "fsdp")
     for source, name, parallel in (
         (uninterrupted, "zero to fsdp", ()),
         (tmp_path / "fsdp", "fsdp to zero", (*ZERO, "parallel.zero.stage=2")),
@@ -131,19 +136,4 @@ def test_runs_of_zero_and_fsdp_are_the_same_and_take_each_other_on(
         assert "resume step 4/" in log_path(overrides).read_text()
         assert metrics_of(directory)[:4] == metrics_of(source)[:4]
         assert metrics_of(directory)[4:] != metrics_of(source)[4:], "nothing was trained"
-        assert_alike(directory, source)
-
-
-def assert_alike(found: Path, expected: Path) -> None:
-    """Asserts that two runs saw the same samples, and the same losses up to rounding."""
-    lines, others = metrics_of(found), metrics_of(expected)
-    assert [line["samples"] for line in lines] == [line["samples"] for line in others]
-    assert len(lines) == STEPS
-    for line, other in zip(lines, others, strict=True):
-        assert line["loss"] == pytest.approx(other["loss"], rel=LIMIT), line["step"]
-        # The norm sums squares of gradients of all sizes, through all steps before.
-        assert line["grad_norm"] == pytest.approx(other["grad_norm"], rel=10 * LIMIT), line["step"]
-    scores, other_scores = evaluations_of(found), evaluations_of(expected)
-    assert [score["step"] for score in scores] == [3, 6, 9, STEPS]
-    for score, other in zip(scores, other_scores, strict=True):
-        assert score == pytest.approx(other, rel=LIMIT)
+        true.check(directory, name)
