@@ -27,6 +27,7 @@ from rich.progress import (
 from conf.compose import Config, compose
 from conf.errors import DataError, as_storage_error
 from conf.help import Page, run
+from conf.overrides import quoted
 from data.card import CARD, Card, content_settings, difference, read_card
 from data.config import DataConfig
 from data.durable import named, sync, write_whole
@@ -37,6 +38,7 @@ from data.tokenizer.files import find_tokenizer, made_from, read_files, write_fi
 from data.tokenizer.tokenizer import Ends, Tokenizer
 
 _SHARD_BYTES = 2 << 20
+_DEFAULT = "corpora/stdlib"
 
 Advance = Callable[[int], None]
 
@@ -106,6 +108,13 @@ def main(arguments: Sequence[str]) -> None:
     prepared = prepare(config)
     for line in summary(prepared):
         print(line)
+    print(f"train on it: {train_command(config)}")
+
+
+def train_command(config: DataConfig) -> str:
+    """The command that trains on what was prepared; the default dataset needs no name."""
+    command = "python -m train"
+    return command if config.directory == _DEFAULT else f"{command} data.directory={quoted(config.directory)}"
 
 
 def summary(prepared: Prepared) -> list[str]:
