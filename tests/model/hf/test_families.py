@@ -1,6 +1,7 @@
 """Every family of published checkpoints: equal to transformers, and the same after a round trip."""
 
 import json
+import re
 import sys
 import warnings
 from copy import deepcopy
@@ -40,6 +41,12 @@ FAMILIES = drawn_families()
 
 def test_every_family_is_tested() -> None:
     assert set(FAMILIES) == set(families())
+
+
+def test_every_family_is_in_the_docs() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "models.md").read_text()
+    listed = page.partition("Families, each with")[2].partition("Safetensors only")[0]
+    assert sorted(re.findall(r"`(\w+)`", listed)) == sorted(families())
 
 
 def open_theirs(directory: Path) -> tuple[Any, dict[str, set[str]]]:
