@@ -1,12 +1,13 @@
 """Grouped-query attention over sigmoid experts with a shared one: GLM-4.5 to 4.7, dots1, Solar Open, Hy3."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from conf.errors import CheckpointError
 from model.config import Architecture
 from model.hf.families.gqa import HEADS, ExpertNames, head_dim_of, layer_pieces, moe_family
-from model.hf.family import Family
+from model.hf.family import Family, Nested, inside
 from model.hf.fields import Fields, shown
 from model.hf.latent import MTP_FIELDS, mlp_layer_types
 from model.hf.parts import (
@@ -15,8 +16,10 @@ from model.hf.parts import (
     layer_types,
     layout_lines,
     mixers_of,
+    rope_of,
     rope_parameters,
     rotary_lines,
+    rotary_of,
     rotary_share,
 )
 from model.hf.pieces import Piece
@@ -63,12 +66,11 @@ def leading_dense(fields: Fields, default: int) -> list[str]:
 
 def partial_rotary(fields: Fields, default: float, theta: float) -> list[str]:
     """Head dim and rotary of heads that turn in part."""
-    dim = head_dim_of(fields)
-    rope = fields.take("rope_scaling", None) or fields.take("rope_parameters", None) or {}
-    beside = fields.take("partial_rotary_factor", default)
-    share = rope.get("partial_rotary_factor", beside)
+    dim, rope = head_dim_of(fields), rope_of(fields, theta)
+    share = rope.get("partial_rotary_factor", fields.take("partial_rotary_factor", default))
+    rope.pop("mrope_section", None)
     rotary = f"mixer.attn.rotary_dim={int(dim * share)}"
-    return [f"mixer.attn.head_dim={dim}", rotary, *rotary_lines(fields, "attn", theta)]
+    return [f"mixer.attn.head_dim={dim}", rotary, *rotary_of(rope, "attn")]
 
 
 def read_glm(fields: Fields) -> list[str]:
@@ -111,6 +113,23 @@ def write_glm(config: Architecture) -> dict[str, Any]:
         "use_qk_norm": attn.qk_norm == "head",
         "num_nextn_predict_layers": config.model.mtp.depth,
     }
+
+
+def read_glm_v(fields: Fields) -> list[str]:
+    """The same without MTP modules, and no norm of queries and keys."""
+    fields.expect("use_qk_norm", False)
+    fields.take("router_aux_loss_coef", None)
+    fields.take("num_nextn_predict_layers", None)
+    return [*read_glm(fields), "model.mtp.depth=0"]
+
+
+def write_glm_v(config: Architecture) -> dict[str, Any]:
+    """What `read_glm_v` reads, with the sections of image positions."""
+    found, half = write_glm(config), attn_of(config).rotary_dim // 2
+    sections = [(half + 2) // 3, (half + 1) // 3, half // 3]
+    found["rope_parameters"] |= {"mrope_section": sections}
+    del found["num_nextn_predict_layers"]
+    return found
 
 
 def glm_pieces(config: Architecture) -> Iterator[Piece]:
@@ -220,8 +239,34 @@ GLM = Family(
     write_more=write_glm,
     **MTP_FIELDS,
 )
+# The text model of GLM-4.5V, which has no class of its own; all three positions of a token are one in text.
+GLM_V = inside(
+    replace(
+        GLM,
+        pairs=PAIRS | DENSE | {"attention_bias": ("mixer.attn.has_bias", True)},
+        pieces=moe_family(NAMES),
+        read_more=read_glm_v,
+        write_more=write_glm_v,
+        ignored=(),
+        mtp=None,
+        copies=lambda _: {},
+        aliases={"num_local_experts": "n_routed_experts"},
+    ),
+    "glm4v_moe",
+    "Glm4vMoeForConditionalGeneration",
+    Nested(
+        ("glm4v_moe_text",),
+        silent=(
+            *("vision_config", "image_token_id", "video_token_id", "image_start_token_id"),
+            *("image_end_token_id", "video_start_token_id", "video_end_token_id"),
+        ),
+    ),
+    {"": "", "model.": "model.language_model."},
+    left_out=(r"model\.visual\..*", r"model\.language_model\.layers\.{beyond}\..*"),
+)
 FAMILIES = (
     GLM,
+    GLM_V,
     Family(
         "solar_open",
         "SolarOpenForCausalLM",

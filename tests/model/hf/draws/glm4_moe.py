@@ -1,9 +1,13 @@
 """Grouped-query attention over sigmoid experts with a shared one: GLM-4.5, dots1, Solar Open, Hy3."""
 
+from pathlib import Path
+from typing import Any
+
 from hypothesis import strategies as st
 
 from tests.model.hf.draws import Drawn, lines, top_k, with_heads
 from tests.model.hf.draws.mla import scaled
+from tests.model.hf.vision import open_beside_vision
 
 PLAIN = [
     *("layout=attn", "moe=sigmoid", "residual=pre_norm", "residual.has_zero_centered_norm=false"),
@@ -24,6 +28,14 @@ def experts(*more: str, **drawn: st.SearchStrategy) -> st.SearchStrategy[list[st
     return scaled(with_heads(lines([*PLAIN, *more], **(common | drawn))), "attn")
 
 
+VISION = {"hidden_size": 8, "depth": 1, "num_heads": 1, "intermediate_size": 8, "out_hidden_size": 32}
+
+
+def open_glm4v(directory: Path) -> tuple[Any, dict[str, set[str]]]:
+    """The whole model."""
+    return open_beside_vision(directory, "glm4v_moe", "Glm4vMoeForConditionalGeneration", VISION)
+
+
 FAMILIES: dict[str, Drawn] = {
     "glm4_moe": Drawn(
         experts(
@@ -31,6 +43,14 @@ FAMILIES: dict[str, Drawn] = {
             mixer__attn__qk_norm=st.sampled_from(["none", "head"]),
             mixer__attn__rotary_dim=st.sampled_from([2, 4, 8]),
         )
+    ),
+    "glm4v_moe": Drawn(
+        experts(
+            "mixer.attn.qk_norm=none",
+            layout__ffn__first=FIRST,
+            mixer__attn__rotary_dim=st.sampled_from([2, 4, 8]),
+        ),
+        open_glm4v,
     ),
     "solar_open": Drawn(experts("mixer.attn.qk_norm=none")),
     "dots1": Drawn(
