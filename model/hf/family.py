@@ -38,13 +38,15 @@ class Nested:
 
     model_types: of the fields that stand within `field`; the first is written. silent: fields beside it that
     speak of the other parts. outer: the object that `field` stands in, where it is one part of several that
-    are nested themselves; silent are fields beside either.
+    are nested themselves; silent are fields beside either. is_tied: what transformers takes for the tied
+    embeddings of the whole model where the config does not say, None that of the text model.
     """
 
     model_types: tuple[str, ...]
     field: str = "text_config"
     silent: tuple[str, ...] = ()
     outer: str | None = None
+    is_tied: bool | None = False
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class Family:
         for name in nested.silent:
             fields.take(name, None)
             beside.take(name, None)
-        if (tied := beside.take(TIED, None)) is not None:
+        if (tied := beside.take(TIED, nested.is_tied)) is not None:
             within.settle(TIED, tied)
         found = self._read(within)
         within.finish()

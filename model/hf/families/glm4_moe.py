@@ -260,6 +260,7 @@ GLM_V = inside(
             *("vision_config", "image_token_id", "video_token_id", "image_start_token_id"),
             *("image_end_token_id", "video_start_token_id", "video_end_token_id"),
         ),
+        is_tied=None,
     ),
     {"": "", "model.": "model.language_model."},
     left_out=(r"model\.visual\..*", r"model\.language_model\.layers\.{beyond}\..*"),

@@ -16,6 +16,7 @@ from model.hf.parts import (
     experts_apart,
     feed_forward,
     layout_lines,
+    rope_of,
     rope_parameters,
     rotary_lines,
     skeleton,
@@ -167,10 +168,18 @@ def write_mistral(config: Architecture) -> dict[str, Any]:
 
 def minimax_m2_rotary(fields: Fields) -> list[str]:
     """Heads rotated in part."""
-    dim = head_dim_of(fields)
-    partial = (fields.take("rope_parameters", None) or {}).get("partial_rotary_factor")
-    rotary = fields.take("rotary_dim", None) or int(dim * (1.0 if partial is None else partial))
-    return [*full_rotary(5e6)(fields), f"mixer.attn.rotary_dim={rotary}"]
+    dim, rope = fields.take("head_dim", 128), rope_of(fields, 5e6)
+    beside = fields.take("partial_rotary_factor", None)
+    given = fields.take("rotary_dim", None)
+    beside = beside if beside is not None or given is None else given / dim
+    share = rope.get("partial_rotary_factor", beside)
+    rotary = dim if share is None else int(dim * share)
+    fields.expect("rotary_dim", rotary, None)
+    return [
+        *full_rotary(5e6)(fields),
+        f"mixer.attn.head_dim={dim}",
+        f"mixer.attn.rotary_dim={rotary}",
+    ]
 
 
 def write_minimax_m2(config: Architecture) -> dict[str, Any]:
