@@ -28,6 +28,8 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "deepseek_v32": (BIAS,),
     "deepseek_v4": (r"gate\.bias", "attn_sink", "ape", r"hc_\w+_(fn|base|scale)"),
     "dots1": (BIAS,),
+    "ernie4_5_moe": (BIAS, r"mlp\.gate\.weight"),
+    "exaone_moe": (BIAS,),
     "glm4_moe": (BIAS,),
     "glm4_moe_lite": (BIAS,),
     "glm4v_moe": (BIAS,),

@@ -7,6 +7,8 @@ from model.config import Architecture
 from model.hf.pretrained import family_for
 
 FAMILIES = {
+    "glm_4_6": "glm4_moe",
+    "glm_4_6_small": "glm4_moe",
     "mistral_7b": "mistral",
     "mixtral_8x7b": "mixtral",
     "mixtral_8x22b": "mixtral",
