@@ -32,6 +32,7 @@ PUBLISHED = {
     "kimi_k2": (1026.41, 32.86),
     "kimi_k2_5": (1026.41, 32.86),
     "kimi_linear_48b_a3b": (49.12, 3.48),
+    "lfm2_8b_a1b": (8.34, 1.56),
     "llama4_maverick": (400.71, 17.18),
     "llama4_scout": (107.77, 17.17),
     "longcat_flash": (560.66, None),

@@ -46,6 +46,7 @@ RULES: tuple[Rule, ...] = (
     Added(2, "track.router_every", 100),
     Added(2, "track.log_every", 10),
     Added(2, "sample.every", None),
+    Added(3, "moe.weight_eps", 1e-20),
 )
 VERSION = RULES[-1].version
 

@@ -7,7 +7,7 @@ from model.hf.families.glm4_moe import DENSE, EXPECTS, FIXED, PAIRS, leading_den
 from model.hf.families.gqa import ExpertNames, head_dim_of, moe_family
 from model.hf.family import Family
 from model.hf.fields import Fields, shown
-from model.hf.latent import mlp_layer_types
+from model.hf.latent import FFNS, mlp_layer_types
 from model.hf.parts import (
     attn_of,
     layer_types,
@@ -33,8 +33,9 @@ def read_more(fields: Fields) -> list[str]:
     else:
         every = [("full", "sliding")[(i + 1) % period != 0] + "_attention" for i in range(depth)]
         mixers = mixers_of(fields, every, WINDOWED)
-    kinds, leading = fields.take("mlp_layer_types", None), leading_dense(fields, 1)
-    ffns = leading if kinds is None else [{"sparse": "moe"}.get(kind, kind) for kind in kinds]
+    leading = leading_dense(fields, 1)
+    kinds: list[str] | None = fields.take("mlp_layer_types", None)
+    ffns = leading if kinds is None else [FFNS.get(kind, kind) for kind in kinds]
     return [
         *shared_lines(fields, "num_shared_experts", 1),
         *(f"mixer.attn.{name}={dim}" for name in ("head_dim", "rotary_dim")),

@@ -41,6 +41,7 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "kimi_k2": (BIAS,),
     "kimi_k25": (BIAS,),
     "kimi_linear": (BIAS, *RATES),
+    "lfm2_moe": ("expert_bias",),
     "longcat_flash": (BIAS, r"router\.classifier\.weight"),
     "mimo_v2_flash": (BIAS, "attention_sink_bias"),
     "minimax": DERIVED,
