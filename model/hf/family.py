@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -37,12 +37,16 @@ class Nested:
     """Where the text model is in the config.json of a model with more parts, such as a vision tower.
 
     model_types: of the fields that stand within `field`; the first is written. silent: fields beside it that
-    speak of the other parts.
+    speak of the other parts. outer: the object that `field` stands in, where it is one part of several that
+    are nested themselves; silent are fields beside either. is_tied: what transformers takes for the tied
+    embeddings of the whole model where the config does not say, None that of the text model.
     """
 
     model_types: tuple[str, ...]
     field: str = "text_config"
     silent: tuple[str, ...] = ()
+    outer: str | None = None
+    is_tied: bool | None = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Family:
     is_second: another family holds the same models; this one is written when it is asked for.
     float32: patterns of further tensors that the published checkpoints hold in float32 beside all others.
     instead: other pieces of some of our tensors, such as fused experts. A tensor is read by the first that a
-    directory has all names of; it is written by `pieces`.
+    directory has all names of, in the shapes that they give; it is written by `pieces`.
     """
 
     model_type: str
@@ -107,15 +111,17 @@ class Family:
         }
         return found | float32_names(model)
 
-    def pieces_found(self, config: Architecture, names: Collection[str]) -> Iterator[Piece]:
-        """Where every tensor stands in a directory with these names."""
+    def pieces_found(self, config: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Piece]:
+        """Where every tensor stands in a directory with these names and shapes."""
         chosen: dict[str, list[Piece]] = {}
         for pieces in self.instead:
             found: dict[str, list[Piece]] = {}
             for piece in pieces(config):
                 found.setdefault(piece.ours, []).append(piece)
             for ours, parts in found.items():
-                if all(part.theirs in names for part in parts):
+                if all(
+                    part.shape in (None, shapes.get(part.theirs)) and part.theirs in shapes for part in parts
+                ):
                     chosen.setdefault(ours, parts)
         yield from (piece for piece in self.pieces(config) if piece.ours not in chosen)
         for parts in chosen.values():
@@ -123,16 +129,21 @@ class Family:
 
     def read(self, fields: Fields) -> list[str]:
         """Overrides for our config groups. Raises CheckpointError for fields that we cannot build."""
-        if self.nested is None:
+        nested = self.nested
+        if nested is None:
             return self._read(fields)
-        within = fields.node(self.nested.field, self.aliases)
-        within.expect("model_type", *self.nested.model_types)
-        for name in self.nested.silent:
+        beside = fields if nested.outer is None else fields.node(nested.outer)
+        within = beside.node(nested.field, self.aliases)
+        within.expect("model_type", *nested.model_types)
+        for name in nested.silent:
             fields.take(name, None)
-        if (tied := fields.take(TIED, None)) is not None:
+            beside.take(name, None)
+        if (tied := beside.take(TIED, nested.is_tied)) is not None:
             within.settle(TIED, tied)
         found = self._read(within)
         within.finish()
+        if beside is not fields:
+            beside.finish()
         return found
 
     def _read(self, fields: Fields) -> list[str]:
@@ -150,7 +161,8 @@ class Family:
         if self.nested is None:
             return found
         outside = {TIED: found[TIED]} if TIED in found else {}
-        return {self.nested.field: {"model_type": self.nested.model_types[0], **found}, **outside}
+        written = {self.nested.field: {"model_type": self.nested.model_types[0], **found}, **outside}
+        return written if self.nested.outer is None else {self.nested.outer: written}
 
     def _write(self, config: Architecture) -> dict[str, Any]:
         found: dict[str, Any] = {}

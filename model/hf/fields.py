@@ -74,6 +74,14 @@ class Fields:
                 f"{self._path}: {name} is {found!r}; this architecture is built with {options}"
             )
 
+    def require(self, name: str, *allowed: Any) -> None:
+        """Accepts a field that may only have these values; absent, it would stand for another one.
+
+        Raises CheckpointError where it is absent or has another value.
+        """
+        self.take(name)
+        self.expect(name, *allowed)
+
     def settle(self, name: str, value: Any) -> None:
         """Gives a field that is absent this value. Raises CheckpointError where it has another one."""
         self._values.setdefault(name, value)

@@ -59,6 +59,8 @@ SIGMOID: Pairs = {
     "topk_group": ("moe.kept_groups", 1),
     "norm_topk_prob": ("moe.has_normalized_weights", True),
 }
+# What transformers takes for DeepSeek-V3 and its kin.
+V3_SIGMOID = SIGMOID | {"n_group": ("moe.num_groups", 8), "topk_group": ("moe.kept_groups", 4)}
 PLAIN = (
     *("residual=pre_norm", "residual.has_zero_centered_norm=false"),
     *("moe.has_shared_gate=false", "model.mtp.ffn=moe", "model.mtp.puts_hidden_first=false"),

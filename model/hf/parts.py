@@ -131,54 +131,87 @@ def rotary_share(rotary_dim: int, head_dim: int) -> float:
     return share if int(head_dim * share) == rotary_dim else math.nextafter(share, 1.0)
 
 
+def rope_of(fields: Fields, default_theta: float | None = None) -> dict[str, Any]:
+    """The rope parameters of all layers, from rope_parameters or older fields, as transformers fills them in.
+
+    default_theta is what transformers takes for the family where the config has none.
+    """
+    theta, older = fields.take("rope_theta", default_theta), fields.take("rope_scaling", None)
+    found = {"rope_theta": theta, **(older or fields.take("rope_parameters", None) or {})}
+    fields.take("rope_parameters", None)
+    return with_context(found, fields)
+
+
+def with_context(rope: dict[str, Any], fields: Fields) -> dict[str, Any]:
+    """The same, stretched from max_position_embeddings where it does not say from what context."""
+    found = {ORIGINAL: fields.take("max_position_embeddings", None)} | rope
+    if kind_of(found) == "default":
+        del found[ORIGINAL]
+    return found
+
+
+def kind_of(rope: Mapping[str, Any]) -> str:
+    """The kind of stretch, under either name."""
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
 def rotary_lines(fields: Fields, key: str, default_theta: float | None = None) -> list[str]:
     """Overrides for the rotary fields of the mixer `key`, from rope_parameters or older fields."""
-    theta, scaling = fields.take("rope_theta", default_theta), fields.take("rope_scaling", None)
-    found = {"rope_theta": theta, **(scaling or {}), **(fields.take("rope_parameters", None) or {})}
-    return rotary_of(found, key)
+    return rotary_of(rope_of(fields, default_theta), key)
 
 
-def rotary_of(found: dict[str, Any], key: str) -> list[str]:
+def rotary_of(found: Mapping[str, Any], key: str) -> list[str]:
     """Overrides for the rotary fields of the mixer `key`, from one set of rope parameters.
 
-    Raises CheckpointError for a form that is not built, or a field that is not known.
+    What is absent there is what transformers takes for it, whatever the mixer's own defaults are.
+
+    Raises CheckpointError for a form that is not built, or a field that is missing or not known.
     """
-    rest = dict(found)
-    rest.pop("partial_rotary_factor", None)
-    theta, kind = rest.pop("rope_theta", None), rest.pop("rope_type", rest.pop("type", "default"))
+    rest, kind = dict(found), kind_of(found)
+    for name in ("partial_rotary_factor", "rope_type", "type"):
+        rest.pop(name, None)
+    theta = rest.pop("rope_theta", None)
     if theta is None:
         raise CheckpointError("rope_theta is missing, in rope_parameters or beside it")
     tree: dict[str, Any] = {"kind": {"default": "none"}.get(kind, kind)}
-    for theirs, ours in SCALING.get(kind, {}).items():
-        if rest.get(theirs) is not None:
-            tree[ours] = rest.pop(theirs)
+    for theirs, (ours, default) in SCALING.get(kind, {}).items():
+        value = rest.pop(theirs, None)
+        tree[ours] = default if value is None else value
+        if tree[ours] is NEEDED:
+            raise CheckpointError(f"rope_parameters: {kind} lacks {theirs}, which says how it stretches")
     rest = {name: value for name, value in rest.items() if value is not None}
     if kind not in SCALING or rest:
         raise CheckpointError(
             f"rope_parameters: {kind} with {rest} is not built; kinds are {', '.join(SCALING)}"
         )
     floats = {"factor", "beta_fast", "beta_slow", "low_frequency", "high_frequency", "attention_factor"}
-    tree = {name: float(value) if name in floats else value for name, value in tree.items()}
+    tree = {
+        name: float(value) if name in floats and value is not None else value for name, value in tree.items()
+    }
     return lines({"rotary_theta": float(theta), "rotary_scaling": tree}, f"mixer.{key}.")
 
 
-SCALING: dict[str, dict[str, str]] = {
+ORIGINAL = "original_max_position_embeddings"
+# Stands for a field that transformers does not run without.
+NEEDED = object()
+# By kind and name on the hub: our field, and what transformers takes where there is none.
+SCALING: dict[str, dict[str, tuple[str, Any]]] = {
     "default": {},
     "yarn": {
-        "factor": "factor",
-        "original_max_position_embeddings": "original_context",
-        "beta_fast": "beta_fast",
-        "beta_slow": "beta_slow",
-        "truncate": "truncates",
-        "attention_factor": "attention_factor",
-        "mscale": "mscale",
-        "mscale_all_dim": "mscale_all_dim",
+        "factor": ("factor", NEEDED),
+        ORIGINAL: ("original_context", NEEDED),
+        "beta_fast": ("beta_fast", 32.0),
+        "beta_slow": ("beta_slow", 1.0),
+        "truncate": ("truncates", True),
+        "attention_factor": ("attention_factor", None),
+        "mscale": ("mscale", None),
+        "mscale_all_dim": ("mscale_all_dim", None),
     },
     "llama3": {
-        "factor": "factor",
-        "original_max_position_embeddings": "original_context",
-        "low_freq_factor": "low_frequency",
-        "high_freq_factor": "high_frequency",
+        "factor": ("factor", NEEDED),
+        ORIGINAL: ("original_context", NEEDED),
+        "low_freq_factor": ("low_frequency", NEEDED),
+        "high_freq_factor": ("high_frequency", NEEDED),
     },
 }
 
@@ -186,7 +219,7 @@ SCALING: dict[str, dict[str, str]] = {
 def rope_parameters(theta: float, scaling: RotaryScaling, **more: Any) -> dict[str, Any]:
     """The rope_parameters that `rotary_of` reads back."""
     kind = "default" if scaling.kind == "none" else scaling.kind
-    values = {theirs: getattr(scaling, ours) for theirs, ours in SCALING[kind].items()}
+    values = {theirs: getattr(scaling, ours) for theirs, (ours, _) in SCALING[kind].items()}
     values = {name: value for name, value in values.items() if value is not None}
     return {"rope_type": kind, "rope_theta": theta, **values, **more}
 

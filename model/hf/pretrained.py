@@ -62,7 +62,8 @@ def open_pretrained(directory: str | Path, dtype: torch.dtype = torch.float32) -
         config = without_prediction(config)
     with torch.device("meta"):
         model = LanguageModel(config, dtype)
-    mapped = Mapped(family.pieces_found(config, names), state_of(model))
+    shapes = {name: forms[name][0] for name in names}
+    mapped = Mapped(family.pieces_found(config, shapes), state_of(model))
     expected = set(mapped.by_theirs)
     quantised = sorted(name for name in names - expected if _QUANTISED.fullmatch(name))
     if quantised:

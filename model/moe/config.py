@@ -23,6 +23,7 @@ class MoeConfig(Config):
     group_score: Literal["max", "top2"]
     has_router_bias: bool
     has_normalized_weights: bool
+    weight_eps: float = Field(ge=0, lt=1)
     weight_scale: float = Field(gt=0)
     scales_input: bool
     shared_hidden: int = Field(ge=0)

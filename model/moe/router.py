@@ -114,7 +114,7 @@ class Router(nn.Module):
         else:
             weights = scores.gather(-1, experts)
             if config.has_normalized_weights:
-                weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+                weights = weights / (weights.sum(-1, keepdim=True) + config.weight_eps)
         load = scores.new_zeros(scores.shape[0], config.num_choices)
         load.scatter_add_(1, experts.flatten(1), torch.ones_like(experts.flatten(1), dtype=load.dtype))
         # A token that no expert wants has scores of zero, and then shares of zero.

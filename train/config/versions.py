@@ -53,6 +53,7 @@ RULES: tuple[Rule, ...] = (
     Added(3, "data.tokenizer.pattern", None),
     Added(3, "data.tokenizer.parses_special", False),
     Added(3, "data.tokenizer.allows_changes", False),
+    Added(3, "moe.weight_eps", 1e-20),
 )
 VERSION = RULES[-1].version
 

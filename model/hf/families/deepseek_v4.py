@@ -125,6 +125,7 @@ def rotary(fields: Fields) -> list[str]:
     stretch = fields.take("rope_scaling", None) or {}
     if "main" in given and "compress" in given:
         main, compress = given["main"], given["compress"]
+        compressed_theta = theta
     else:
         main, compress = {}, {"attention_factor": 1.0} | stretch | given
         if compress.get("rope_type", compress.get("type", "default")) == "default":

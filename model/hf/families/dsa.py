@@ -11,6 +11,7 @@ from model.hf.latent import (
     NOAUX,
     PLAIN,
     SIGMOID,
+    V3_SIGMOID,
     Pairs,
     common,
     indexer_types,
@@ -35,6 +36,7 @@ def read_dsa(index_layout: str) -> Callable[[Fields], list[str]]:
 
     def read_more(fields: Fields) -> list[str]:
         fields.expect("rope_interleave", True)
+        fields.require("num_key_value_heads", fields.take("num_attention_heads"), None)
         fields.expect("indexer_rope_interleave", index_layout == "interleaved")
         fields.expect("layer_types", ["indexed_attention"] * fields.take("num_hidden_layers"), None)
         return [f"mixer.dsa.index_rotary_layout={index_layout}", *common(fields, "dsa", 3)]
@@ -66,7 +68,7 @@ FAMILIES = (
     Family(
         "deepseek_v32",
         "DeepseekV32ForCausalLM",
-        sizes("dsa") | SIGMOID | INDEXER,
+        sizes("dsa") | V3_SIGMOID | INDEXER,
         pieces,
         fixed=("moe=sigmoid", *PLAIN, *UNUSED_POOLS),
         expects=NOAUX | {"mlp_bias": (False,)},

@@ -90,7 +90,7 @@ def read_more(fields: Fields) -> list[str]:
     ffns = fields.take("mlp_layer_types", None) or ffns
     shared = fields.take("n_shared_experts", 1) * fields.take("moe_intermediate_size")
     linear = fields.node("linear_attn_config")
-    found = [*read_kda(fields, linear), *read_bound(fields, linear)]
+    found = [*read_kda(fields, linear, 64), *read_bound(fields, linear)]
     linear.finish()
     ffns = [FFNS.get(ffn, ffn) for ffn in ffns]
     return [*found, f"moe.shared_hidden={shared}", *layout_lines(mixers, ffns)]

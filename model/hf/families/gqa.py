@@ -1,7 +1,7 @@
 """Families of plain grouped-query attention over softmax or sigmoid experts."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from model.config import Architecture
 from model.hf.family import Family
@@ -16,13 +16,15 @@ from model.hf.parts import (
     experts_apart,
     feed_forward,
     layout_lines,
-    plain_layer,
+    rope_of,
     rope_parameters,
     rotary_lines,
     skeleton,
 )
 from model.hf.pieces import Piece
+from model.layout import Layer
 
+LLAMA = AttnNames()
 W_NAMES = ("w1.weight", "w3.weight", "w2.weight")
 HEADS: Pairs = SIZES | {
     "num_attention_heads": "mixer.attn.num_heads",
@@ -69,28 +71,68 @@ def write_rotary(config: Architecture) -> dict[str, Any]:
     }
 
 
+class ExpertNames(NamedTuple):
+    """What a family calls the tensors of a mixture of experts, below the layer.
+
+    shared and shared_gate are asked for where the model has them.
+    """
+
+    router: str
+    experts: str
+    parts: tuple[str, str, str] = SPLIT
+    bias: str | None = None
+    shared: str = "mlp.shared_experts."
+    shared_gate: str = "mlp.shared_expert_gate.weight"
+    dense: str = "mlp."
+
+
 def moe_family(
-    router: str, experts: str, names: tuple[str, str, str] = SPLIT, bias: str | None = None
+    names: ExpertNames, attn_names: AttnNames = LLAMA
 ) -> Callable[[Architecture], Iterator[Piece]]:
-    """Pieces of a model whose layers are softmax attention and experts, or dense; keys below the layer."""
+    """Pieces of a pre-norm model whose layers are softmax attention and experts, or dense."""
 
     def pieces(config: Architecture) -> Iterator[Piece]:
         yield from skeleton(config)
         for index, layer in enumerate(config.layers):
-            ours, theirs = f"blocks.{index}.", f"model.layers.{index}."
-            yield from plain_layer(index, layer)
-            attn = attn_of(config, layer.mixer)
-            yield from attn_pieces(f"{ours}mixer.", f"{theirs}self_attn.", attn, AttnNames())
-            if layer.ffn == "dense":
-                hidden = config.model.ffn_hidden
-                yield from feed_forward(f"{ours}ffn.", f"{theirs}mlp.", hidden, config.model.activation)
-                continue
-            yield Piece(f"{ours}moe.router.weight", f"{theirs}{router}.weight")
-            if bias is not None:
-                yield Piece(f"{ours}moe.router.bias", f"{theirs}{bias}")
-            yield from experts_apart(config, f"{ours}moe.experts.", f"{theirs}{experts}.", names)
+            yield from layer_pieces(
+                config, f"blocks.{index}.", f"model.layers.{index}.", layer, names, attn_names
+            )
 
     return pieces
+
+
+def layer_pieces(
+    config: Architecture,
+    ours: str,
+    theirs: str,
+    layer: Layer,
+    names: ExpertNames,
+    attn_names: AttnNames = LLAMA,
+) -> Iterator[Piece]:
+    """One pre-norm layer of softmax attention and a feed-forward."""
+    yield Piece(f"{ours}mixer_residual.norm.weight", f"{theirs}input_layernorm.weight")
+    yield Piece(f"{ours}ffn_residual.norm.weight", f"{theirs}post_attention_layernorm.weight")
+    attn = attn_of(config, layer.mixer)
+    yield from attn_pieces(f"{ours}mixer.", f"{theirs}self_attn.", attn, attn_names)
+    yield from ffn_pieces(config, ours, theirs, layer.ffn, names)
+
+
+def ffn_pieces(config: Architecture, ours: str, theirs: str, ffn: str, names: ExpertNames) -> Iterator[Piece]:
+    """A dense feed-forward, or router and experts."""
+    moe, parts = config.moe, names.parts
+    if ffn == "dense":
+        hidden, activation = config.model.ffn_hidden, config.model.activation
+        yield from feed_forward(f"{ours}ffn.", f"{theirs}{names.dense}", hidden, activation, parts)
+        return
+    yield Piece(f"{ours}moe.router.weight", f"{theirs}{names.router}.weight")
+    if names.bias is not None:
+        yield Piece(f"{ours}moe.router.bias", f"{theirs}{names.bias}")
+    yield from experts_apart(config, f"{ours}moe.experts.", f"{theirs}{names.experts}.", parts)
+    if moe.shared_hidden:
+        shared, activation = f"{theirs}{names.shared}", moe.shared_activation
+        yield from feed_forward(f"{ours}moe.shared.", shared, moe.shared_hidden, activation, parts)
+    if moe.has_shared_gate:
+        yield Piece(f"{ours}moe.shared_gate.weight", f"{theirs}{names.shared_gate}")
 
 
 def qwen3_moe_layers(fields: Fields) -> list[str]:
@@ -126,10 +168,18 @@ def write_mistral(config: Architecture) -> dict[str, Any]:
 
 def minimax_m2_rotary(fields: Fields) -> list[str]:
     """Heads rotated in part."""
-    dim = head_dim_of(fields)
-    partial = (fields.take("rope_parameters", None) or {}).get("partial_rotary_factor")
-    rotary = fields.take("rotary_dim", None) or int(dim * (1.0 if partial is None else partial))
-    return [*full_rotary(5e6)(fields), f"mixer.attn.rotary_dim={rotary}"]
+    dim, rope = fields.take("head_dim", 128), rope_of(fields, 5e6)
+    beside = fields.take("partial_rotary_factor", None)
+    given = fields.take("rotary_dim", None)
+    beside = beside if beside is not None or given is None else given / dim
+    share = rope.get("partial_rotary_factor", beside)
+    rotary = dim if share is None else int(dim * share)
+    fields.expect("rotary_dim", rotary, None)
+    return [
+        *full_rotary(5e6)(fields),
+        f"mixer.attn.head_dim={dim}",
+        f"mixer.attn.rotary_dim={rotary}",
+    ]
 
 
 def write_minimax_m2(config: Architecture) -> dict[str, Any]:
@@ -155,7 +205,7 @@ FAMILIES = (
             "norm_topk_prob": ("moe.has_normalized_weights", False),
             "attention_bias": ("mixer.attn.has_bias", False),
         },
-        moe_family("mlp.gate", "mlp.experts"),
+        moe_family(ExpertNames("mlp.gate", "mlp.experts")),
         fixed=("moe=softmax", *PLAIN, "mixer.attn.qk_norm=head"),
         expects=EXPECTS,
         read_more=qwen3_moe_layers,
@@ -173,7 +223,7 @@ FAMILIES = (
             "rms_norm_eps": ("residual.norm_eps", 1e-5),
             "sliding_window": ("mixer.attn.window", None),
         },
-        moe_family("block_sparse_moe.gate", "block_sparse_moe.experts", W_NAMES),
+        moe_family(ExpertNames("block_sparse_moe.gate", "block_sparse_moe.experts", W_NAMES)),
         fixed=("moe=softmax", *PLAIN, "mixer.attn.qk_norm=none"),
         expects=EXPECTS | {"router_jitter_noise": (0.0,)},
         read_more=full_rotary(1e6),
@@ -187,7 +237,7 @@ FAMILIES = (
             "intermediate_size": "model.ffn_hidden",
             "rms_norm_eps": ("residual.norm_eps", 1e-6),
         },
-        moe_family("", ""),
+        moe_family(ExpertNames("", "")),
         fixed=(*PLAIN, "mixer.attn.qk_norm=none"),
         expects=EXPECTS,
         read_more=mistral_layers,
@@ -205,7 +255,7 @@ FAMILIES = (
             "norm_topk_prob": ("moe.has_normalized_weights", False),
             "clip_qkv": ("mixer.attn.clip", None),
         },
-        moe_family("mlp.gate", "mlp.experts"),
+        moe_family(ExpertNames("mlp.gate", "mlp.experts")),
         fixed=("moe=softmax", *PLAIN, "mixer.attn.qk_norm=all_heads"),
         expects=EXPECTS | {"attention_bias": (False,)},
         read_more=full_rotary(10000.0),
@@ -222,10 +272,12 @@ FAMILIES = (
             "rms_norm_eps": ("residual.norm_eps", 1e-6),
         },
         moe_family(
-            "block_sparse_moe.gate",
-            "block_sparse_moe.experts",
-            W_NAMES,
-            bias="block_sparse_moe.e_score_correction_bias",
+            ExpertNames(
+                "block_sparse_moe.gate",
+                "block_sparse_moe.experts",
+                W_NAMES,
+                bias="block_sparse_moe.e_score_correction_bias",
+            )
         ),
         fixed=("moe=sigmoid", *PLAIN, "mixer.attn.qk_norm=all_heads", "moe.weight_scale=1.0"),
         expects=EXPECTS,

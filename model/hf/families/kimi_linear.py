@@ -73,7 +73,7 @@ FIXED = (
 def read_more(fields: Fields) -> list[str]:
     """Layouts, linear attention and the shared expert."""
     depth = fields.take("num_hidden_layers")
-    fields.expect("num_key_value_heads", fields.take("num_attention_heads"), None)
+    fields.require("num_key_value_heads", fields.take("num_attention_heads"), None)
     fields.expect("rope_scaling", None)
     # Nothing is rotated; these follow from the other dims of a head.
     for name in ("head_dim", "qk_head_dim"):
@@ -91,7 +91,7 @@ def read_more(fields: Fields) -> list[str]:
     ffns = ["dense" if index < leading else "sparse" for index in range(depth)]
     ffns = fields.take("mlp_layer_types", None) or ffns
     shared = fields.take("num_shared_experts", 1)
-    found = read_kda(fields, linear)
+    found = read_kda(fields, linear, 32)
     linear.finish()
     return [
         *found,
@@ -101,10 +101,10 @@ def read_more(fields: Fields) -> list[str]:
     ]
 
 
-def read_kda(fields: Fields, linear: Fields) -> list[str]:
+def read_kda(fields: Fields, linear: Fields, default_heads: int) -> list[str]:
     """Sizes of the linear attention, in a node of their own or beside the others: all dims are one."""
     dim = linear.take("head_dim", fields.take("linear_head_dim", 128))
-    heads = linear.take("num_heads", fields.take("linear_num_heads", 32))
+    heads = linear.take("num_heads", fields.take("linear_num_heads", default_heads))
     taps = linear.take("short_conv_kernel_size", fields.take("linear_conv_kernel_dim", 4))
     names = ("key_dim", "value_dim", "decay_rank", "gate_rank")
     found = [f"mixer.kda.{name}={dim}" for name in names]

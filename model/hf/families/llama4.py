@@ -125,6 +125,7 @@ TEXT = Family(
 )
 BESIDE = Nested(
     ("llama4_text",),
+    is_tied=None,
     silent=(
         *("vision_config", "image_token_index", "boi_token_index", "eoi_token_index"),
         *("image_token_id", "boi_token_id", "eoi_token_id"),

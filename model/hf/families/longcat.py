@@ -61,7 +61,10 @@ def read_more(fields: Fields) -> list[str]:
     fields.expect("num_hidden_layers", None, count, 2 * count)
     fields.expect("num_key_value_heads", fields.take("num_attention_heads"), None)
     fields.expect("qk_head_dim", rotary + fields.take("qk_nope_head_dim"), None)
-    fields.expect("head_dim", rotary, None)
+    if fields.take("head_dim", 64) != rotary:
+        raise CheckpointError(
+            f"head_dim is {fields.take('head_dim', 64)}; expected qk_rope_head_dim, {rotary}"
+        )
     return [
         f"model.depth={2 * count}",
         f"mixer.mla.rotary_dim={rotary}",

@@ -104,10 +104,13 @@ def rotary_dim_of(fields: Fields, head_dim: int) -> int:
     """Dims of a head that are rotated. Raises CheckpointError for fields that differ."""
     share = fields.take("partial_rotary_factor", None)
     share = (fields.take("rope_parameters", None) or {}).get("partial_rotary_factor", share)
-    if share is None:
-        return fields.take("rotary_dim", 64)
-    fields.expect("rotary_dim", int(head_dim * share))
-    return int(head_dim * share)
+    # transformers goes by the share alone, without which all dims are rotated.
+    rotary = head_dim if share is None else int(head_dim * share)
+    if fields.take("rotary_dim", rotary) != rotary:
+        raise CheckpointError(
+            f"rotary_dim is {fields.take('rotary_dim')}; partial_rotary_factor says {rotary}"
+        )
+    return rotary
 
 
 def read_index(fields: Fields, key_heads: int) -> tuple[dict[str, int], list[int] | None]:
@@ -239,6 +242,7 @@ TEXT = Family(
 BESIDE = Nested(
     # The published config names no type, and older versions of transformers write an empty one.
     ("minimax_m3_vl_text", ""),
+    is_tied=None,
     silent=(
         *("vision_config", "image_token_index", "video_token_index", "image_token_id", "video_token_id"),
         *("projector_hidden_size", "projector_hidden_act", "multimodal_projector_bias", "image_seq_length"),

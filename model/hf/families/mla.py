@@ -16,6 +16,7 @@ from model.hf.latent import (
     REPEATED,
     SIGMOID,
     UNUSED,
+    V3_SIGMOID,
     common,
     copies,
     latent_of,
@@ -52,10 +53,18 @@ def read_v3(default_dense: int) -> Callable[[Fields], list[str]]:
 
     def read_more(fields: Fields) -> list[str]:
         turned = fields.take("rope_interleave", True)
+        fields.require("num_key_value_heads", fields.take("num_attention_heads"), None)
         layout = f"mixer.mla.rotary_layout={'interleaved' if turned else 'half_split'}"
         return [layout, *common(fields, "mla", default_dense)]
 
     return read_more
+
+
+def read_lite(fields: Fields) -> list[str]:
+    """The same; transformers knows dense layers from their list alone, without which the first one is."""
+    if fields.take("mlp_layer_types", None) is None:
+        fields.expect("first_k_dense_replace", 1)
+    return read_v3(1)(fields)
 
 
 def write_v3(config: Architecture) -> dict[str, Any]:
@@ -72,7 +81,7 @@ def write_v3_by_layer(config: Architecture) -> dict[str, Any]:
 DEEPSEEK_V3 = Family(
     "deepseek_v3",
     "DeepseekV3ForCausalLM",
-    sizes("mla") | SIGMOID,
+    sizes("mla") | V3_SIGMOID,
     pieces,
     fixed=("moe=sigmoid", *PLAIN, *UNUSED),
     expects=NOAUX,
@@ -92,6 +101,7 @@ KIMI_K25 = inside(
             *("projection_hidden_size", "projection_layer_norm_eps", "media_placeholder_token_id"),
             *("ignore_index", "use_unified_vision_chunk", "video_placeholder", "vision_end_token_id"),
         ),
+        is_tied=True,
     ),
     {"": "language_model."},
     left_out=(r"(model\.)?(vision_tower|mm_projector)\..*",),
@@ -124,7 +134,7 @@ FAMILIES = (
         pieces,
         fixed=("moe=sigmoid", *PLAIN, *UNUSED),
         expects=NOAUX,
-        read_more=read_v3(1),
+        read_more=read_lite,
         write_more=write_v3_by_layer,
         **MTP_FIELDS,
     ),

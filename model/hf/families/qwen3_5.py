@@ -1,4 +1,4 @@
-"""Qwen3.5 with experts, its text model: Qwen3-Next with plain projections, alone or inside the whole model.
+"""Qwen3.5, dense or with experts: Qwen3-Next with plain projections, a text model alone or in the whole one.
 
 The hub has the routed experts of the model fused and those of the MTP module one by one;
 transformers writes all of them one by one. Both ways are read, for each layer on its own.
@@ -26,23 +26,36 @@ from model.hf.parts import attn_of, experts_apart, experts_fused, joined_rows, l
 from model.hf.pieces import Piece
 from model.mixers.gdn import GdnConfig
 
+EXPERT_FIELDS = (
+    *("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"),
+)
 OWN_FIELDS = ("intermediate_size", "norm_topk_prob")
 FUSED = ("gate_up_proj", "down_proj")
 MTP_PREFIX = "mtp."
 
 
 def read_more(fields: Fields) -> list[str]:
-    """Layout, rotary and the MTP module."""
-    # No layer is dense, and states are kept in float32 while decoding.
-    for name in ("intermediate_size", "mamba_ssm_dtype"):
-        fields.take(name, None)
+    """Layout, rotary and the MTP module, all with experts."""
+    fields.take("intermediate_size", None)
     fields.expect("mlp_only_layers", [], None)
+    return read_layers(fields, "moe")
+
+
+def read_dense(fields: Fields) -> list[str]:
+    """Layout, rotary and the MTP module, all dense."""
+    return read_layers(fields, "dense")
+
+
+def read_layers(fields: Fields, ffn: str) -> list[str]:
+    """Layout, rotary and the MTP module."""
+    # States are kept in float32 while decoding.
+    fields.take("mamba_ssm_dtype", None)
     fields.expect("mtp_num_hidden_layers", 0, 1)
     fields.expect("mtp_use_dedicated_embeddings", False)
     fields.expect("attn_output_gate", True)
     return [
-        *read_mixers(fields, ["moe"] * fields.take("num_hidden_layers")),
-        *lines({"model": {"mtp": MTP}}),
+        *read_mixers(fields, [ffn] * fields.take("num_hidden_layers")),
+        *lines({"model": {"mtp": MTP | {"ffn": ffn}}}),
         f"model.mtp.depth={fields.take('mtp_num_hidden_layers', 0)}",
     ]
 
@@ -58,19 +71,28 @@ def write_more(config: Architecture) -> dict[str, Any]:
     }
 
 
+def write_dense(config: Architecture) -> dict[str, Any]:
+    """The same without experts."""
+    found = write_more(config)
+    del found["router_aux_loss_coef"]
+    return found
+
+
 def pieces(config: Architecture) -> Iterator[Piece]:
     """Where every tensor stands."""
     yield from skeleton(config)
     for ours, theirs, layer in layer_prefixes(config):
         yield from layer_pieces(ours, theirs, layer, config, plain_gdn_pieces)
-        yield from expert_pieces(config, ours, theirs, is_fused=not ours.startswith(MTP_PREFIX))
+        if layer.ffn == "moe":
+            yield from expert_pieces(config, ours, theirs, is_fused=not ours.startswith(MTP_PREFIX))
     yield from prediction_pieces(config)
 
 
 def other_experts(config: Architecture) -> Iterator[Piece]:
     """Routed experts in the form that `pieces` does not have."""
-    for ours, theirs, _ in layer_prefixes(config):
-        yield from expert_pieces(config, ours, theirs, is_fused=ours.startswith(MTP_PREFIX))
+    for ours, theirs, layer in layer_prefixes(config):
+        if layer.ffn == "moe":
+            yield from expert_pieces(config, ours, theirs, is_fused=ours.startswith(MTP_PREFIX))
 
 
 def expert_pieces(config: Architecture, ours: str, theirs: str, *, is_fused: bool) -> Iterator[Piece]:
@@ -107,19 +129,45 @@ TEXT = Family(
     float32=(r".*linear_attn\.norm\.weight",),
     instead=(other_experts,),
 )
-WHOLE = inside(
+DENSE_TEXT = replace(
     TEXT,
-    "qwen3_5_moe",
-    "Qwen3_5MoeForConditionalGeneration",
-    Nested(
-        ("qwen3_5_moe_text",),
-        silent=(
-            *("vision_config", "image_token_id", "video_token_id"),
-            *("vision_start_token_id", "vision_end_token_id"),
-        ),
-    ),
-    {"": "", "model.": "model.language_model."},
-    left_out=(r"model\.visual\..*",),
+    model_type="qwen3_5_text",
+    class_name="Qwen3_5ForCausalLM",
+    pairs={name: key for name, key in PAIRS.items() if name not in (*EXPERT_FIELDS, *OWN_FIELDS)}
+    | {"intermediate_size": "model.ffn_hidden"},
+    fixed=FIXED,
+    expects=EXPECTS,
+    read_more=read_dense,
+    write_more=write_dense,
+    is_second=False,
+    instead=(),
 )
+
+
+def beside_vision(text: Family, model_type: str, class_name: str) -> Family:
+    """The whole model."""
+    return inside(
+        text,
+        model_type,
+        class_name,
+        Nested(
+            (text.model_type,),
+            silent=(
+                *("vision_config", "image_token_id", "video_token_id"),
+                *("vision_start_token_id", "vision_end_token_id"),
+            ),
+        ),
+        {"": "", "model.": "model.language_model."},
+        left_out=(r"model\.visual\..*",),
+    )
+
+
+WHOLE = beside_vision(TEXT, "qwen3_5_moe", "Qwen3_5MoeForConditionalGeneration")
+DENSE = beside_vision(DENSE_TEXT, "qwen3_5", "Qwen3_5ForConditionalGeneration")
 # A text model that transformers took out of a whole one keeps the names that it had there.
-FAMILIES = (replace(TEXT, instead=(*TEXT.instead, WHOLE.pieces, *WHOLE.instead)), WHOLE)
+FAMILIES = (
+    replace(TEXT, instead=(*TEXT.instead, WHOLE.pieces, *WHOLE.instead)),
+    WHOLE,
+    replace(DENSE_TEXT, instead=(DENSE.pieces,)),
+    DENSE,
+)

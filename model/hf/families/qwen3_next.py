@@ -16,6 +16,7 @@ from model.hf.parts import (
     layout_lines,
     lines,
     mixers_of,
+    rope_of,
     rope_parameters,
     rotary_of,
     rotary_share,
@@ -72,10 +73,9 @@ def read_mixers(fields: Fields, ffns: list[str]) -> list[str]:
     interval = fields.take("full_attention_interval", 4)
     every = ["linear_attention" if (i + 1) % interval else "full_attention" for i in range(len(ffns))]
     mixers = mixers_of(fields, every, KINDS)
-    partial = fields.take("partial_rotary_factor", 0.25)
-    rope = {"rope_theta": fields.take("rope_theta", 10000.0), **(fields.take("rope_scaling", None) or {})}
-    rope |= fields.take("rope_parameters", None) or {}
-    rotary_dim = int(fields.take("head_dim", 256) * rope.get("partial_rotary_factor", partial))
+    rope = rope_of(fields, 10000.0)
+    share = rope.get("partial_rotary_factor", fields.take("partial_rotary_factor", 0.25))
+    rotary_dim = int(fields.take("head_dim", 256) * share)
     rope = {name: value for name, value in rope.items() if not name.startswith("mrope_")}
     fields.take("router_aux_loss_coef", None)
     return [f"mixer.attn.rotary_dim={rotary_dim}", *rotary_of(rope, "attn"), *layout_lines(mixers, ffns)]

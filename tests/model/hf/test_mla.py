@@ -1,4 +1,4 @@
-"""MTP modules, of the families of latent attention."""
+"""MTP modules in the form of DeepSeek-V3: further layers behind the last."""
 
 import json
 from pathlib import Path
@@ -20,6 +20,7 @@ PLAIN = ["moe=sigmoid", "residual=pre_norm", "residual.has_zero_centered_norm=fa
 MIXERS = {
     "deepseek_v3": ["layout=mla"],
     "kimi_k2": ["layout=mla"],
+    "glm4_moe": ["layout=attn", "mixer.attn.output_gate=none"],
     "glm4_moe_lite": ["layout=mla"],
     "deepseek_v32": ["layout=dsa"],
     "glm_moe_dsa": ["layout=dsa", "mixer.dsa.index_rotary_layout=interleaved"],
@@ -27,7 +28,7 @@ MIXERS = {
 
 
 def model_of(model_type: str) -> LanguageModel:
-    mtp = ["model.mtp.depth=2", f"model.mtp.mixer={MIXERS[model_type][0][-3:]}"]
+    mtp = ["model.mtp.depth=2", f"model.mtp.mixer={MIXERS[model_type][0].removeprefix('layout=')}"]
     sizes = ["moe.shared_hidden=16", "model.mtp.coefficient=0.1"]
     config = small_architecture([*PLAIN, *MIXERS[model_type], *mtp, *sizes])
     return random_model(config, torch.float32)

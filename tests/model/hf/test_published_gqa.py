@@ -1,4 +1,4 @@
-"""Published systems of plain grouped-query attention are models of a family."""
+"""Published systems of grouped-query attention, plain or beside convolutions, are models of a family."""
 
 import pytest
 
@@ -7,6 +7,9 @@ from model.config import Architecture
 from model.hf.pretrained import family_for
 
 FAMILIES = {
+    "glm_4_6": "glm4_moe",
+    "glm_4_6_small": "glm4_moe",
+    "lfm2_8b_a1b": "lfm2_moe",
     "mistral_7b": "mistral",
     "mixtral_8x7b": "mixtral",
     "mixtral_8x22b": "mixtral",

@@ -75,6 +75,12 @@ def changed(fields: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     return fields | {"text_config": nested | change} if nested else fields | change
 
 
+LLAMA3 = {
+    **{"type": "llama3", "factor": 2.0, "original_max_position_embeddings": 8192},
+    **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+}
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -95,7 +101,8 @@ def changed(fields: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
         ("minimax_m3", {"rotary_dim": 128}, "rotary_dim"),
         ("minimax_m3", {"num_key_value_heads": 8}, "index_n_heads"),
         ("minimax_m3", {"attention_output_gate": True}, "attention_output_gate"),
-        ("minimax_m3", {"rope_scaling": {"type": "llama3", "factor": 2.0}}, "without rotary scaling"),
+        ("minimax_m3", {"rope_scaling": LLAMA3}, "without rotary scaling"),
+        ("llama4_scout", {"rope_scaling": LLAMA3 | {"factor": None}}, "llama3 lacks factor"),
         ("step_3_5_flash", {"sink": True}, "sink"),
         ("step_3_5_flash", {"swiglu_limits": [7, *[0.0] * 47]}, None),
         ("step_3_5_flash", {"swiglu_limits": [0.0] * 5 + [7] + [0.0] * 42}, "swiglu_limits"),

@@ -8,21 +8,22 @@ import torch
 
 
 def open_beside_vision(
-    directory: Path, model_type: str, class_name: str, vision: dict[str, Any]
+    directory: Path, model_type: str, class_name: str, vision: dict[str, Any], **more: Any
 ) -> tuple[Any, dict[str, set[str]]]:
-    """transformers' model of a directory, with a small vision tower of random weights.
+    """transformers' model of a directory, with a small vision tower of random weights; more: of other parts.
 
     And by kind the tensors that it missed or did not expect, less those of the tower and its projector.
     """
     import transformers
 
     config = json.loads((directory / "config.json").read_text())
-    text = config.get("text_config", config)
+    beside = config.get("thinker_config", config)
+    text = beside.get("text_config", beside)
     whole = directory.with_name(f"{directory.name}_beside_vision")
     whole.mkdir()
     fields = {"model_type": model_type, "architectures": [class_name], "dtype": config["dtype"]}
     tied = {"tie_word_embeddings": text["tie_word_embeddings"]}
-    tree = {**fields, **tied, "text_config": text, "vision_config": vision}
+    tree = {**fields, **tied, "text_config": text, "vision_config": vision, **more}
     (whole / "config.json").write_text(json.dumps(tree))
     (whole / "model.safetensors").hardlink_to(directory / "model.safetensors")
     theirs, info = getattr(transformers, class_name).from_pretrained(
@@ -40,4 +41,6 @@ def open_beside_vision(
 
 
 def _is_vision(name: str) -> bool:
-    return name.startswith(("model.vision", "model.multi_modal_projector"))
+    return name.startswith(
+        ("model.vision", "model.visual", "model.audio_tower", "model.multi_modal_projector")
+    )
