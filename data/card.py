@@ -34,6 +34,16 @@ class TokenFileCard(_Record):
     idx_digest: str
 
 
+class SourceFile(_Record):
+    """A pair of token files of others that is read where it lies; `prefix` is its absolute path."""
+
+    prefix: str
+    documents: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    bin_digest: str
+    idx_digest: str
+
+
 class CorpusCard(TokenFileCard):
     """The training part of one corpus, what its source held, and what of it was not read, a line a reason."""
 
@@ -48,6 +58,9 @@ class CorpusCard(TokenFileCard):
     # Documents whose text comes back from their tokens with other bytes, as where it was normalised.
     changed: int = Field(default=0, ge=0)
     changed_example: str = ""
+    # Of a corpus that is read where it lies: its files; the digests above are over all of them, and bytes of its
+    # text are not known. NAME.held_out.npy has the documents that are held out, counted over all files.
+    files: list[SourceFile] = []
     # sha256 over the sorted sha256 of every usable document: independent of names and of order.
     source_digest: str
 

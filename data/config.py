@@ -33,6 +33,7 @@ _ENDINGS = {
     ".txt": "text",
     ".md": "text",
 }
+MEGATRON = "megatron"  # token files of Megatron, read where they lie
 _FIELD_KINDS = ("jsonl", "parquet", "hub")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # What files of a folder are called that hold rows of a kind.
@@ -55,10 +56,24 @@ def _kind_of(source: str) -> str:
     return kind
 
 
+def _blend(corpus: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The corpora of a source in Megatron's blend notation, "30 PREFIX 70 PREFIX"; None for any other."""
+    source = corpus.get("source")
+    words = source.split() if corpus.get("kind") == MEGATRON and isinstance(source, str) else []
+    if len(words) < 2 or len(words) % 2:
+        return None
+    try:
+        weights = [float(word) for word in words[::2]]
+    except ValueError:
+        return None
+    pairs = zip(weights, words[1::2], strict=True)
+    return [{**corpus, "source": prefix, "weight": weight} for weight, prefix in pairs]
+
+
 class CorpusConfig(Config):
     """One named source of documents, and its share of the mixture."""
 
-    kind: Literal["code", "text", "jsonl", "parquet", "hub"]
+    kind: Literal["code", "text", "jsonl", "parquet", "hub", "megatron"]
     source: str = Field(min_length=1)
     suffixes: Annotated[tuple[str, ...], Strict(False)] = ()
     field: str | None = None
@@ -85,6 +100,9 @@ class CorpusConfig(Config):
         if self.kind in _FILE_KINDS:
             if self.field is not None:
                 raise ValueError(f"field={self.field!r} is only for jsonl, parquet and hub; set field=null")
+        elif self.kind == MEGATRON:
+            if self.field is not None or self.suffixes:
+                raise ValueError("kind=megatron holds tokens: field and suffixes say nothing; leave them out")
         elif not self.field:
             raise ValueError(f"kind={self.kind} needs field, the name of the text column")
         elif self.suffixes:
@@ -154,6 +172,30 @@ class DataConfig(Config):
             if name == HELD_OUT:
                 raise ValueError(f"the name {HELD_OUT!r} is taken by the held-out split; choose another")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_blend_is_several_corpora(cls, value: Any) -> Any:
+        corpora = value.get("corpora") if isinstance(value, dict) else None
+        if not isinstance(corpora, dict):
+            return value
+        found = dict[str, Any]()
+        for name, corpus in corpora.items():
+            parts = _blend(corpus) if isinstance(corpus, dict) else None
+            found |= (
+                {name: corpus} if parts is None else {f"{name}_{n}": part for n, part in enumerate(parts)}
+            )
+        return {**value, "corpora": found}
+
+    @model_validator(mode="after")
+    def _token_files_have_a_tokenizer(self) -> "DataConfig":
+        if self.tokenizer.model is None:
+            for name, corpus in self.corpora.items():
+                if corpus.kind == MEGATRON:
+                    raise ValueError(
+                        f"tokenizer.model is missing: name the tokenizer that wrote the tokens of {name}"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _weights_are_of_one_kind(self) -> "DataConfig":

@@ -12,12 +12,14 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from conf.errors import ConfigError, DataError, Violation
-from data.card import read_card
+from data.card import CorpusCard, read_card
 from data.config import HELD_OUT
 from data.durable import file_digest
+from data.indexed import expected_digests, open_stream
 from data.mixture import Mixture
 from data.packing import Packing, Windows, read_windows
 from data.token_file import TokenFile
+from data.token_stream import TokenStream
 from data.tokenizer.files import load_tokenizer, read_files, tokenizer_digest
 from data.tokenizer.tokenizer import Tokenizer
 
@@ -135,8 +137,7 @@ class Loader:
     def verify(self) -> None:
         """Read every token file once. Raises DataError for one whose content is not what was prepared."""
         for name, card in self.card.token_files():
-            file = self._files[name]
-            for path, expected in ((file.bin_path, card.bin_digest), (file.idx_path, card.idx_digest)):
+            for path, expected in expected_digests(self.directory, name, card):
                 found = file_digest(path)
                 if found != expected:
                     raise DataError(
@@ -199,9 +200,11 @@ class Loader:
     def _thread(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(1, thread_name_prefix="loader")
 
-    def _open(self, name: str) -> TokenFile:
-        file = TokenFile(self.directory / name)
+    def _open(self, name: str) -> TokenFile | TokenStream:
         card = dict(self.card.token_files())[name]
+        if isinstance(card, CorpusCard) and card.files:
+            return open_stream(self.directory, name, card)
+        file = TokenFile(self.directory / name)
         if (file.num_documents, file.num_tokens) != (card.documents, card.tokens):
             raise DataError(
                 f"{file.idx_path}: found {file.num_documents} documents, {file.num_tokens} tokens; expected "
@@ -221,16 +224,17 @@ class Loader:
                 f"{self.card.tokenizer.digest}; put that tokenizer back or prepare the data again"
             )
 
-    def _check_ids(self, file: TokenFile, windows: Windows, starts: np.ndarray) -> None:
+    def _check_ids(self, file: TokenFile | TokenStream, windows: Windows, starts: np.ndarray) -> None:
         tokens = windows.tokens
         # The tokenizer's own size: an id that only the padding of an embedding could serve is wrong too.
         limit = self.card.tokenizer.vocab_size
         if not tokens.size or (tokens.min() >= 0 and tokens.max() < limit):
             return
         row, column = np.argwhere((tokens < 0) | (tokens >= limit))[0]
-        index, found = int(starts[row] + column), int(tokens[row, column])
+        path, index = file.where(int(starts[row] + column))
+        found = int(tokens[row, column])
         raise DataError(
-            f"{file.bin_path}: token {index} (byte {index * file.dtype.itemsize}) is {found}, "
+            f"{path}: token {index} (byte {index * file.dtype.itemsize}) is {found}, "
             f"expected 0 to {limit - 1}; prepare or copy the dataset again"
         )
 

@@ -24,8 +24,9 @@ from data.card import (
     TokenizerCard,
     write_card,
 )
-from data.config import HELD_OUT
+from data.config import HELD_OUT, DataConfig
 from data.durable import file_digest, named, sync
+from data.indexed import read_indexed
 from data.scan import Scan
 from data.shards import ShardStore
 from data.token_file import token_dtype
@@ -99,6 +100,7 @@ def merge(
     store: ShardStore,
     shards: Mapping[str, Sequence[str]],
     scan: Scan,
+    config: DataConfig,
     tokenizer: Tokenizer,
     out: Path,
     advance: Callable[[int], None],
@@ -115,6 +117,14 @@ def merge(
     with ExitStack() as stack:
         held_out = stack.enter_context(TokenFileWriter(out / HELD_OUT, dtype))
         text = stack.enter_context((out / HELD_OUT_TEXT).open("wb"))
+
+        def add(tokens: np.ndarray, size: int) -> None:
+            nonlocal given_bytes
+            held_out.add(tokens.astype(dtype), size)
+            # What opens a document is given where it is no token of its own.
+            if tokenizer.bos is None or int(tokens[0]) != tokenizer.bos:
+                given_bytes += len(tokenizer.decode(tokens[:1]))
+
         for name, shard_names in shards.items():
             hashes = [np.empty((0, 32), np.uint8)]
             changed, example = 0, ""
@@ -122,9 +132,7 @@ def merge(
                 for shard_name in shard_names:
                     shard = store.read(shard_name)
                     for (tokens, is_held_out), size in zip(shard.documents(), shard.sizes, strict=True):
-                        (held_out if is_held_out else training).add(tokens, int(size))
-                        if is_held_out and tokenizer.bos is None:
-                            given_bytes += len(tokenizer.decode(tokens[:1]))
+                        (add if is_held_out else training.add)(tokens, int(size))
                     with named(out / HELD_OUT_TEXT):
                         text.write(shard.held_out_text.tobytes())
                     hashes.append(shard.hashes)
@@ -133,6 +141,8 @@ def merge(
                     advance(int(shard.sizes.sum()))
             found = _corpus_card(training.card(), scan, name, np.concatenate(hashes))
             corpora[name] = found.model_copy(update={"changed": changed, "changed_example": example})
+        for name in sorted(config.corpora.keys() - shards.keys()):
+            corpora[name] = read_indexed(name, config, tokenizer, out, add, text)
     sync(out / HELD_OUT_TEXT)
     write_files(tokenizer.files, out)
     card = Card(
@@ -143,7 +153,8 @@ def merge(
             eos=tokenizer.eos,
             parses_special=bool(scan.settings.get("data.tokenizer.parses_special")),
         ),
-        corpora=corpora,
+        # By name, so that a config means the same however it is written.
+        corpora=dict(sorted(corpora.items())),
         held_out=_held_out_card(held_out.card(), out / HELD_OUT_TEXT, given_bytes),
         settings=scan.settings,
         versions=_versions(),

@@ -6,6 +6,7 @@ import numpy as np
 
 from conf.errors import DataError
 from data.token_file import TokenFile
+from data.token_stream import TokenStream
 
 _ROUNDS = 6
 _MIN_HALF_BITS = 3  # a smaller network has too few permutations to look random
@@ -31,7 +32,9 @@ class Packing:
     every epoch each window comes once, in an order that is a pure function of (seed, corpus, epoch).
     """
 
-    def __init__(self, file: TokenFile, sequence_length: int, seed: int, corpus_id: int) -> None:
+    def __init__(
+        self, file: TokenFile | TokenStream, sequence_length: int, seed: int, corpus_id: int
+    ) -> None:
         """Raises DataError when the file has no whole window."""
         self.file = file
         self.sequence_length = sequence_length
@@ -67,7 +70,7 @@ class Packing:
         return read_windows(self.file, self.positions(window_ids), self.sequence_length)
 
 
-def read_windows(file: TokenFile, starts: np.ndarray, sequence_length: int) -> Windows:
+def read_windows(file: TokenFile | TokenStream, starts: np.ndarray, sequence_length: int) -> Windows:
     """Windows that begin at the token positions `starts`, each wholly inside the file."""
     width = sequence_length + 1
     rows = [file.tokens(start, start + width) for start in starts.tolist()]

@@ -125,7 +125,8 @@ def summary(prepared: Prepared) -> list[str]:
     lines = [f"{prepared.directory} {state}: {ids} ids, fingerprint {fingerprint}"]
     for name, part in card.token_files():
         ratio = f" ({part.bytes / part.tokens:.2f} a token)" if part.tokens else ""
-        counts = f"{part.documents:,} documents, {part.tokens:,} tokens, {part.bytes:,} bytes{ratio}"
+        text = f", {part.bytes:,} bytes{ratio}" if part.bytes else ""
+        counts = f"{part.documents:,} documents, {part.tokens:,} tokens{text}"
         lines.append(f"  {name}: {counts}")
     for name, part in card.corpora.items():
         left_out = (part.empty, "empty", part.empty_examples), (part.bad, "bad", part.bad_examples)
@@ -181,7 +182,9 @@ class _Preparation:
         out = self._partial / "out"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
-        return merge(self._store, shards, scanned, tokenizer, out, self._track("merging", total))
+        return merge(
+            self._store, shards, scanned, self._config, tokenizer, out, self._track("merging", total)
+        )
 
     def _write_tokenizer(self, tokenizer: Tokenizer) -> None:
         # What an earlier start left may be of another kind, and would be read in its place.

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from conf.errors import DataError
-from data.config import DataConfig
+from data.config import MEGATRON, DataConfig
 from data.documents import read_documents
 from data.files import find_files
 from data.shards import content_hash, is_held_out
@@ -63,8 +63,8 @@ class DocumentReader:
 
     @property
     def names(self) -> list[str]:
-        """Names of the corpora, in the order of the dataset."""
-        return sorted(self._config.corpora)
+        """Names of the corpora that have documents to tokenise, in the order of the dataset."""
+        return sorted(name for name, corpus in self._config.corpora.items() if corpus.kind != MEGATRON)
 
     def usable(self, name: str) -> Iterator[tuple[bytes, bytes]]:
         """Content and sha256 of each document that is neither empty nor bad; the counts, once exhausted.
@@ -147,7 +147,9 @@ def scan(
     Raises DataError for sources, documents or a tokenizer that cannot be used, and for an empty split.
     """
     reader = DocumentReader(config)
-    samples = {name: Sample(config.tokenizer.train_bytes // len(config.corpora)) for name in reader.names}
+    samples = {
+        name: Sample(config.tokenizer.train_bytes // max(1, len(reader.names))) for name in reader.names
+    }
     held_out_documents = 0
     for name in reader.names:
         training_documents = 0
@@ -160,7 +162,8 @@ def scan(
                     samples[name].add(content, digest)
             advance(len(content))
         _check_training_part(name, training_documents, reader.scans[name], config)
-    if config.held_out and not held_out_documents:
+    has_tokens = len(reader.names) < len(config.corpora)
+    if config.held_out and not held_out_documents and not has_tokens:
         total = sum(found.documents for found in reader.scans.values())
         raise DataError(
             f"data.held_out={config.held_out} picks none of {total} documents; raise it or set it to 0"

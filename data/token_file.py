@@ -77,6 +77,10 @@ class TokenFile:
             raise IndexError(f"document {index} of {self.num_documents} in {self.bin_path}")
         return self.tokens(int(self.document_offsets[index]), int(self.document_offsets[index + 1]))
 
+    def where(self, position: int) -> tuple[Path, int]:
+        """The file that holds a token, and its number there."""
+        return self.bin_path, position
+
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of all documents laid end to end, a read-only view.
 
