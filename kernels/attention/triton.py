@@ -197,18 +197,19 @@ class KeySets(NamedTuple):
     extra_k: Tensor | None
     extra_v: Tensor | None
 
-    def arguments(self, spec: Spec) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
-        """Tensors and bounds, strides, and numbers of keys and window, in the order of the kernels."""
+    def arguments(self, spec: Spec) -> tuple[tuple[Any, ...], ...]:
+        """Keys and values, bounds, strides, and numbers of keys and window, in the order of the kernels."""
         v = self.k if self.v is None else self.v
         extra_k = extra_v = extra_low = extra_high = None
         if spec.extra is not None:
             extra_k, extra_v = (self.k, v) if self.extra_k is None else (self.extra_k, self.extra_v)
             extra_k, extra_v = extra_k, extra_k if extra_v is None else extra_v
             extra_low, extra_high = spec.extra.low, spec.extra.high
-        tensors = (self.k, v, extra_k, extra_v, spec.main.low, spec.main.high, extra_low, extra_high)
-        strides = tuple(attention_strides(x) for x in tensors[:4])
+        tensors = (self.k, v, extra_k, extra_v)
+        bounds = (spec.main.low, spec.main.high, extra_low, extra_high)
+        strides = tuple(attention_strides(x) for x in tensors)
         extra_keys = 0 if extra_k is None else extra_k.shape[1]
-        return tensors, strides, (self.k.shape[1], extra_keys, spec.main.window or 0)
+        return tensors, bounds, strides, (self.k.shape[1], extra_keys, spec.main.window or 0)
 
 
 def forward_launch(
@@ -219,20 +220,17 @@ def forward_launch(
     sizes, tile = _sizes(q, keys.k, keys.v), spec.tiles.forward
     out = q.new_empty(rows, tokens, heads, sizes.VALUE_DIM) if has_values else None
     lse = q.new_empty(rows, tokens, heads, dtype=torch.float32)
-    tensors, strides, counts = keys.arguments(spec)
+    tensors, bounds, strides, counts = keys.arguments(spec)
     low, high = spec.main.kinds
     grid = _programs(tokens * sizes.REPEAT, tile.rows, sizes, keys.k)
     cast(Any, attention_forward)[grid](
-        q,
-        *tensors,
+        (q, *tensors),
+        bounds,
         sinks,
-        out,
-        lse,
-        attention_strides(q),
-        *strides,
-        tokens,
-        *counts,
-        *spec.factors,
+        (out, lse),
+        (attention_strides(q), *strides),
+        (tokens, *counts),
+        spec.factors,
         **sizes._asdict(),
         LOW=low,
         HIGH=high,
@@ -340,21 +338,17 @@ def _lse_and_delta(
 def _dq(q: Tensor, keys: KeySets, row_inputs: tuple[Tensor, Tensor, Tensor], spec: Spec) -> Tensor:
     sizes, tile = _sizes(q, keys.k, keys.v), spec.tiles.queries
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    tensors, strides, counts = keys.arguments(spec)
+    tensors, bounds, strides, counts = keys.arguments(spec)
     low, high = spec.main.kinds
     cast(Any, attention_backward_queries)[_programs(q.shape[1] * sizes.REPEAT, tile.rows, sizes, keys.k)](
-        q,
-        *tensors,
-        *row_inputs,
+        (q, *tensors),
+        bounds,
+        row_inputs,
         dq,
-        attention_strides(q),
-        *strides,
-        attention_strides(row_inputs[0]),
-        q.shape[1],
-        row_inputs[1].shape[2],
-        *counts,
+        (attention_strides(q), *strides, attention_strides(row_inputs[0])),
+        (q.shape[1], row_inputs[1].shape[2], *counts),
         spec.scale,
-        *spec.factors,
+        spec.factors,
         **sizes._asdict(),
         LOW=low,
         HIGH=high,
@@ -398,24 +392,14 @@ def _dk_dv(
     launches = ((True, False), (False, True)) if spec.tiles.is_split and v is not None else ((True, True),)
     for wants_k, wants_v in launches:
         cast(Any, attention_backward_keys)[(blocks * splits, groups, batches)](
-            q,
-            k,
-            values,
-            *query_bounds,
-            *row_inputs,
-            dk,
-            dv,
-            attention_strides(q),
-            attention_strides(k),
-            attention_strides(values),
-            attention_strides(row_inputs[0]),
-            q.shape[1],
-            row_inputs[1].shape[2],
-            keys,
-            splits,
-            main.window or 0,
+            (q, k, values),
+            query_bounds,
+            row_inputs,
+            (dk, dv),
+            tuple(map(attention_strides, (q, k, values, row_inputs[0]))),
+            (q.shape[1], row_inputs[1].shape[2], keys, splits, main.window or 0),
             spec.scale,
-            *spec.factors,
+            spec.factors,
             **sizes._asdict(),
             LOW=low,
             HIGH=high,

@@ -84,28 +84,16 @@ def attention_backward_rows(
 
 @triton.jit
 def attention_backward_query_tiles(
-    q0,
-    q1,
-    do0,
-    do1,
-    k,
-    v,
-    k_token,
-    v_token,
-    keys,
+    queries,
+    source,
     begin,
     stop,
     low,
     high,
-    lse_i,
-    delta_i,
-    dq0,
-    dq1,
-    factor,
-    cap_factor,
-    cap,
-    col0,
-    col1,
+    row_inputs,
+    dq,
+    factors,
+    columns,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     K0: tl.constexpr,
@@ -120,6 +108,12 @@ def attention_backward_query_tiles(
     KEYS: tl.constexpr,
 ):
     """Lines 10 to 15 of the algorithm for the keys [begin, stop): the new dq, but for the scale."""
+    q0, q1, do0, do1 = queries
+    k, v, k_token, v_token, keys = source
+    lse_i, delta_i = row_inputs
+    dq0, dq1 = dq
+    factor, cap_factor, cap = factors
+    col0, col1 = columns
     offs_n = tl.arange(0, KEYS)
     for start in range(begin, stop, KEYS):
         key = start + offs_n
@@ -161,31 +155,14 @@ def attention_backward_query_tiles(
 
 @triton.jit
 def attention_backward_query_segment(
-    q0,
-    q1,
-    do0,
-    do1,
-    k,
-    v,
-    k_token,
-    v_token,
-    keys,
-    tile,
-    tokens,
-    first,
-    last,
-    low,
-    high,
-    window,
-    lse_i,
-    delta_i,
-    dq0,
-    dq1,
-    factor,
-    cap_factor,
-    cap,
-    col0,
-    col1,
+    queries,
+    source,
+    rows,
+    bounds,
+    row_inputs,
+    dq,
+    factors,
+    columns,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     K0: tl.constexpr,
@@ -203,8 +180,9 @@ def attention_backward_query_segment(
     KEYS: tl.constexpr,
 ):
     """One interval of keys of the tokens from `first` to `last`; parts as in the forward kernel."""
-    begin_first, stop_first = attention_interval(first, low, high, window, LOW, HIGH)
-    begin_last, stop_last = attention_interval(last, low, high, window, LOW, HIGH)
+    tile, tokens, first, last = rows
+    begin_first, stop_first = attention_interval(first, *bounds, LOW, HIGH)
+    begin_last, stop_last = attention_interval(last, *bounds, LOW, HIGH)
     head_stop, full_start, full_stop = attention_full_tiles(
         begin_first, begin_last, stop_first, stop_last, KEYS, KEYS
     )
@@ -217,76 +195,24 @@ def attention_backward_query_segment(
             a, b = full_stop, stop_last
         if (part == 0 and LOW > 0) or (part > 0 and not IS_EXTRA):
             token = attention_tokens(tile, part + 3 * IS_EXTRA, tokens, REPEAT, ROWS)
-            begin, stop = attention_interval(token, low, high, window, LOW, HIGH)
-            dq0, dq1 = attention_backward_query_tiles(
-                q0,
-                q1,
-                do0,
-                do1,
-                k,
-                v,
-                k_token,
-                v_token,
-                keys,
-                a,
-                b,
-                begin,
-                stop,
-                lse_i,
-                delta_i,
-                dq0,
-                dq1,
-                factor,
-                cap_factor,
-                cap,
-                col0,
-                col1,
-                KEY_DIM,
-                VALUE_DIM,
-                K0,
-                K1,
-                V0,
-                V1,
-                DIM_SPLITS,
-                LOW,
-                V_IS_K,
-                HAS_CAP,
-                part != 1,
-                KEYS,
+            begin, stop = attention_interval(token, *bounds, LOW, HIGH)
+            dq = attention_backward_query_tiles(
+                *(queries, source, a, b, begin, stop, row_inputs, dq, factors, columns),
+                *(KEY_DIM, VALUE_DIM, K0, K1, V0, V1, DIM_SPLITS, LOW, V_IS_K, HAS_CAP, part != 1, KEYS),
             )
-    return dq0, dq1
+    return dq
 
 
 @triton.jit
 def attention_backward_queries(
-    q,
-    k,
-    v,
-    extra_k,
-    extra_v,
-    low,
-    high,
-    extra_low,
-    extra_high,
-    do,
-    lse2,
-    delta,
+    inputs,
+    bounds,
+    row_inputs,
     dq,
-    q_strides,
-    k_strides,
-    v_strides,
-    extra_k_strides,
-    extra_v_strides,
-    do_strides,
-    tokens,
-    length,
-    keys,
-    extra_keys,
-    window,
+    strides,
+    sizes,
     scale,
-    factor,
-    cap_factor,
-    cap,
+    factors,
     REPEAT: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -304,6 +230,10 @@ def attention_backward_queries(
     KEYS: tl.constexpr,
 ):
     """Gradients of the queries in ROWS rows of one key head."""
+    q, k, v, extra_k, extra_v = inputs
+    do, lse2, delta = row_inputs
+    q_strides, k_strides, v_strides, extra_k_strides, extra_v_strides, do_strides = strides
+    tokens, length, keys, extra_keys, window = sizes
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // DIM_SPLITS
     col0, col1 = attention_columns(tl.program_id(0) % DIM_SPLITS, K0, DIM_SPLITS)
     group, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -332,90 +262,37 @@ def attention_backward_queries(
     delta_i = tl.load(delta + row + row_offs)
     dq0 = tl.zeros([ROWS, K0], tl.float32)
     dq1 = tl.zeros([ROWS, K1 if K1 > 0 and DIM_SPLITS == 1 else 1], tl.float32)
-    dq0, dq1 = attention_backward_query_segment(
-        q0,
-        q1,
-        do0,
-        do1,
+    queries, rows, columns = (q0, q1, do0, do1), (tile, tokens, first, last), (col0, col1)
+    source = (
         k + batch * k_strides[0] + group * k_strides[2],
         v + batch * v_strides[0] + group * v_strides[2],
         k_strides[1],
         v_strides[1],
         keys,
-        tile,
-        tokens,
-        first,
-        last,
-        low + batch * tokens if LOW == 2 else low,
-        high + batch * tokens if HIGH == 1 else high,
+    )
+    own_bounds = (
+        bounds[0] + batch * tokens if LOW == 2 else bounds[0],
+        bounds[1] + batch * tokens if HIGH == 1 else bounds[1],
         window,
-        lse_i,
-        delta_i,
-        dq0,
-        dq1,
-        factor,
-        cap_factor,
-        cap,
-        col0,
-        col1,
-        KEY_DIM,
-        VALUE_DIM,
-        K0,
-        K1,
-        V0,
-        V1,
-        DIM_SPLITS,
-        LOW,
-        HIGH,
-        V_IS_K,
-        HAS_CAP,
-        False,
-        REPEAT,
-        ROWS,
-        KEYS,
+    )
+    dq0, dq1 = attention_backward_query_segment(
+        *(queries, source, rows, own_bounds, (lse_i, delta_i), (dq0, dq1), factors, columns),
+        *(KEY_DIM, VALUE_DIM, K0, K1, V0, V1, DIM_SPLITS, LOW, HIGH, V_IS_K, HAS_CAP, False),
+        *(REPEAT, ROWS, KEYS),
     )
     if HAS_EXTRA:
-        dq0, dq1 = attention_backward_query_segment(
-            q0,
-            q1,
-            do0,
-            do1,
+        source = (
             extra_k + batch * extra_k_strides[0] + group * extra_k_strides[2],
             extra_v + batch * extra_v_strides[0] + group * extra_v_strides[2],
             extra_k_strides[1],
             extra_v_strides[1],
             extra_keys,
-            tile,
-            tokens,
-            first,
-            last,
-            extra_low + batch * tokens,
-            extra_high + batch * tokens,
-            window,
-            lse_i,
-            delta_i,
-            dq0,
-            dq1,
-            factor,
-            cap_factor,
-            cap,
-            col0,
-            col1,
-            KEY_DIM,
-            VALUE_DIM,
-            K0,
-            K1,
-            V0,
-            V1,
-            DIM_SPLITS,
-            2,
-            1,
-            V_IS_K,
-            HAS_CAP,
-            True,
-            REPEAT,
-            ROWS,
-            KEYS,
+        )
+        extra_bounds = (bounds[2] + batch * tokens, bounds[3] + batch * tokens, window)
+        dq0, dq1 = attention_backward_query_segment(
+            *(queries, source, rows, extra_bounds, (lse_i, delta_i), (dq0, dq1), factors, columns),
+            *(KEY_DIM, VALUE_DIM, K0, K1, V0, V1, DIM_SPLITS, 2, 1, V_IS_K, HAS_CAP, True),
+            *(REPEAT, ROWS, KEYS),
         )
     tile = attention_opaque(tile, tokens * REPEAT)
     first, _, token_offs, head, is_row = attention_rows(tile, tokens, REPEAT, ROWS)

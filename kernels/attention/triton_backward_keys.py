@@ -40,32 +40,17 @@ def attention_query_interval(key, first, end, tokens, window, LOW: tl.constexpr,
 
 @triton.jit
 def attention_backward_key_tiles(
-    k0,
-    k1,
-    v0,
-    v1,
-    q,
-    do,
-    lse2,
-    delta,
-    q_strides,
-    do_strides,
+    keys,
+    rows,
+    strides,
     tokens,
-    begin,
-    stop,
-    step,
+    span,
     first,
     end,
-    dk0,
-    dk1,
-    dv0,
-    dv1,
+    sums,
     scale,
-    factor,
-    cap_factor,
-    cap,
-    col0,
-    col1,
+    factors,
+    columns,
     REPEAT: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -82,6 +67,13 @@ def attention_backward_key_tiles(
     ROWS: tl.constexpr,
 ):
     """Lines 10 to 16 of the algorithm for the rows [begin, stop): the new dk and dv."""
+    k0, k1, v0, v1 = keys
+    q, do, lse2, delta = rows
+    q_strides, do_strides = strides
+    begin, stop, step = span
+    dk0, dk1, dv0, dv1 = sums
+    factor, cap_factor, cap = factors
+    col0, col1 = columns
     for start in range(begin, stop, step):
         row = start + tl.arange(0, ROWS)
         token = start // REPEAT
@@ -144,31 +136,14 @@ def attention_backward_key_tiles(
 
 @triton.jit
 def attention_backward_keys(
-    q,
-    k,
-    v,
-    first,
-    end,
-    extra_first,
-    extra_end,
-    do,
-    lse2,
-    delta,
-    dk,
-    dv,
-    q_strides,
-    k_strides,
-    v_strides,
-    do_strides,
-    tokens,
-    length,
-    keys,
-    splits,
-    window,
+    inputs,
+    bounds,
+    row_inputs,
+    grads,
+    strides,
+    sizes,
     scale,
-    factor,
-    cap_factor,
-    cap,
+    factors,
     REPEAT: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -188,6 +163,11 @@ def attention_backward_keys(
     KEYS: tl.constexpr,
 ):
     """Gradients of KEYS keys and values of one key head from every splits-th tile of rows."""
+    q, k, v = inputs
+    first, end, extra_first, extra_end = bounds
+    do, lse2, delta = row_inputs
+    q_strides, k_strides, v_strides, do_strides = strides
+    tokens, length, keys, splits, window = sizes
     col0, col1 = attention_columns(tl.program_id(0) % DIM_SPLITS, K0, DIM_SPLITS)
     split, tile = tl.program_id(0) // DIM_SPLITS % splits, tl.program_id(0) // DIM_SPLITS // splits
     group, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -261,49 +241,19 @@ def attention_backward_keys(
                     HIGH if segment == 0 else 1,
                 )
                 dk0, dk1, dv0, dv1 = attention_backward_key_tiles(
-                    k0,
-                    k1,
-                    v0,
-                    v1,
-                    q_batch,
-                    do_batch,
-                    lse2 + row,
-                    delta + row,
-                    q_strides,
-                    do_strides,
-                    tokens,
-                    a + split * ROWS,
-                    b,
-                    ROWS * splits,
-                    begin * REPEAT,
-                    stop * REPEAT,
-                    dk0,
-                    dk1,
-                    dv0,
-                    dv1,
-                    scale,
-                    factor,
-                    cap_factor,
-                    cap,
-                    col0,
-                    col1,
-                    REPEAT,
-                    KEY_DIM,
-                    VALUE_DIM,
-                    K0,
-                    K1,
-                    V0,
-                    V1,
-                    DIM_SPLITS,
-                    V_IS_K,
-                    HAS_CAP,
-                    WANTS_K,
-                    WANTS_V,
-                    part != 1,
-                    ROWS,
+                    *(
+                        (k0, k1, v0, v1),
+                        (q_batch, do_batch, lse2 + row, delta + row),
+                        (q_strides, do_strides),
+                    ),
+                    *(tokens, (a + split * ROWS, b, ROWS * splits), begin * REPEAT, stop * REPEAT),
+                    *((dk0, dk1, dv0, dv1), scale, factors, (col0, col1)),
+                    *(REPEAT, KEY_DIM, VALUE_DIM, K0, K1, V0, V1, DIM_SPLITS, V_IS_K, HAS_CAP),
+                    *(WANTS_K, WANTS_V, part != 1, ROWS),
                 )
     start = attention_opaque(start, keys)
     out_row = ((split * tl.num_programs(2) + batch) * keys + start) * groups + group
+    dk, dv = grads
     row_offs, is_key = tl.arange(0, KEYS) * groups, start + tl.arange(0, KEYS) < keys
     if WANTS_K:
         dk_scale = 1.0 if V_IS_K else scale

@@ -14,7 +14,8 @@ A head of KEY_DIM columns is loaded as tiles of K0 and K1 columns (k0, k1; 0 for
 and V1. With DIM_SPLITS of 2 two programs compute the same scores, and each the output for its own V0 columns.
 V_IS_K: values are the keys. LOW and HIGH: where bounds come from, as `attention_interval` takes them.
 MASKED_KEYS: keys of a tile at the ends of an interval, which are masked. x_strides: strides of rows, tokens
-and heads; x_token: that of tokens.
+and heads; x_token: that of tokens. What belongs together comes as one tuple, and is named where it is taken
+apart; `source` is the keys and values of one interval.
 """
 
 # A kernel called by a kernel does return; its type says otherwise.
@@ -130,26 +131,15 @@ def attention_full_tiles(
 
 @triton.jit
 def attention_forward_tiles(
-    q0,
-    q1,
-    k,
-    v,
-    k_token,
-    v_token,
-    keys,
+    queries,
+    source,
     begin,
     stop,
     low,
     high,
-    m_i,
-    l_i,
-    acc0,
-    acc1,
-    factor,
-    cap_factor,
-    cap,
-    col0,
-    col1,
+    state,
+    factors,
+    columns,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     K0: tl.constexpr,
@@ -165,6 +155,11 @@ def attention_forward_tiles(
     KEYS: tl.constexpr,
 ):
     """Lines 6 to 11 of the algorithm for the keys [begin, stop): the new m_i, l_i and acc."""
+    q0, q1 = queries
+    k, v, k_token, v_token, keys = source
+    m_i, l_i, acc0, acc1 = state
+    factor, cap_factor, cap = factors
+    col0, col1 = columns
     offs_n = tl.arange(0, KEYS)
     for start in range(begin, stop, KEYS):
         key = start + offs_n
@@ -211,29 +206,13 @@ def attention_forward_tiles(
 
 @triton.jit
 def attention_forward_segment(
-    q0,
-    q1,
-    k,
-    v,
-    k_token,
-    v_token,
-    keys,
-    tile,
-    tokens,
-    first,
-    last,
-    low,
-    high,
-    window,
-    m_i,
-    l_i,
-    acc0,
-    acc1,
-    factor,
-    cap_factor,
-    cap,
-    col0,
-    col1,
+    queries,
+    source,
+    rows,
+    bounds,
+    state,
+    factors,
+    columns,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     K0: tl.constexpr,
@@ -256,8 +235,9 @@ def attention_forward_segment(
 
     The extra interval is short: all of its tiles are masked, in one loop.
     """
-    begin_first, stop_first = attention_interval(first, low, high, window, LOW, HIGH)
-    begin_last, stop_last = attention_interval(last, low, high, window, LOW, HIGH)
+    tile, tokens, first, last = rows
+    begin_first, stop_first = attention_interval(first, *bounds, LOW, HIGH)
+    begin_last, stop_last = attention_interval(last, *bounds, LOW, HIGH)
     head_stop, full_start, full_stop = attention_full_tiles(
         begin_first, begin_last, stop_first, stop_last, MASKED_KEYS, KEYS
     )
@@ -271,71 +251,24 @@ def attention_forward_segment(
             a, b = full_stop, stop_last
         if (part == 0 and LOW > 0) or (part > 0 and not IS_EXTRA):
             token = attention_tokens(tile, part + 3 * IS_EXTRA, tokens, REPEAT, ROWS)
-            begin, stop = attention_interval(token, low, high, window, LOW, HIGH)
-            m_i, l_i, acc0, acc1 = attention_forward_tiles(
-                q0,
-                q1,
-                k,
-                v,
-                k_token,
-                v_token,
-                keys,
-                a,
-                b,
-                begin,
-                stop,
-                m_i,
-                l_i,
-                acc0,
-                acc1,
-                factor,
-                cap_factor,
-                cap,
-                col0,
-                col1,
-                KEY_DIM,
-                VALUE_DIM,
-                K0,
-                K1,
-                V0,
-                V1,
-                DIM_SPLITS,
-                LOW,
-                V_IS_K,
-                HAS_CAP,
-                HAS_VALUES,
-                part != 1,
-                KEYS if part == 1 else MASKED_KEYS,
+            begin, stop = attention_interval(token, *bounds, LOW, HIGH)
+            state = attention_forward_tiles(
+                *(queries, source, a, b, begin, stop, state, factors, columns),
+                *(KEY_DIM, VALUE_DIM, K0, K1, V0, V1, DIM_SPLITS, LOW, V_IS_K, HAS_CAP, HAS_VALUES),
+                *(part != 1, KEYS if part == 1 else MASKED_KEYS),
             )
-    return m_i, l_i, acc0, acc1
+    return state
 
 
 @triton.jit
 def attention_forward(
-    q,
-    k,
-    v,
-    extra_k,
-    extra_v,
-    low,
-    high,
-    extra_low,
-    extra_high,
+    inputs,
+    bounds,
     sinks,
-    out,
-    lse,
-    q_strides,
-    k_strides,
-    v_strides,
-    extra_k_strides,
-    extra_v_strides,
-    tokens,
-    keys,
-    extra_keys,
-    window,
-    factor,
-    cap_factor,
-    cap,
+    outputs,
+    strides,
+    sizes,
+    factors,
     REPEAT: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -356,6 +289,10 @@ def attention_forward(
     MASKED_KEYS: tl.constexpr,
 ):
     """Output and log-sum-exp of ROWS rows of one key head."""
+    q, k, v, extra_k, extra_v = inputs
+    q_strides, k_strides, v_strides, extra_k_strides, extra_v_strides = strides
+    tokens, keys, extra_keys, window = sizes
+    factor, _, _ = factors
     # The last rows see the most keys: they go first, and the short ones fill the end of the launch.
     tile = (tl.num_programs(0) - 1 - tl.program_id(0)) // DIM_SPLITS
     dim_split = tl.program_id(0) % DIM_SPLITS
@@ -375,91 +312,45 @@ def attention_forward(
     l_i = tl.zeros([ROWS], tl.float32)
     acc0 = tl.zeros([ROWS, V0], tl.float32)
     acc1 = tl.zeros([ROWS, V1 if V1 > 0 and DIM_SPLITS == 1 else 1], tl.float32)
-    m_i, l_i, acc0, acc1 = attention_forward_segment(
-        q0,
-        q1,
+    queries, rows, state, columns = (
+        (q0, q1),
+        (tile, tokens, first, last),
+        (m_i, l_i, acc0, acc1),
+        (col0, col1),
+    )
+    source = (
         k + batch * k_strides[0] + group * k_strides[2],
         v + batch * v_strides[0] + group * v_strides[2],
         k_strides[1],
         v_strides[1],
         keys,
-        tile,
-        tokens,
-        first,
-        last,
-        low + batch * tokens if LOW == 2 else low,
-        high + batch * tokens if HIGH == 1 else high,
+    )
+    own_bounds = (
+        bounds[0] + batch * tokens if LOW == 2 else bounds[0],
+        bounds[1] + batch * tokens if HIGH == 1 else bounds[1],
         window,
-        m_i,
-        l_i,
-        acc0,
-        acc1,
-        factor,
-        cap_factor,
-        cap,
-        col0,
-        col1,
-        KEY_DIM,
-        VALUE_DIM,
-        K0,
-        K1,
-        V0,
-        V1,
-        DIM_SPLITS,
-        LOW,
-        HIGH,
-        V_IS_K,
-        HAS_CAP,
-        HAS_VALUES,
-        False,
-        REPEAT,
-        ROWS,
-        KEYS,
-        MASKED_KEYS,
+    )
+    state = attention_forward_segment(
+        *(queries, source, rows, own_bounds, state, factors, columns),
+        *(KEY_DIM, VALUE_DIM, K0, K1, V0, V1, DIM_SPLITS, LOW, HIGH, V_IS_K, HAS_CAP, HAS_VALUES, False),
+        *(REPEAT, ROWS, KEYS, MASKED_KEYS),
     )
     if HAS_EXTRA:
-        m_i, l_i, acc0, acc1 = attention_forward_segment(
-            q0,
-            q1,
+        source = (
             extra_k + batch * extra_k_strides[0] + group * extra_k_strides[2],
             extra_v + batch * extra_v_strides[0] + group * extra_v_strides[2],
             extra_k_strides[1],
             extra_v_strides[1],
             extra_keys,
-            tile,
-            tokens,
-            first,
-            last,
-            extra_low + batch * tokens,
-            extra_high + batch * tokens,
-            window,
-            m_i,
-            l_i,
-            acc0,
-            acc1,
-            factor,
-            cap_factor,
-            cap,
-            col0,
-            col1,
-            KEY_DIM,
-            VALUE_DIM,
-            K0,
-            K1,
-            V0,
-            V1,
-            DIM_SPLITS,
-            2,
-            1,
-            V_IS_K,
-            HAS_CAP,
-            HAS_VALUES,
-            True,
-            REPEAT,
-            ROWS,
-            KEYS,
-            MASKED_KEYS,
         )
+        extra_bounds = (bounds[2] + batch * tokens, bounds[3] + batch * tokens, window)
+        state = attention_forward_segment(
+            *(queries, source, rows, extra_bounds, state, factors, columns),
+            *(KEY_DIM, VALUE_DIM, K0, K1, V0, V1, DIM_SPLITS, 2, 1, V_IS_K, HAS_CAP, HAS_VALUES, True),
+            *(REPEAT, ROWS, KEYS, MASKED_KEYS),
+        )
+    m_i, l_i, acc0, acc1 = state
+    out, lse = outputs
     tile = attention_opaque(tile, tokens * REPEAT)
     first, _, token_offs, head, is_row = attention_rows(tile, tokens, REPEAT, ROWS)
     m_scaled = m_i * factor

@@ -81,6 +81,20 @@ def tiles_for(block: int, key_dim: int, dtype: torch.dtype) -> Tiles:
     return Tiles(Tile(128, 64, 8, 3), own_forward, selected_dkv, own_dkv, selected_dq, own_dq, 8)
 
 
+class Sizes(NamedTuple):
+    """Sizes that are no constants of the kernels; chunk_size: tokens of a chunk, lists: of all rows."""
+
+    tokens: int
+    chunk_size: int
+    chunks: int
+    lists: int
+    slots: int
+    heads: int
+    groups: int
+    selectors: int
+    num_selected: int
+
+
 class Spec(NamedTuple):
     """Sizes of one call, its scale and tiles. chunk: tokens of a chunk; selectors: heads that select."""
 
@@ -157,6 +171,13 @@ class Spec(NamedTuple):
         ends = range(0, self.tokens, self.chunk)
         return [(i, a, min(a + self.chunk, self.tokens)) for i, a in enumerate(ends)]
 
+    def sizes(self, lists: Lists) -> Sizes:
+        """What kernels take."""
+        return Sizes(
+            self.tokens, self.chunk, lists.chunks, lists.lists, self.slots, self.heads, self.groups,
+            self.selectors, self.num_selected,
+        )  # fmt: skip
+
     @property
     def chunk_choices(self) -> int:
         """Choices of a chunk."""
@@ -222,19 +243,17 @@ class BlockAttention(torch.autograd.Function):
         own |= {"OWN_SHARED": own["SHARED"], "SHARED": selected["SHARED"]}
         per_program = selected["STEPS"] * selected["ROWS"] // selected["PADDED"]
         plan = plan_of(lists, per_program, spec.chunk_choices, by_chunk=True) if spec.has_selected else None
+        sizes = spec.sizes(lists)
         for number, first, last in spec.chunks():
             if plan is not None:
                 block_attention_selected_forward[(plan.list_of_program.shape[1],)](
-                    q, k, v, starts, lists.order, lists.bounds, plan.list_of_program, plan.first_program,
-                    partial, partial_lse, *strides, spec.tokens, first, spec.chunk, number, lists.chunks,
-                    lists.lists, spec.slots, spec.groups, spec.selectors, spec.num_selected,
-                    spec.scale_log2, **selected,
+                    (q, k, v), strides, (starts, *lists[:2], *plan[:2]), partial, partial_lse, sizes,
+                    first, number, spec.scale_log2, **selected,
                 )  # fmt: skip
             grid = (triton.cdiv(last - first, own["ROWS"] // own["PADDED"]), spec.rows * spec.groups)
             block_attention_own_forward[grid](
-                q, k, v, own_blocks.own_starts, own_blocks.q_index, selection, partial, partial_lse, out,
-                lse, mass, *strides, spec.tokens, first, last, spec.chunk, spec.heads, spec.groups,
-                spec.selectors, spec.num_selected, spec.scale_log2,
+                (q, k, v), strides, *own_blocks[:2], selection, partial, partial_lse, (out, lse, mass), sizes,
+                first, last, spec.scale_log2,
                 HAS_Q_INDEX=own_blocks.q_index is not None, **own,
             )  # fmt: skip
         ctx.save_for_backward(q, k, v, selection, starts, lists.order, lists.bounds, out, lse)
@@ -275,14 +294,13 @@ def _dk_dv(
         size = programs * spec.block * (spec.key_dim + spec.value_dim)
         partial = torch.empty(size, dtype=torch.float32, device=q.device)
         block_attention_selected_dkv[(programs, triton.cdiv(spec.block, selected["KEYS"]))](
-            *inputs, starts, lists.order, lists.bounds, plan.list_of_program, plan.first_program, partial,
-            *strides, spec.tokens, lists.chunks, lists.lists, spec.slots, spec.heads, spec.groups,
-            spec.selectors, spec.num_selected, spec.scale_log2, spec.scale, **selected,
+            inputs, strides, (starts, *lists[:2], *plan[:2]), partial, spec.sizes(lists), spec.scale_log2,
+            spec.scale, **selected,
         )  # fmt: skip
     own = spec.own_options(spec.tiles.own_dkv)
     block_attention_own_dkv[(triton.cdiv(spec.keys, own["KEYS"]), spec.rows * spec.groups)](
-        *inputs, *own_blocks, starts, first_program, partial, dk, dv, *strides, spec.tokens, spec.keys,
-        lists.lists, spec.slots, spec.heads, spec.groups, spec.scale_log2, spec.scale,
+        inputs, strides, own_blocks, starts, first_program, partial, dk, dv, spec.sizes(lists), spec.keys,
+        spec.scale_log2, spec.scale,
         BLOCK=spec.block, HAS_SELECTED=spec.has_selected, HAS_Q_INDEX=own_blocks.q_index is not None, **own,
     )  # fmt: skip
     return dk, dv
@@ -306,19 +324,17 @@ def _dq(
     partial = q.new_empty(max(1, partial_rows), spec.key_dim)
     per_program = selected["STEPS"] * selected["ROWS"] // selected["PADDED"]
     plan = plan_of(lists, per_program, spec.chunk_choices, by_chunk=True) if spec.has_selected else None
+    sizes = spec.sizes(lists)
     for number, first, last in spec.chunks():
         if plan is not None:
             block_attention_selected_dq[(plan.list_of_program.shape[1],)](
-                *inputs, starts, lists.order, lists.bounds, plan.list_of_program, plan.first_program,
-                partial, *strides, spec.tokens, first, spec.chunk, number, lists.chunks, lists.lists,
-                spec.slots, spec.heads, spec.groups, spec.selectors, spec.num_selected, spec.scale_log2,
-                **selected,
+                inputs, strides, (starts, *lists[:2], *plan[:2]), partial, sizes, first, number,
+                spec.scale_log2, **selected,
             )  # fmt: skip
         grid = (triton.cdiv(last - first, own["ROWS"] // own["PADDED"]), spec.rows * spec.groups)
         block_attention_own_dq[grid](
-            *inputs, own_blocks.own_starts, own_blocks.q_index, selection, partial, dq, *strides,
-            spec.tokens, first, last, spec.chunk, spec.heads, spec.groups, spec.selectors,
-            spec.num_selected, spec.scale_log2, spec.scale, HAS_Q_INDEX=own_blocks.q_index is not None, **own,
+            inputs, strides, *own_blocks[:2], selection, partial, dq, sizes, first, last, spec.scale_log2,
+            spec.scale, HAS_Q_INDEX=own_blocks.q_index is not None, **own,
         )  # fmt: skip
     return dq
 

@@ -1,4 +1,4 @@
-"""Attention over selected blocks in Triton, backward; sizes and strides are named as in `triton_forward`.
+"""Attention over selected blocks in Triton, backward; arguments are named as in `triton_forward`.
 
 Steps and names are those of FlashAttention-2 (arXiv 2307.08691, algorithm 2, lines 4 and 10 to 16): delta,
 p = exp(s - lse), dp, ds = p (dp - delta). For dk and dv a program holds a tile of a block's keys and goes
@@ -50,14 +50,17 @@ def block_attention_p_ds_transposed(
 
 @triton.jit
 def block_attention_selected_dkv(
-    q, k, v, do, lse, delta, starts, order, bounds, list_of_program, first_program, partial,
-    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
-    tokens, chunks, lists, slots, heads, groups, selectors, num_selected, scale_log2, scale,
+    inputs, strides, choices, partial, sizes, scale_log2, scale,
     SHARED: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
     KEY_DIM: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
     VALUE_DIM: tl.constexpr, V0: tl.constexpr, ROWS: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of a tile of a block's keys from at most CHOICES of the queries that chose the block."""
+    q, k, v, do, lse, delta = inputs
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head = strides
+    starts, order, bounds, list_of_program, first_program = choices
+    tokens, chunks, lists, slots = sizes.tokens, sizes.chunks, sizes.lists, sizes.slots
+    heads, groups, selectors, num_selected = sizes.heads, sizes.groups, sizes.selectors, sizes.num_selected
     ITEMS: tl.constexpr = ROWS // PADDED
     list_id, begin, end = block_attention_program(
         list_of_program, first_program, bounds, lists, chunks, 0, chunks, CHOICES
@@ -104,9 +107,7 @@ def block_attention_selected_dkv(
 
 @triton.jit
 def block_attention_own_dkv(
-    q, k, v, do, lse, delta, own_starts, q_index, own_starts_of_keys, queries_before, starts, first_program,
-    partial, dk, dv, q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
-    tokens, keys, lists, slots, heads, groups, scale_log2, scale,
+    inputs, strides, own_blocks, starts, first_program, partial, dk, dv, sizes, keys, scale_log2, scale,
     SHARED: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
     KEY_DIM: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
     VALUE_DIM: tl.constexpr, V0: tl.constexpr, ROWS: tl.constexpr, HAS_SELECTED: tl.constexpr,
@@ -114,8 +115,13 @@ def block_attention_own_dkv(
 ):  # fmt: skip
     """dk and dv of a tile of keys: from the queries of their own block, and the partial sums of all others.
 
-    queries_before: for each key, and for the end of the row, how many queries have a lower index.
+    own_blocks: as `OwnBlocks`.
     """
+    q, k, v, do, lse, delta = inputs
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head = strides
+    own_starts, q_index, own_starts_of_keys, queries_before = own_blocks
+    tokens, slots = sizes.tokens, sizes.slots
+    heads, groups = sizes.heads, sizes.groups
     ITEMS: tl.constexpr = ROWS // PADDED
     first = tl.program_id(0) * KEYS
     row, group = tl.program_id(1) // groups, tl.program_id(1) % groups
@@ -188,14 +194,16 @@ def block_attention_own_dkv(
 
 @triton.jit(do_not_specialize=["chunk_first", "chunk"])
 def block_attention_selected_dq(
-    q, k, v, do, lse, delta, starts, order, bounds, list_of_program, first_program, partial,
-    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
-    tokens, chunk_first, chunk_size, chunk, chunks, lists, slots, heads, groups, selectors, num_selected,
-    scale_log2, SHARED: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+    inputs, strides, choices, partial, sizes, chunk_first, chunk, scale_log2,
+    SHARED: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
     KEY_DIM: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
     VALUE_DIM: tl.constexpr, V0: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Partial dq, before the scale, of the queries that chose a block, from that block."""
+    q, k, v, do, lse, delta = inputs
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head = strides
+    starts, order, bounds, list_of_program, first_program = choices
+    tokens, chunk_size, chunks, lists, slots, heads, groups, selectors, num_selected = sizes
     ITEMS: tl.constexpr = ROWS // PADDED
     list_id, begin, end = block_attention_program(
         list_of_program, first_program, bounds, lists, 1, chunk, chunks, ITEMS * STEPS
@@ -267,14 +275,17 @@ def block_attention_ds(
 
 @triton.jit(do_not_specialize=["chunk_first", "chunk_last"])
 def block_attention_own_dq(
-    q, k, v, do, lse, delta, own_starts, q_index, selected, partial, dq,
-    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
-    tokens, chunk_first, chunk_last, chunk_size, heads, groups, selectors, num_selected, scale_log2, scale,
+    inputs, strides, own_starts, q_index, selected, partial, dq, sizes, chunk_first, chunk_last,
+    scale_log2, scale,
     SHARED: tl.constexpr, OWN_SHARED: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr,
     KEY_DIM: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
     VALUE_DIM: tl.constexpr, V0: tl.constexpr, ROWS: tl.constexpr, HAS_Q_INDEX: tl.constexpr,
 ):  # fmt: skip
     """dq of consecutive queries: from their own blocks, and the partial dq of the blocks they chose."""
+    q, k, v, do, lse, delta = inputs
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head = strides
+    tokens, chunk_size, heads = sizes.tokens, sizes.chunk_size, sizes.heads
+    groups, selectors, num_selected = sizes.groups, sizes.selectors, sizes.num_selected
     first = chunk_first + tl.program_id(0) * (ROWS // PADDED)
     last = tl.minimum(first + ROWS // PADDED, chunk_last)
     row, group = tl.program_id(1) // groups, tl.program_id(1) % groups

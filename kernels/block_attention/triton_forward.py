@@ -7,6 +7,7 @@ s and p of a tile, m_i and l_i, m_new and alpha, acc. Scores, m_i and log-sum-ex
 
 A row of a tile is a query head of a token: PADDED rows, a power of two, for the SHARED query heads of one
 selection, or in `own` kernels for the OWN_SHARED ones of a key head. x_row, x_token, x_head: strides of x.
+What belongs together comes as one tuple: `choices` as `triton_lists` makes them, `sizes` as `Sizes`.
 chunk_first, chunk_last: tokens of the chunk whose partial outputs are in memory.
 """
 
@@ -28,14 +29,17 @@ from kernels.block_attention.triton_lists import (
 
 @triton.jit(do_not_specialize=["chunk_first", "chunk"])
 def block_attention_selected_forward(
-    q, k, v, starts, order, bounds, list_of_program, first_program, partial, partial_lse,
-    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
-    tokens, chunk_first, chunk_size, chunk, chunks, lists, slots, groups, selectors, num_selected, scale_log2,
+    inputs, strides, choices, partial, partial_lse, sizes, chunk_first, chunk, scale_log2,
     SHARED: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
     KEY_DIM: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
     VALUE_DIM: tl.constexpr, V0: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """For the choices of one block: the normalised output over that block, and its log-sum-exp."""
+    q, k, v = inputs
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head = strides
+    starts, order, bounds, list_of_program, first_program = choices
+    tokens, chunk_size, chunks, lists = sizes.tokens, sizes.chunk_size, sizes.chunks, sizes.lists
+    slots, groups, selectors, num_selected = sizes.slots, sizes.groups, sizes.selectors, sizes.num_selected
     ITEMS: tl.constexpr = ROWS // PADDED
     list_id, begin, end = block_attention_program(
         list_of_program, first_program, bounds, lists, 1, chunk, chunks, ITEMS * STEPS
@@ -113,9 +117,8 @@ def block_attention_selected_forward(
 
 @triton.jit(do_not_specialize=["chunk_first", "chunk_last"])
 def block_attention_own_forward(
-    q, k, v, own_starts, q_index, selected, partial, partial_lse, out, lse, mass,
-    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
-    tokens, chunk_first, chunk_last, chunk_size, heads, groups, selectors, num_selected, scale_log2,
+    inputs, strides, own_starts, q_index, selected, partial, partial_lse, outputs, sizes,
+    chunk_first, chunk_last, scale_log2,
     SHARED: tl.constexpr, OWN_SHARED: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr,
     KEY_DIM: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr,
     VALUE_DIM: tl.constexpr, V0: tl.constexpr, ROWS: tl.constexpr, HAS_Q_INDEX: tl.constexpr,
@@ -125,6 +128,11 @@ def block_attention_own_forward(
     q_index: index of each query in its row of keys; without, query t is key t. mass: the attention
     probability of the own block and of each selected one, summed over the heads of a selection.
     """
+    q, k, v = inputs
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head = strides
+    out, lse, mass = outputs
+    tokens, chunk_size, heads = sizes.tokens, sizes.chunk_size, sizes.heads
+    groups, selectors, num_selected = sizes.groups, sizes.selectors, sizes.num_selected
     first = chunk_first + tl.program_id(0) * (ROWS // PADDED)
     last = tl.minimum(first + ROWS // PADDED, chunk_last)
     row, group = tl.program_id(1) // groups, tl.program_id(1) % groups

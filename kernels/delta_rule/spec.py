@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 from kernels.delta_rule.reference import gated_delta_rule_recurrent
 from kernels.delta_rule.triton import gated_delta_rule_triton
 from kernels.linear_attention.shapes import SHAPES, Shape
-from kernels.linear_attention.spec import WIDE_NEWEST, small_tiles
+from kernels.linear_attention.spec import WIDE, small_tiles
 from kernels.spec import InputFactory, KernelCase, KernelCost, KernelSpec
 
 
@@ -62,6 +62,7 @@ def _kimi(tokens: int) -> Shape:
     return Shape(1, tokens, 32, 32, 128, 128)
 
 
+WIDE_NEWEST = {"delta_rule_backward_channel@3.9": WIDE}
 SPECS = (
     KernelSpec("delta_rule.head", SHAPES, _qwen, draw_of("head"), cost),
     KernelSpec("delta_rule.channel", SHAPES, _kimi, draw_of("channel"), cost, WIDE_NEWEST),

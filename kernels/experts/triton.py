@@ -135,19 +135,20 @@ def _row_grid(columns: int, block: int, sizes: Sizes, tiles: Tiles) -> tuple[int
     }
 
 
-def _limits(form: ExpertForm, dtype: torch.dtype) -> tuple[bool, list[float], list[float]]:
+def _limits(form: ExpertForm, dtype: torch.dtype) -> tuple[bool, tuple[float, ...], tuple[float, ...]]:
     """Whether there is a limit; that of gates and of ups, each with the numbers of the dtype next to it."""
     is_free = form.kind == "relu2" or (form.kind == "shifted_swiglu" and form.clamps_product)
     if form.limit is None or is_free:
-        return False, [0.0] * 3, [0.0] * 3
+        return False, (0.0,) * 3, (0.0,) * 3
     found = []
     for limit in (gate_limit_of(form.kind, form.limit, form.clamps_product), form.limit):
         exact = torch.tensor(limit, dtype=torch.float32)
         near = exact.to(dtype)
         up, down = torch.tensor(float("inf"), dtype=dtype), torch.tensor(0.0, dtype=dtype)
         below = near if near <= exact else torch.nextafter(near, down)
-        found.append([limit, below.item(), torch.nextafter(below, up).item()])
-    return True, *found
+        found.append((limit, below.item(), torch.nextafter(below, up).item()))
+    gates, ups = found
+    return True, gates, ups
 
 
 def _run_up(
@@ -166,8 +167,8 @@ def _run_up(
     columns, options = _row_grid(sizes.hidden, block, sizes, tiles)
     has_limit, gates, ups = _limits(form, x.dtype)
     experts_up[(order.tile_expert.shape[0] * columns,)](
-        x, gate_up, bias, weights, *_lists(order), pre, active,
-        sizes.width, sizes.hidden, columns, *gates, *ups,
+        x, gate_up, bias, weights, _lists(order), pre, active,
+        sizes.width, sizes.hidden, columns, gates, ups,
         TOP_K=sizes.top_k, KIND=form.kind, HAS_LIMIT=has_limit, HAS_BIAS=bias is not None,
         SCALES_INPUT=form.scales_input, IS_EVEN=sizes.width % tiles.inner == 0, **options,
     )  # fmt: skip
@@ -214,7 +215,7 @@ def _run_down_grad(
     share = torch.empty(columns, sizes.choices, dtype=torch.float32, device=grad.device)
     has_limit, gates, ups = _limits(form, grad.dtype)
     experts_down_grad[(order.tile_expert.shape[0] * columns,)](
-        grad, down, weights, *_lists(order), pre, active, grad_pre, share,
+        grad, down, weights, _lists(order), pre, active, grad_pre, share,
         sizes.width, sizes.hidden, columns, sizes.choices, gates[0], ups[0],
         TOP_K=sizes.top_k, KIND=form.kind, HAS_LIMIT=has_limit, SCALES_INPUT=form.scales_input,
         IS_EVEN=sizes.width % tiles.inner == 0, IS_EVEN_HIDDEN=sizes.hidden % tiles.columns == 0, **options,

@@ -138,13 +138,16 @@ def experts_activate_grad(
 
 @triton.jit
 def experts_up(
-    x, gate_up, bias, weights, order, tile_expert, tile_first, ends, tiles, pre, active,
-    width, hidden, columns, gate_limit, gate_below, gate_above, up_limit, up_below, up_above,
+    x, gate_up, bias, weights, lists, pre, active, width, hidden, columns, gates, ups,
     TOP_K: tl.constexpr, KIND: tl.constexpr, HAS_LIMIT: tl.constexpr, HAS_BIAS: tl.constexpr,
     SCALES_INPUT: tl.constexpr, IS_EVEN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """x through the first projection: its result, and active rows times the weight of their choice."""
+    """x through the first projection: its result, and active rows times the weight of their choice.
+
+    gates, ups: limit, and bounds below and above, of gates and of ups.
+    """
+    order, tile_expert, tile_first, ends, tiles = lists
     row_tile, column_tile = experts_tile(tiles, columns, GROUP)
     if row_tile < 0:
         return
@@ -176,8 +179,7 @@ def experts_up(
     if HAS_BIAS:
         total += tl.load(bias + expert * rows_of + source).to(tl.float32)[None, :]
     experts_activate(
-        total, pre, active, weight, row, end, start, hidden,
-        gate_limit, gate_below, gate_above, up_limit, up_below, up_above,
+        total, pre, active, weight, row, end, start, hidden, *gates, *ups,
         KIND, HAS_LIMIT, SCALES_INPUT, ROWS, COLUMNS,
     )  # fmt: skip
 
@@ -224,7 +226,7 @@ def experts_down(
 
 @triton.jit
 def experts_down_grad(
-    grad, down, weights, order, tile_expert, tile_first, ends, tiles, pre, active, grad_pre, by_weight,
+    grad, down, weights, lists, pre, active, grad_pre, by_weight,
     width, hidden, columns, choices, gate_limit, up_limit,
     TOP_K: tl.constexpr, KIND: tl.constexpr, HAS_LIMIT: tl.constexpr, SCALES_INPUT: tl.constexpr,
     IS_EVEN: tl.constexpr, IS_EVEN_HIDDEN: tl.constexpr,
@@ -234,6 +236,7 @@ def experts_down_grad(
 
     Writes the active rows once more, as the gradient of `down` needs them.
     """
+    order, tile_expert, tile_first, ends, tiles = lists
     row_tile, column_tile = experts_tile(tiles, columns, GROUP)
     if row_tile < 0:
         return

@@ -103,11 +103,12 @@ def index_products(q, k_transposed, query, first, n, tokens, dim, q_token, q_hea
 @triton.jit
 def index_scores_chunk(
     q, k, weights, last, entry_document, document, q_index, scores, begin, chunk, tokens, heads, entries, dim,
-    q_row, q_token, q_head, k_row, k_token, w_row, w_token, w_head,
+    strides,
     HAS_DOCUMENTS: tl.constexpr, HAS_Q_INDEX: tl.constexpr,
     QUERIES: tl.constexpr, ENTRIES: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """Scores of a tile of queries and entries, minus infinity where a query does not see an entry."""
+    q_row, q_token, q_head, k_row, k_token, w_row, w_token, w_head = strides
     row = tl.program_id(2).to(tl.int64)
     first = begin + tl.program_id(0) * QUERIES
     query = first + tl.arange(0, QUERIES)
@@ -207,8 +208,8 @@ def scores_chunk(
     scores = torch.empty(rows, chunk, count, dtype=torch.float32, device=q.device)
     grid = (triton.cdiv(chunk, tiles.queries), triton.cdiv(count, tiles.entries), rows)
     index_scores_chunk[grid](
-        q, k, weights, *entries, scores, begin, chunk, tokens, heads, count, dim, *q.stride()[:3],
-        *k.stride()[:2], *weights.stride(), HAS_DOCUMENTS=entries.document is not None,
+        q, k, weights, *entries, scores, begin, chunk, tokens, heads, count, dim,
+        (*q.stride()[:3], *k.stride()[:2], *weights.stride()), HAS_DOCUMENTS=entries.document is not None,
         HAS_Q_INDEX=entries.q_index is not None,
         QUERIES=tiles.queries, ENTRIES=tiles.entries, DIM=max(16, triton.next_power_of_2(dim)),
         num_warps=tiles.warps, num_stages=2,

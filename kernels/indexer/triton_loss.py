@@ -52,13 +52,13 @@ def index_chosen_tile(
 @triton.jit
 def index_chosen_loss(
     q, k, weights, entries, shares, losses, dq, dk, dw, begin, tokens, keys, heads, count, dim,
-    q_row, q_token, q_head, k_row, k_token, w_row, w_token, w_head,
-    KEEPS: tl.constexpr, HEADS: tl.constexpr, ENTRIES: tl.constexpr, DIM: tl.constexpr,
+    strides, KEEPS: tl.constexpr, HEADS: tl.constexpr, ENTRIES: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
     """The loss of one query over its own entries, and all its gradients, in two passes over the entries.
 
     Gradients of keys are added atomically, or with KEEPS kept by slot for the queries from `begin` on.
     """
+    q_row, q_token, q_head, k_row, k_token, w_row, w_token, w_head = strides
     query = begin + tl.program_id(0).to(tl.int64)
     row, token = query // tokens, query % tokens
     head, column = tl.arange(0, HEADS), tl.arange(0, DIM)
@@ -144,7 +144,7 @@ class ChosenIndexLoss(torch.autograd.Function):
         def launch(dk_into: Tensor, begin: int, queries: int, keeps: bool) -> None:
             index_chosen_loss[(queries,)](
                 q, k, weights, entries, shares, losses, dq, dk_into, dw, begin, tokens, keys, heads,
-                count, dim, *q.stride()[:3], *k.stride()[:2], *weights.stride(), KEEPS=keeps,
+                count, dim, (*q.stride()[:3], *k.stride()[:2], *weights.stride()), KEEPS=keeps,
                 HEADS=max(16, triton.next_power_of_2(heads)), ENTRIES=tiles.entries,
                 DIM=max(16, triton.next_power_of_2(dim)), num_warps=tiles.warps, num_stages=1,
             )  # fmt: skip

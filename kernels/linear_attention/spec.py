@@ -6,7 +6,8 @@ from torch import Tensor
 
 from kernels.linear_attention.reference import linear_attention_recurrent
 from kernels.linear_attention.shapes import SHAPES, Shape
-from kernels.linear_attention.triton import Part, Tiles, linear_attention_triton
+from kernels.linear_attention.triton import linear_attention_triton
+from kernels.linear_attention.triton_launch import Part, Tiles
 from kernels.spec import InputFactory, KernelCase, KernelCost, KernelSpec
 
 
@@ -66,9 +67,8 @@ def _mamba(tokens: int) -> Shape:
 
 
 # States and gates of 128 by 128 leave few registers over.
-WIDE_NEWEST = {
-    "linear_attention_backward_channel@3.9": "gradients through the gates of all channels of a chunk at once"
-}
+WIDE = "gradients through the gates of all channels of a chunk at once"
+WIDE_NEWEST = {"linear_attention_backward_channel@3.9": WIDE}
 SPECS = (
     KernelSpec("linear_attention.head", SHAPES, _mamba, draw_of("head"), cost),
     KernelSpec("linear_attention.none", SHAPES, _lightning, draw_of("none"), cost),

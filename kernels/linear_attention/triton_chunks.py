@@ -1,10 +1,81 @@
-"""What the Triton kernels of a chunk share: documents, running decays, the triangular inverse, block halves.
+"""What the Triton kernels of a chunk share: reads and writes, documents, running decays, block halves.
 
-Letters: C chunk. A chunk is CHUNK tokens of one row, of which `count` exist.
+Letters: C chunk, D dim. A chunk is CHUNK tokens of one row, of which `count` exist; `start` is its first
+token among those of all rows.
 """
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+
+
+class Strided(NamedTuple):
+    """A tensor [B T H D] or [B T H] and its distances between tokens, also of two rows, and between heads."""
+
+    pointer: Any
+    token: Any
+    head: Any
+
+
+class Sizes(NamedTuple):
+    """Tokens and chunks of a row, value heads, and value heads of a key head."""
+
+    tokens: Any
+    chunks: Any
+    heads: Any
+    repeat: Any
+
+
+@triton.jit
+def chunk_at(program, sizes, CHUNK: tl.constexpr):
+    """Of the chunk of a program: its row, number in the row, head, first token and number of tokens."""
+    row, n = (program // sizes.heads // sizes.chunks).to(tl.int64), (program // sizes.heads) % sizes.chunks
+    first = n * CHUNK
+    return row, n, program % sizes.heads, row * sizes.tokens + first, tl.minimum(sizes.tokens - first, CHUNK)
+
+
+@triton.jit
+def moved(x, start, head):
+    """x from a token and a head on."""
+    return Strided(x.pointer + (start * x.token + head * x.head), x.token, x.head)
+
+
+@triton.jit
+def dense(pointer, start, head, heads, DIM: tl.constexpr):
+    """A contiguous tensor [B T H D] from a token and a head on, with its strides."""
+    return moved(Strided(pointer, heads * DIM, DIM), start, head)
+
+
+@triton.jit
+def load_tile(x, at, t, i, mask):
+    """Tokens t and columns at + i of the head at which x stands, zero where masked."""
+    return tl.load(x.pointer + at + (t[:, None] * x.token + i[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(x, at, t, i, numbers, mask):
+    """Writes what `load_tile` reads, in the dtype of x."""
+    place = x.pointer + at + (t[:, None] * x.token + i[None, :])
+    tl.store(place, numbers.to(x.pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def products_of(
+    a, b, count, K: tl.constexpr, KEYS: tl.constexpr, KEY_BLOCK: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Products over K of each token of a with each of b [C C]."""
+    t, i = tl.arange(0, CHUNK), tl.arange(0, KEY_BLOCK)
+    found = tl.zeros([CHUNK, CHUNK], tl.float32)
+    for at in tl.range(0, KEYS, KEY_BLOCK, num_stages=1):
+        is_key = (t < count)[:, None] & (at + i < K)[None, :]
+        found = tl.dot(
+            load_tile(a, at, t, i, is_key),
+            tl.trans(load_tile(b, at, t, i, is_key)),
+            found,
+            input_precision="tf32x3",
+        )
+    return found
 
 
 @triton.jit
@@ -22,13 +93,14 @@ def chunk_documents(document, start, count, is_first, CHUNK: tl.constexpr, HAS_D
 
 
 @triton.jit
-def running_decay(log_decay, gate_offs, count, CHUNK: tl.constexpr, HAS_DECAY: tl.constexpr) -> tl.tensor:
+def running_decay(log_decay, start, head, count, CHUNK: tl.constexpr, HAS_DECAY: tl.constexpr) -> tl.tensor:
     """Sums of log decays from the chunk's start up to and with each token [C], exact in float64."""
     # Gates become multiples of 2^-36 (adding and taking away 1.5 * 2^16 rounds them), of which float64 holds
     # every sum of a chunk: differences are exact too, after a strong decay and after another document.
     t = tl.arange(0, CHUNK)
     if HAS_DECAY:
-        gate = tl.load(log_decay + gate_offs, mask=t < count, other=0.0).to(tl.float64)
+        gates = moved(log_decay, start, head)
+        gate = tl.load(gates.pointer + t * gates.token, mask=t < count, other=0.0).to(tl.float64)
         gate = (tl.maximum(gate, -1000.0) + 98304.0) - 98304.0
         return tl.cumsum(gate, axis=0)
     else:
@@ -46,49 +118,29 @@ def decay_between(running, number, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def unit_lower_inverse(below, CHUNK: tl.constexpr):
-    """(I + below)^-1 in float32; below [C C] is strictly lower triangular, C is 16, 32 or 64.
-
-    Blocks of 16 by forward substitution, all at once, then merged in pairs. A power series would overflow
-    when keys are alike.
-    """
-    BLOCKS: tl.constexpr = CHUNK // 16
-    block = tl.arange(0, BLOCKS)
-    is_diagonal = block[:, None, None, None] == block[None, None, :, None]
-    system = tl.sum(tl.where(is_diagonal, tl.reshape(below, [BLOCKS, 16, BLOCKS, 16]), 0.0), axis=2)
-    index = tl.arange(0, 16)
-    is_unit = (index[None, :, None] == index[None, None, :]) & (block[:, None, None] >= 0)
-    solved = tl.where(is_unit, 1.0, 0.0)
-    for step in range(15):
-        # Rows up to `step` are final; the column takes their share out of all rows below.
-        column = tl.sum(tl.where(index[None, None, :] == step, system, 0.0), axis=2)
-        row = tl.sum(tl.where(index[None, :, None] == step, solved, 0.0), axis=1)
-        solved -= column[:, :, None] * row[:, None, :]
-    inverse = tl.reshape(tl.where(is_diagonal, solved[:, :, None, :], 0.0), [CHUNK, CHUNK])
-    for pair in tl.static_range(BLOCKS // 2):
-        inverse = _with_corner(inverse, below, 2 * pair, CHUNK, 16)
-    if BLOCKS == 4:
-        inverse = _with_corner(inverse, below, 0, CHUNK, 32)
-    return inverse
+def head_decays(running, is_carried, is_lasting, CHUNK: tl.constexpr):
+    """Decays [C] of the entering state until each token of a chunk, and of each token to its end."""
+    total = tl.sum(tl.where(tl.arange(0, CHUNK) == CHUNK - 1, running, 0.0), axis=0)
+    into = tl.where(is_carried, tl.exp(running.to(tl.float32)), 0.0)
+    return into, tl.where(is_lasting, tl.exp((total - running).to(tl.float32)), 0.0)
 
 
 @triton.jit
-def _with_corner(inverse, below, first, CHUNK: tl.constexpr, SIZE: tl.constexpr):
-    # The block below and left of two solved blocks, from `first` on: second (-below) first.
-    corner = _block_of(inverse, first + 1, first + 1, CHUNK, SIZE)
-    corner = tl.dot(corner, _block_of(below, first + 1, first, CHUNK, SIZE), input_precision="tf32x3")
-    corner = tl.dot(corner, _block_of(inverse, first, first, CHUNK, SIZE), input_precision="tf32x3")
-    block = tl.arange(0, CHUNK // SIZE)
-    is_it = (block[:, None, None, None] == first + 1) & (block[None, None, :, None] == first)
-    return inverse - tl.reshape(tl.where(is_it, corner[None, :, None, :], 0.0), [CHUNK, CHUNK])
+def across_gates(pairs, CHUNK: tl.constexpr):
+    """Sums of the products of tokens i and j [C C] below the diagonal that each gate is between [C]."""
+    # A gate is between j before it and i at or after it. Sums over just those: a sum over all i less
+    # one over all j would leave the rounding of pairs that the gate is not between.
+    is_before = tl.arange(0, CHUNK)[None, :] < tl.arange(0, CHUNK)[:, None]
+    return tl.sum(tl.where(is_before, tl.cumsum(pairs, axis=0, reverse=True), 0.0), axis=1)
 
 
 @triton.jit
-def _block_of(x, row, column, CHUNK: tl.constexpr, SIZE: tl.constexpr):
-    block = tl.arange(0, CHUNK // SIZE)
-    is_it = (block[:, None, None, None] == row) & (block[None, None, :, None] == column)
-    x = tl.reshape(x, [CHUNK // SIZE, SIZE, CHUNK // SIZE, SIZE])
-    return tl.sum(tl.sum(tl.where(is_it, x, 0.0), axis=2), axis=0)
+def gate_gradient(across, from_there, to_there, ends, into, count, CHUNK: tl.constexpr):
+    """Gradients of gates [C]: from pairs across each, reads behind it, writes before it, and the states."""
+    t = tl.arange(0, CHUNK)
+    is_before = t[None, :] < t[:, None]
+    grad = across + tl.sum(tl.where(is_before, to_there[None, :], from_there[None, :]), axis=1)
+    return grad + ends * tl.sum(tl.where(t == count - 1, into, 0.0), axis=0)
 
 
 # Each of these says of one token which range the other must be in, as bounds that hang on `half`: comparisons
@@ -131,15 +183,15 @@ def three_parts(x):
 
 
 @triton.jit
-def sums_of(is_part, first, second, third):
-    """Sums over the rows of x [C K] that each row of is_part [C C] names; x as `three_parts`.
+def sums_of(is_part, parts):
+    """Sums over the rows of x [C K] that each row of is_part [C C] names; parts are `three_parts` of x.
 
     Products with 0 and 1 lose nothing, and addends of one sign cancel nothing.
     """
     part = tl.where(is_part, 1.0, 0.0).to(tl.bfloat16)
-    found = tl.dot(part, first)
-    found = tl.dot(part, second, found)
-    return tl.dot(part, third, found)
+    found = tl.dot(part, parts[0])
+    found = tl.dot(part, parts[1], found)
+    return tl.dot(part, parts[2], found)
 
 
 @triton.jit
@@ -152,5 +204,25 @@ def add_sums_of(is_part, x, total, DTYPE: tl.constexpr):
         part = tl.where(is_part, 1.0, 0.0).to(tl.bfloat16)
         return tl.dot(part, x.to(tl.bfloat16), total)
     else:
-        first, second, third = three_parts(x)
-        return total + sums_of(is_part, first, second, third)
+        return total + sums_of(is_part, three_parts(x))
+
+
+@triton.jit
+def load_gates(log_decay, at, t, i, mask):
+    """Log decays of a block of channels [C K] as `three_parts`; log_decay stands at the chunk."""
+    return three_parts(tl.maximum(load_tile(log_decay, at, t, i, mask).to(tl.float32), -1000.0))
+
+
+@triton.jit
+def channel_decays(gates, is_carried, is_lasting, CHUNK: tl.constexpr):
+    """Decays of each channel [C K] of the entering state until each token, and of each token to the end."""
+    t, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+    into = tl.where(is_carried[:, None], tl.exp(sums_of(j <= t, gates)), 0.0)
+    return into, tl.where(is_lasting[:, None], tl.exp(sums_of(j > t, gates)), 0.0)
+
+
+@triton.jit
+def middle_decay(gates, half, CHUNK: tl.constexpr):
+    """Decay of each channel [C K] between each token and the middle of its block of twice `half` tokens."""
+    t, j = tl.arange(0, CHUNK)[:, None], tl.arange(0, CHUNK)[None, :]
+    return tl.exp(sums_of(is_between(t, j, half), gates))

@@ -85,11 +85,12 @@ def selected_heads(x, base, head, heads, first, dim, stride, DIM: tl.constexpr):
 @triton.jit
 def selected_forward(
     q, k, v, selection, sinks, out, lse, tokens, groups, repeat, key_dim, value_dim, chosen, scale,
-    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
+    strides,
     HAS_SINKS: tl.constexpr, IS_SHARED: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr,
     HEADS: tl.constexpr, KEYS: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
     """Outputs and log-sum-exp of some heads of one query, by an online softmax in base 2."""
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head = strides
     query = tl.program_id(0).to(tl.int64)
     batch, token = query // tokens, query % tokens
     blocks = tl.cdiv(repeat, HEADS)
@@ -180,11 +181,12 @@ def selected_shares(
 @triton.jit
 def selected_backward_q(
     q, k, v, selection, lse, delta, do, dq, tokens, groups, repeat, key_dim, value_dim, chosen, scale,
-    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
+    strides,
     IS_SHARED: tl.constexpr, K0: tl.constexpr, K1: tl.constexpr, V0: tl.constexpr,
     HEADS: tl.constexpr, KEYS: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
     """Gradients of some heads of one query: dq = sum of ds k over its keys."""
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head = strides
     query = tl.program_id(0).to(tl.int64)
     batch, token = query // tokens, query % tokens
     blocks = tl.cdiv(repeat, HEADS)
@@ -255,7 +257,7 @@ def selected_put(
 def selected_backward_k(
     q, k, v, selection, lse, delta, do, dk, dv, begin, tokens, keys, groups, repeat,
     key_dim, value_dim, shared_dim, chosen, scale,
-    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head,
+    strides,
     IS_SHARED: tl.constexpr, KEEPS: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
     DIM: tl.constexpr,
 ):  # fmt: skip
@@ -264,6 +266,7 @@ def selected_backward_k(
     Scores and gradients are computed DIM columns of a key at a time, so that neither the key nor its gradient
     has to fit in registers. With KEEPS the gradients go, by slot, to a buffer of the queries from `begin` on.
     """
+    q_row, q_token, q_head, k_row, k_token, k_head, v_row, v_token, v_head = strides
     query = begin + tl.program_id(0).to(tl.int64)
     batch, token = query // tokens, query % tokens
     group = tl.program_id(2)
@@ -376,7 +379,7 @@ class SelectedAttentionTriton(torch.autograd.Function):
         lse = torch.empty(rows, tokens, heads, dtype=torch.float32, device=q.device)
         sizes, strides, flags, grid = _plan(q, k, v, selection, form)
         selected_forward[grid](
-            q, k, v, selection, sinks, out, lse, *sizes, form.scale, *strides,
+            q, k, v, selection, sinks, out, lse, *sizes, form.scale, strides,
             HAS_SINKS=sinks is not None, CHOSEN=triton.next_power_of_2(selection.shape[2]), **flags,
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, sinks, selection, out, lse)
@@ -400,7 +403,7 @@ class SelectedAttentionTriton(torch.autograd.Function):
         # Queries and output gradients stay in shared memory, their gradient in registers: fewer keys fit.
         flags |= {"KEYS": max(16, flags["KEYS"] // 2), "num_stages": 1}
         selected_backward_q[grid](
-            q, k, v, selection, lse, delta, do, dq, *sizes, form.scale, *strides,
+            q, k, v, selection, lse, delta, do, dq, *sizes, form.scale, strides,
             CHOSEN=triton.next_power_of_2(selection.shape[2]), **flags,
         )  # fmt: skip
         dk = torch.zeros(k.shape, dtype=torch.float32, device=k.device)
@@ -454,7 +457,7 @@ def _backward_keys(
     shared = triton.cdiv(value_dim, dim) * dim if v is None else 0
     selected_backward_k[(count, triton.cdiv(chosen, tiles.keys), groups)](
         *inputs, dk, dv, begin, tokens, k.shape[1], groups, repeat, key_dim, value_dim,
-        min(shared, key_dim), chosen, form.scale, *strides, IS_SHARED=v is None, KEEPS=keeps,
+        min(shared, key_dim), chosen, form.scale, strides, IS_SHARED=v is None, KEEPS=keeps,
         HEADS=min(2 * tiles.heads, max(16, triton.next_power_of_2(repeat))), KEYS=tiles.keys, DIM=dim,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from kernels.delta_rule import gated_delta_rule
+from kernels.delta_rule import gated_delta_rule, triton_solve
+from kernels.delta_rule import triton_channel as delta_channel
+from kernels.delta_rule import triton_head as delta_head
 from kernels.delta_rule.reference import gated_delta_rule_recurrent
 from kernels.delta_rule.triton import gated_delta_rule_triton
-from kernels.linear_attention import triton_channel, triton_chunks, triton_head
+from kernels.linear_attention import triton_channel, triton_head
 from kernels.linear_attention.reference import linear_attention_recurrent
 from kernels.linear_attention.spec import small_tiles
 from kernels.linear_attention.triton import linear_attention_triton
@@ -156,7 +158,7 @@ def test_strided_inputs_and_bitwise_repeats(span: str) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def running_without_decay(log_decay, gate_offs, count, CHUNK: tl.constexpr, HAS_DECAY: tl.constexpr):
+def running_without_decay(log_decay, start, head, count, CHUNK: tl.constexpr, HAS_DECAY: tl.constexpr):
     return (tl.arange(0, CHUNK) * 0).to(tl.float64)
 
 
@@ -168,18 +170,19 @@ def documents_that_never_end(
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "defect", "span"),
+    ("modules", "name", "defect", "span"),
     [
-        (triton_head, "running_decay", running_without_decay, "head"),
-        (triton_head, "chunk_documents", documents_that_never_end, "head"),
-        (triton_channel, "chunk_documents", documents_that_never_end, "channel"),
+        ((triton_head, delta_head), "running_decay", running_without_decay, "head"),
+        ((triton_head, delta_head), "chunk_documents", documents_that_never_end, "head"),
+        ((triton_channel, delta_channel), "chunk_documents", documents_that_never_end, "channel"),
     ],
 )
-def test_a_defect_in_a_kernel_is_seen(module, name, defect, span, monkeypatch) -> None:
+def test_a_defect_in_a_kernel_is_seen(modules, name, defect, span, monkeypatch) -> None:
     document = (torch.arange(TOKENS) >= 21).long()[None]
     cases = [form(inputs_of(span), document) for form in (delta_case, linear_case)]
     assert max(max(relative_errors(case).values()) for case in cases) <= LIMIT
-    monkeypatch.setattr(module, name, triton.jit(defect))
+    for module in modules:
+        monkeypatch.setattr(module, name, triton.jit(defect))
     assert all(not max(relative_errors(case).values()) <= 1e-3 for case in cases)
 
 
@@ -195,7 +198,7 @@ def test_a_lost_merge_of_the_inverse_is_seen(monkeypatch: pytest.MonkeyPatch) ->
         lambda **x: gated_delta_rule_recurrent(**x),
     )
     assert_kernel(case, LIMIT)
-    monkeypatch.setattr(triton_chunks, "_with_corner", triton.jit(merged))
+    monkeypatch.setattr(triton_solve, "_with_corner", triton.jit(merged))
     assert not max(relative_errors(case).values()) <= 1e-3
 
 
