@@ -58,8 +58,8 @@ class CorpusCard(TokenFileCard):
     # Documents whose text comes back from their tokens with other bytes, as where it was normalised.
     changed: int = Field(default=0, ge=0)
     changed_example: str = ""
-    # Of a corpus that is read where it lies: its files; the digests above are over all of them, and bytes of its
-    # text are not known. NAME.held_out.npy has the documents that are held out, counted over all files.
+    # Of a corpus that is read where it lies: its files; the digests above are over all of them, and bytes of
+    # its text are not known. NAME.held_out.npy has the documents that are held out, counted over all files.
     files: list[SourceFile] = []
     # sha256 over the sorted sha256 of every usable document: independent of names and of order.
     source_digest: str
