@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from conf.errors import DataError
 from conf.tokenizer_files import TOKENIZER_CONFIG, TOKENIZER_DIGEST, TOKENIZER_JSON
 from data.shards import make_shard
-from data.tokenizer.files import load_tokenizer, read_files, tokenizer_digest, write_files
+from data.tokenizer.files import find_tokenizer, load_tokenizer, read_files, tokenizer_digest, write_files
 from data.tokenizer.hub_files import hub_files
 from data.tokenizer.pre_tokenizers import PATTERNS
 from data.tokenizer.tiktoken_ranks import from_ranks
@@ -122,6 +122,33 @@ def test_damage_is_one_line(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="tokenizer") as error:
         load_tokenizer(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_name_of_the_hub_is_fetched_or_refused_in_a_line(
+    qwen_like: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def fetch(name: str, *, allow_patterns: list[str]) -> str:
+        asked.append((name, "*.safetensors" in allow_patterns, TOKENIZER_JSON in allow_patterns))
+        if name == "owner/none":
+            raise OSError("cannot reach the hub\nof many lines")
+        return str(qwen_like)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert load_tokenizer(find_tokenizer("owner/name")).eos == SIZE
+    assert asked == [("owner/name", False, True)]
+    with pytest.raises(
+        DataError, match="the hub did not give it: cannot reach the hub; correct it, or"
+    ) as error:
+        find_tokenizer("owner/none")
+    assert "\n" not in str(error.value)
+    for path in ("some/tokenizer.json", "/not/there", "a b"):
+        with pytest.raises(DataError, match="no such file or directory; correct it"):
+            find_tokenizer(path)
+    assert len(asked) == 2
 
 
 def ranks_of(tokenizer: Tokenizer) -> dict[bytes, int]:

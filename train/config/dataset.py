@@ -6,9 +6,8 @@ from typing import Any
 from conf.compose import composed_value
 from conf.user_files import Given
 
-DIRECTORY, CORPORA, VOCABULARY, MULTIPLE = (
-    *("data.directory", "data.corpora", "model.vocab_size", "train.vocab_multiple"),
-)
+DIRECTORY, CORPORA = "data.directory", "data.corpora"
+VOCABULARY, MULTIPLE = "model.vocab_size", "train.vocab_multiple"
 
 
 def dataset_values(given: Given, has_weights: bool) -> dict[str, Any]:
