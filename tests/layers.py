@@ -1,7 +1,6 @@
 """One layer of ours against one of transformers, with random weights."""
 
 import importlib
-import sys
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import cache, partial
@@ -48,11 +47,6 @@ def entry(name: str, **fields: Any) -> Any:
     values = config.model_dump()
     fields["rotary_scaling"] = values["rotary_scaling"] | fields.get("rotary_scaling", {})
     return type(config).model_validate(values | fields)
-
-
-def without_fla() -> None:
-    """Call before importing transformers: it would pick kernels that cannot run on this machine."""
-    sys.modules.setdefault("fla", None)  # pyright: ignore[reportArgumentType]
 
 
 def assert_same_layer(
@@ -114,7 +108,6 @@ class Theirs:
     """One attention layer of transformers, with its own masks and its own rotary angles."""
 
     def __init__(self, folder: str, prefix: str, text: str = "", /, **fields: object) -> None:
-        without_fla()
         package = f"transformers.models.{folder}"
         configuration = importlib.import_module(f"{package}.configuration_{folder}")
         self.modeling = importlib.import_module(f"{package}.modeling_{folder}")

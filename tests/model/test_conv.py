@@ -5,14 +5,13 @@ import torch
 
 from model.mixers.conv import ConvConfig
 from tests.closeness import in_float64
-from tests.layers import assert_same_layer, without_fla
+from tests.layers import assert_same_layer
 
 WIDTH = 32
 
 
 @pytest.mark.parametrize("taps", [2, 3, 5])
 def test_lfm2(taps: int) -> None:
-    without_fla()
     from transformers.models.lfm2.configuration_lfm2 import Lfm2Config
     from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.card import TOKENIZER, read_card
+from data.card import read_card
 from data.tokenizer.files import load_tokenizer
 from parallel.mesh.axes import open_axes
 from parallel.mesh.world import World
@@ -72,7 +72,7 @@ def read(rank: int, size: int, directory: Path, layout: tuple[str, ...]) -> Read
     logits = [next_logits(runner, torch.tensor(prompt), world, context) for prompt in PROMPTS]
     # After them: what a score has gathered of the weights would be there.
     score = evaluate(runner, loader, world, rows=7, micro_batch=3, mtp_depth=config.model.mtp.depth)
-    tokenizer = load_tokenizer(Path(config.data.directory) / TOKENIZER)
+    tokenizer = load_tokenizer(Path(config.data.directory))
     # Ranks that draw other tokens still take those of the first.
     train = config.train.model_copy(update={"seed": config.train.seed + rank})
     config = config.model_copy(update={"train": train})

@@ -42,7 +42,7 @@ def test_a_token_file_cut_short(damaged: Corpus, tmp_path: Path) -> None:
     overrides = damaged.overrides(tmp_path / "run")
     assert run_to_end(overrides) == 65
     said = errors_of(overrides)
-    assert str(path) in said
+    assert str(damaged.dataset) in said
     assert str(size) in said
     assert str(size - 10) in said
 
@@ -63,7 +63,7 @@ def test_a_tokenizer_other_than_the_datas(damaged: Corpus, tmp_path: Path) -> No
     overrides = damaged.overrides(tmp_path / "run")
     assert run_to_end(overrides) == 65
     said = errors_of(overrides)
-    assert str(path) in said
+    assert str(damaged.dataset) in said
     assert "sha256" in said
 
 

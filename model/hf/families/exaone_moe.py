@@ -28,11 +28,11 @@ def read_more(fields: Fields) -> list[str]:
     """Layout, windows and rotary."""
     depth, dim = fields.take("num_hidden_layers"), head_dim_of(fields)
     window, period = fields.take("sliding_window", 4096), fields.take("sliding_window_pattern", 4)
-    if window is None:
-        mixers = mixers_of(fields, ["full_attention"] * depth, {"full_attention": "attn"})
-    else:
-        every = [("full", "sliding")[(i + 1) % period != 0] + "_attention" for i in range(depth)]
-        mixers = mixers_of(fields, every, WINDOWED)
+    if not isinstance(window, int):
+        # Without a window all layers would rotate, which transformers says and does not open.
+        raise TypeError(f"sliding_window is {window!r}")
+    every = [("full", "sliding")[(i + 1) % period != 0] + "_attention" for i in range(depth)]
+    mixers = mixers_of(fields, every, WINDOWED)
     leading = leading_dense(fields, 1)
     kinds: list[str] | None = fields.take("mlp_layer_types", None)
     ffns = leading if kinds is None else [FFNS.get(kind, kind) for kind in kinds]
@@ -48,9 +48,8 @@ def read_more(fields: Fields) -> list[str]:
 
 def write_more(config: Architecture) -> dict[str, Any]:
     """What `read_more` reads."""
-    has_window = any(layer.mixer != "attn" for layer in config.layers)
-    kinds = layer_types(config, WINDOWED if has_window else {"full_attention": "attn"})
-    attn = attn_of(config, "swa" if has_window else "attn")
+    kinds = layer_types(config, WINDOWED)
+    attn = attn_of(config, "swa")
     return {
         "head_dim": attn.head_dim,
         "num_attention_heads": attn.num_heads,

@@ -29,7 +29,7 @@ WITHOUT = {"glm5_next"}
 BYTES = 4  # float32, as the states
 SEEN = {
     *("attn", "swa", "swa_shared", "chunked", "nope", "mla", "dsa", "msa", "csa", "hca"),
-    *("gdn", "kda", "mamba", "mamba2", "lightning"),
+    *("gdn", "kda", "mamba", "mamba2", "lightning", "conv"),
 }
 
 
@@ -133,10 +133,6 @@ class Stepped:
     def numbers(self, tokens: int) -> int:
         """After so many tokens."""
         return getattr(self, self.mixer.kind)(tokens)
-
-    def conv(self, tokens: int) -> int:
-        inputs = deque(range(tokens), maxlen=self.mixer.conv_width - 1)
-        return len(inputs) * self.mixer.num_channels
 
     def moba(self, tokens: int) -> int:
         """Keys and values, and the mean key of each whole block."""

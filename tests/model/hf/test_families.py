@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 import warnings
 from copy import deepcopy
 from functools import partial
@@ -54,8 +53,6 @@ def open_theirs(directory: Path) -> tuple[Any, dict[str, set[str]]]:
 
     Of the default dtype.
     """
-    # With fla installed and no GPU transformers would pick kernels that cannot run here.
-    sys.modules.setdefault("fla", None)  # pyright: ignore[reportArgumentType]
     from transformers import AutoModelForCausalLM
 
     with warnings.catch_warnings():

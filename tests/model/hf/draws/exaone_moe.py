@@ -12,7 +12,7 @@ FAMILIES: dict[str, Drawn] = {
             "mixer.nope.temperature_interval=8192",
             mixer__attn__has_bias=st.just(False),
             layout__ffn__first=FIRST,
-            layout__pattern=st.sampled_from(["2*swa nope", "attn", "swa", "nope swa"]),
+            layout__pattern=st.sampled_from(["2*swa nope", "swa", "nope swa"]),
             mixer__swa__window=st.sampled_from(["1", "9", "200"]),
         )
     )
