@@ -84,6 +84,8 @@ def mixers_of(config: Architecture) -> list[str]:
     return [layer.mixer for layer in count(config).layers]
 
 
+# Drawing and shrinking one example of every family takes most of a minute, and a family is added seldom.
+@pytest.mark.prove
 def test_every_mixer_of_transformers_is_compared() -> None:
     names = set(FAMILIES) - WITHOUT
     assert {mixer for name in names for mixer in mixers_of(small_architecture(example(name)))} - {
