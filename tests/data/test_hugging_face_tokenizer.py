@@ -109,6 +109,11 @@ def test_the_digest_is_of_the_meaning(qwen_like: Path, tmp_path: Path) -> None:
     fields = json.loads((qwen_like / TOKENIZER_JSON).read_text())
     for change in ("normalizer", "pre_tokenizer"):
         assert tokenizer_digest({TOKENIZER_JSON: json.dumps(fields | {change: None}).encode()}, "") != digest
+    # As older releases write it: merges as text, options that are off left out.
+    model = {name: value for name, value in fields["model"].items() if value not in (None, False)}
+    older = model | {"merges": [" ".join(pair) for pair in model["merges"]]}
+    assert older != fields["model"]
+    assert tokenizer_digest({TOKENIZER_JSON: json.dumps(fields | {"model": older}).encode()}, "") == digest
     fields["added_tokens"][-1]["id"] += 1
     assert tokenizer_digest({TOKENIZER_JSON: json.dumps(fields).encode()}, "") != digest
 
