@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from conf.errors import DataError
 from conf.tokenizer_files import TOKENIZER_CONFIG, TOKENIZER_DIGEST, TOKENIZER_JSON
 from data.shards import make_shard
-from data.tokenizer.files import find_tokenizer, load_tokenizer, read_files, tokenizer_digest, write_files
+from data.tokenizer.files import (
+    find_tokenizer,
+    load_tokenizer,
+    made_from,
+    read_files,
+    tokenizer_digest,
+    write_files,
+)
 from data.tokenizer.hub_files import hub_files
 from data.tokenizer.pre_tokenizers import PATTERNS
 from data.tokenizer.tiktoken_ranks import from_ranks
@@ -232,3 +239,16 @@ def test_transformers_opens_a_trained_sentencepiece_model(tmp_path: Path) -> Non
     assert load_tokenizer(tmp_path).digest != trained.digest
     (tmp_path / TOKENIZER_DIGEST).write_text(json.dumps({"sha256": trained.digest}))
     assert load_tokenizer(tmp_path).digest == trained.digest
+
+
+def test_any_two_parts_of_a_token_are_merged() -> None:
+    import tiktoken
+
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256, b"abc": 257, b"bc": 258}
+    theirs = tiktoken.Encoding(
+        "few", pat_str=PATTERNS["qwen"], mergeable_ranks=ranks, special_tokens={"[EOS]": 259}
+    )
+    content = b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in ranks.items())
+    decoder = {"eos_token": "[EOS]", "added_tokens_decoder": {"259": {"content": "[EOS]"}}}
+    files = from_ranks(content, {TOKENIZER_CONFIG: json.dumps(decoder).encode()}, "qwen", "few")
+    assert made_from(files, "few").encode(b"abcx").tolist() == theirs.encode("abcx") == [257, ord("x")]
