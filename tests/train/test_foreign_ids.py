@@ -17,6 +17,7 @@ from tests.train.runs import log_path, run_to_end
 from train.checkpoint.foreign_ids import Ids, compare_ids
 from train.checkpoint.manifest import MANIFEST, encode_manifest, read_manifest
 from train.checkpoint.records import read_record, write_record
+from train.checkpoint.run_tokenizer import read_tokenizer
 from train.config.load import load_config
 from train.evaluate import main as evaluate
 from train.export import main as export
@@ -150,6 +151,7 @@ def test_a_run_does_not_go_on_with_another_tokenizer(
     moved = moved_to(finished, foreign, tmp_path / "run")
     overrides = foreign.overrides(moved, *FEW)
     assert run_to_end(overrides) == 64
+    assert read_tokenizer(moved, tmp_path / "no dataset", digest_of(corpus)) is not None
     said = log_path(overrides).read_text()
     assert "error: data.directory: " in said
     assert digest_of(corpus) in said

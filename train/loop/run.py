@@ -87,7 +87,6 @@ def run_in_world(
     compare_data(loader, world)
     if world.rank == 0:
         print(loader.describe(), flush=True)
-        keep_tokenizer(directory, loader.tokenizer, loader.card.tokenizer)
     state = build_state(config, world)
     kernels = prepare_kernels(config, state.built.modules(), world)
     if world.rank == 0:
@@ -106,6 +105,9 @@ def run_in_world(
     resumed_from = resume(state, store, loader, world)
     resume_seconds = time.monotonic() - start
     store.probe(checkpoint_bytes(config))
+    # Not before the data is known to be the run's: that of another would replace what an export needs.
+    if world.rank == 0:
+        keep_tokenizer(directory, loader.tokenizer, loader.card.tokenizer)
     if resumed_from is None and config.train.start is not None:
         lines = begin(state.built, config, loader)
         fix = "export or import them again from weights that are whole"
