@@ -166,8 +166,8 @@ def linear_attention_backward_channel(
         d_gate += ends[None, :] * tl.sum(tl.where(t[:, None] == CHUNK - 1, into, 0.0), axis=0)[None, :]
         d_gate = add_sums_of(t[None, :] >= t[:, None], dq * query.to(tl.float32), d_gate, query.dtype)
         d_gate = add_sums_of(t[None, :] < t[:, None], dk * key.to(tl.float32), d_gate, query.dtype)
-    place = grad_scores + (start * heads + head) * CHUNK + t * (heads * CHUNK + 1)
-    alone = tl.load(place, mask=is_in, other=0.0).to(tl.float32)[:, None]
+    ptr = grad_scores + (start * heads + head) * CHUNK + t * (heads * CHUNK + 1)
+    alone = tl.load(ptr, mask=is_in, other=0.0).to(tl.float32)[:, None]
     dk += alone * query.to(tl.float32)
     dq += alone * key.to(tl.float32)
     half = 1

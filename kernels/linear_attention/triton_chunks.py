@@ -56,8 +56,8 @@ def load_tile(x, at, t, i, mask):
 @triton.jit
 def store_tile(x, at, t, i, numbers, mask):
     """Writes what `load_tile` reads, in the dtype of x."""
-    place = x.pointer + at + (t[:, None] * x.token + i[None, :])
-    tl.store(place, numbers.to(x.pointer.dtype.element_ty), mask=mask)
+    ptr = x.pointer + at + (t[:, None] * x.token + i[None, :])
+    tl.store(ptr, numbers.to(x.pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -61,8 +61,8 @@ class Gradients(NamedTuple):
 def load_state(states, number, i, c, K: tl.constexpr, V: tl.constexpr, HAS_STATE: tl.constexpr):
     """Rows i and columns c of a state [K V] of several in float32, zeros without them."""
     if HAS_STATE:
-        place = states + number * (K * V) + i[:, None] * V + c[None, :]
-        return tl.load(place, mask=(i < K)[:, None] & (c < V)[None, :], other=0.0)
+        ptr = states + number * (K * V) + i[:, None] * V + c[None, :]
+        return tl.load(ptr, mask=(i < K)[:, None] & (c < V)[None, :], other=0.0)
     else:
         return tl.zeros([i.shape[0], c.shape[0]], tl.float32)
 
@@ -70,8 +70,8 @@ def load_state(states, number, i, c, K: tl.constexpr, V: tl.constexpr, HAS_STATE
 @triton.jit
 def store_state(states, number, i, c, state, K: tl.constexpr, V: tl.constexpr):
     """Writes what `load_state` reads, in the dtype of states."""
-    place = states + number * (K * V) + i[:, None] * V + c[None, :]
-    tl.store(place, state.to(states.dtype.element_ty), mask=(i < K)[:, None] & (c < V)[None, :])
+    ptr = states + number * (K * V) + i[:, None] * V + c[None, :]
+    tl.store(ptr, state.to(states.dtype.element_ty), mask=(i < K)[:, None] & (c < V)[None, :])
 
 
 @triton.jit
