@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from conf.errors import DataError
 from data.config import HELD_OUT, READ, DataConfig
 from data.durable import refuse_not_finite, sha256_of, write_whole
+from data.tokenizer.files import load_tokenizer
 from data.tokenizer.tokenizer import Ends, Tokenizer
 
 CARD = "card.json"
@@ -94,6 +95,10 @@ class TokenizerCard(_Record):
     def ends(self) -> Ends:
         """The tokens around a document."""
         return Ends("" if self.bos is None else self.bos, self.eos)
+
+    def load(self, directory: Path) -> Tokenizer:
+        """The tokenizer itself, from a directory that has its files. Raises DataError."""
+        return load_tokenizer(directory, self.ends, parses_special=self.parses_special)
 
 
 class Card(_Record):

@@ -20,7 +20,7 @@ from data.mixture import Mixture
 from data.packing import Packing, Windows, read_windows
 from data.token_file import TokenFile
 from data.token_stream import TokenStream
-from data.tokenizer.files import load_tokenizer, read_files, tokenizer_digest
+from data.tokenizer.files import read_files, tokenizer_digest
 from data.tokenizer.tokenizer import Tokenizer
 
 IGNORED = -100  # the target that no loss counts
@@ -100,8 +100,7 @@ class Loader:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that wrote the tokens."""
-        card = self.card.tokenizer
-        return load_tokenizer(self.directory, card.ends, parses_special=card.parses_special)
+        return self.card.tokenizer.load(self.directory)
 
     def describe(self) -> str:
         """What an epoch of the corpora leaves out, for people."""

@@ -48,7 +48,6 @@ def main(arguments: list[str]) -> None:
     config = open_to_read(command.run, command.step, layout, environment.world_size)
     # What is mistyped is answered without waiting for these.
     from data.card import read_card
-    from data.tokenizer.files import load_tokenizer
     from train.checkpoint.foreign_ids import Ids
     from train.config.fields import SampleConfig
     from train.eval.restored import open_readers, restore
@@ -56,8 +55,7 @@ def main(arguments: list[str]) -> None:
     from train.loop.report import sample_text
 
     directory = Path(config.data.directory).expanduser()
-    card = read_card(directory).tokenizer
-    tokenizer = load_tokenizer(directory, card.ends, parses_special=card.parses_special)
+    tokenizer = read_card(directory).tokenizer.load(directory)
     sample = SampleConfig(
         prompt=command.prompt, tokens=command.tokens, temperature=command.temperature, every=None
     )

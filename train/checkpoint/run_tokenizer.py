@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from conf.errors import CheckpointError, as_storage_error
 from data.card import TokenizerCard, read_card
 from data.durable import write_whole
-from data.tokenizer.files import has_tokenizer, load_tokenizer, read_files, tokenizer_digest, write_files
+from data.tokenizer.files import has_tokenizer, read_files, tokenizer_digest, write_files
 from data.tokenizer.tokenizer import Tokenizer
 
 TOKENIZER = "tokenizer"
@@ -37,10 +37,9 @@ def read_tokenizer(run: Path, dataset: Path, digest: str | None) -> Tokenizer | 
             card = TokenizerCard.model_validate_json((kept / CARD).read_bytes())
         except (OSError, ValidationError) as error:
             raise CheckpointError(f"{kept / CARD}: damaged: delete {kept} to take the dataset's") from error
-        return load_tokenizer(kept, card.ends, parses_special=card.parses_special)
+        return card.load(kept)
     if _is(dataset, digest):
-        card = read_card(dataset).tokenizer
-        return load_tokenizer(dataset, card.ends, parses_special=card.parses_special)
+        return read_card(dataset).tokenizer.load(dataset)
     return None
 
 
