@@ -6,6 +6,7 @@ dataset appears as `DIR` in one rename.
 
 import fcntl
 import os
+import shlex
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,6 @@ from rich.progress import (
 from conf.compose import Config, compose
 from conf.errors import DataError, as_storage_error
 from conf.help import Page, run
-from conf.overrides import quoted
 from data.card import CARD, Card, content_settings, difference, read_card
 from data.config import DataConfig
 from data.durable import named, sync, write_whole
@@ -38,7 +38,6 @@ from data.tokenizer.files import find_tokenizer, made_from, read_files, write_fi
 from data.tokenizer.tokenizer import Ends, Tokenizer
 
 _SHARD_BYTES = 2 << 20
-_DEFAULT = "corpora/stdlib"
 
 Advance = Callable[[int], None]
 
@@ -112,9 +111,8 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def train_command(config: DataConfig) -> str:
-    """The command that trains on what was prepared; the default dataset needs no name."""
-    command = "python -m train"
-    return command if config.directory == _DEFAULT else f"{command} data.directory={quoted(config.directory)}"
+    """The command that trains on what was prepared, as a shell takes it."""
+    return shlex.join(["python", "-m", "train", f"data.directory={config.directory}"])
 
 
 def summary(prepared: Prepared) -> list[str]:
