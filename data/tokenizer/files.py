@@ -35,7 +35,7 @@ def made_from(
     if TOKENIZER_JSON in files:
         tokenizer = HuggingFaceTokenizer(files, origin, parses_special=parses_special)
     else:
-        tokenizer = SentencePieceTokenizer(files[SENTENCEPIECE], origin)
+        tokenizer = SentencePieceTokenizer(files, origin)
     tokenizer.take_ends(ends, origin)
     return tokenizer
 

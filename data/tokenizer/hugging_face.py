@@ -29,8 +29,7 @@ class HuggingFaceTokenizer(Tokenizer):
         Raises DataError for files that are damaged or do not fit each other.
         """
         self.files = dict(files)
-        content = read_json(files[TOKENIZER_JSON], f"{origin}/{TOKENIZER_JSON}")
-        self.digest = meaning_digest(content)
+        self._origin = origin
         self._tokenizer = _loaded(files[TOKENIZER_JSON], f"{origin}/{TOKENIZER_JSON}")
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -46,6 +45,11 @@ class HuggingFaceTokenizer(Tokenizer):
             self.bos = None
         eos = self._named(named, "eos_token", origin)
         self.eos = -1 if eos is None else eos
+
+    @cached_property
+    def digest(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """sha256 of what gives ids their meaning; workers that only encode do not wait for it."""
+        return meaning_digest(read_json(self.files[TOKENIZER_JSON], f"{self._origin}/{TOKENIZER_JSON}"))
 
     def _named(self, named: Mapping[str, Any], key: str, origin: str) -> int | None:
         token = named.get(key)

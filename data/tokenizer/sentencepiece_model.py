@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -28,9 +28,9 @@ class SentencePieceTokenizer(Tokenizer):
     nothing is normalised. Other models encode a text as a whole, as sentencepiece itself does.
     """
 
-    def __init__(self, model: bytes, origin: str = "tokenizer") -> None:
-        """Raises DataError when `model` is no sentencepiece model."""
-        self.files = {SENTENCEPIECE: model}
+    def __init__(self, files: Mapping[str, bytes], origin: str = "tokenizer") -> None:
+        """`files` by name, tokenizer.model among them. Raises DataError when that one is damaged."""
+        self.files, model = dict(files), files[SENTENCEPIECE]
         self.digest = hashlib.sha256(model).hexdigest()
         self._processor = sentencepiece.SentencePieceProcessor()
         try:

@@ -10,7 +10,7 @@ from typing import get_args
 import sentencepiece
 
 from conf.errors import DataError
-from conf.tokenizer_files import TOKENIZER_CONFIG, TOKENIZER_JSON
+from conf.tokenizer_files import SENTENCEPIECE, TOKENIZER_CONFIG, TOKENIZER_JSON
 from data.config import TokenizerKind
 from data.tokenizer.files import made_from
 from data.tokenizer.pre_tokenizers import PATTERNS
@@ -70,7 +70,7 @@ def _train_sentencepiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         )
     except RuntimeError as error:
         raise DataError(_cannot_train(vocab_size, str(error))) from error
-    return SentencePieceTokenizer(model.getvalue(), "the trained tokenizer")
+    return SentencePieceTokenizer({SENTENCEPIECE: model.getvalue()}, "the trained tokenizer")
 
 
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -142,7 +142,7 @@ def test_a_huge_or_absent_file_is_never_read(tmp_path: Path) -> None:
 )
 def test_models_that_normalise_encode_as_sentencepiece_does(changes: dict[str, object]) -> None:
     model = train_otherwise(**changes)
-    tokenizer = SentencePieceTokenizer(model)
+    tokenizer = SentencePieceTokenizer({SENTENCEPIECE: model})
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     text = "  def total(values):\n\treturn sum( values )  na\u0131ve \ufb01 e\u0301 \u2581x\n" * 200
     assert not tokenizer.keeps_bytes
@@ -164,5 +164,8 @@ def test_ends_are_those_of_the_model_or_those_asked_for(tmp_path: Path) -> None:
     asked = load_tokenizer(tmp_path, Ends(eos="<end>"))
     assert (asked.bos, asked.decode([asked.eos])) == (None, b"<end>")
     (tmp_path / SENTENCEPIECE).write_bytes(TRAINED.files[SENTENCEPIECE])
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     assert load_tokenizer(tmp_path, Ends(bos="")).bos is None
+    # What stands beside it goes along.
+    assert load_tokenizer(tmp_path).files["chat_template.jinja"] == b"{{ messages }}"
     assert load_tokenizer(tmp_path, Ends(bos=2)).bos == 2
