@@ -36,8 +36,8 @@ class TokenStream:
         # A run of documents that lie side by side in one file is read at once.
         file_of = np.repeat(np.arange(len(files)), counts)
         first = np.flatnonzero(kept & ~(np.r_[False, kept[:-1]] & np.r_[False, file_of[1:] == file_of[:-1]]))
-        places = np.cumsum(kept) - 1
-        self._begins = self.document_offsets[places[first]]
+        kept_index = np.cumsum(kept) - 1
+        self._begins = self.document_offsets[kept_index[first]]
         starts = np.concatenate([file.document_offsets[:-1] for file in files])
         self._file_of, self._starts = file_of[first], starts[first]
 

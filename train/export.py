@@ -69,8 +69,8 @@ def main(arguments: list[str]) -> None:
     if ids.tokenizer is None:
         print(f"{ids.where}: carries no digest of its tokenizer, so {command.to} carries none")
     elif not has_tokenizer:
-        places = f"neither {command.run} nor {config.data.directory} has"
-        print(f"{command.to}: without a tokenizer: {places} the one with sha256 {ids.tokenizer}")
+        without = f"neither {command.run} nor {config.data.directory} has"
+        print(f"{command.to}: without a tokenizer: {without} the one with sha256 {ids.tokenizer}")
     print(f"wrote step {step} of {command.run} to {command.to} as {written}")
 
 
