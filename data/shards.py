@@ -29,6 +29,7 @@ from data.tokenizer.files import load_tokenizer
 from data.tokenizer.tokenizer import Ends, Tokenizer
 
 _DIGEST_BYTES = 32
+_FORM = 2  # of a shard's arrays; one of another form, as an earlier version left it, is made again
 
 
 class ShardRecord(NamedTuple):
@@ -129,6 +130,8 @@ class ShardStore:
         """The record of a finished shard, or None if it was not finished."""
         try:
             record = json.loads((self.directory / f"{name}.json").read_text())
+            if record["form"] != _FORM:
+                return None
             return ShardRecord(str(record["input_digest"]), str(record["file_digest"]))
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
@@ -151,7 +154,7 @@ class ShardStore:
         hashes = shard.hashes.tobytes()
         record = ShardRecord(hashlib.sha256(hashes).hexdigest(), xxhash.xxh3_128_hexdigest(content))
         write_whole(self._path(name), content)
-        write_whole(self.directory / f"{name}.json", json.dumps(record._asdict()).encode())
+        write_whole(self.directory / f"{name}.json", json.dumps({"form": _FORM, **record._asdict()}).encode())
 
     def read(self, name: str) -> Shard:
         """A finished shard. Raises DataError when its file is not what was recorded."""

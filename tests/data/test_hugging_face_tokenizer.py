@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from conf.errors import DataError
 from conf.tokenizer_files import TOKENIZER_CONFIG, TOKENIZER_DIGEST, TOKENIZER_JSON
-from data.shards import make_shard
+from data.shards import ShardStore, content_hash, input_digest, make_shard
 from data.tokenizer.files import (
     find_tokenizer,
     load_tokenizer,
@@ -252,3 +252,15 @@ def test_any_two_parts_of_a_token_are_merged() -> None:
     decoder = {"eos_token": "[EOS]", "added_tokens_decoder": {"259": {"content": "[EOS]"}}}
     files = from_ranks(content, {TOKENIZER_CONFIG: json.dumps(decoder).encode()}, "qwen", "few")
     assert made_from(files, "few").encode(b"abcx").tolist() == theirs.encode("abcx") == [257, ord("x")]
+
+
+def test_a_shard_of_an_earlier_version_is_made_again(tmp_path: Path) -> None:
+    store, contents = ShardStore(tmp_path), [b"one", b"two"]
+    shard = make_shard(contents, 0.0, TRAINED)
+    wanted = input_digest(map(content_hash, contents))
+    store.write("a", shard)
+    assert store.has("a", wanted)
+    record = json.loads((tmp_path / "a.json").read_text())
+    del record["form"]
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    assert not store.has("a", wanted)
